@@ -1,0 +1,84 @@
+"""What a backend adapter offers: the sites of a model's forward pass, under one set of names.
+
+An adapter knows one backend and no metric. It finds the layers that have attention, tells an
+`Observer` what happens at the sites in any forward pass of the model, whoever calls it, and runs
+forward passes of its own over right-padded rows. It leaves the model exactly as it was found. What is
+left to others: what is done with the values (probes), and counting that all of them came
+(`attnprobe.probe`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnprobe.attention import Attention
+from attnprobe.batch import TokenBatch
+
+SITES = ("attention", "logits")
+"""The sites that probes can observe: `attention` (an `Attention`, per layer) and `logits`."""
+
+Value = Attention | Tensor
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Who is told what happens in the forward passes of a model."""
+
+    def begin(self, batch: TokenBatch) -> None:
+        """Take note that a forward pass over these tokens starts."""
+
+    def observe(self, site: str, layer: int | None, value: Value) -> None:
+        """Look at the value at a site; `layer` is None where the site belongs to no layer."""
+
+    def end(self) -> None:
+        """Take note that the forward pass has come to its end."""
+
+    def abort(self) -> None:
+        """Take note that the forward pass has failed: what was seen of it is to be forgotten."""
+
+
+class Adapter(ABC):
+    """One model, seen through one backend.
+
+    Attributes:
+        backend: the backend's name.
+        model_name: what the model calls itself, for messages and metadata.
+        layers: the layers with attention that can be read, in order.
+        skipped_layers: the layers without (Mamba, linear attention).
+        reads: "factored" (query and key: no map is stored) or "dense" (the model's own maps).
+        vocabulary_size: ids below it are valid.
+        context_length: how many tokens the model takes, None where there is no limit.
+        device: where the model's embeddings are.
+    """
+
+    backend: str
+    model_name: str
+    layers: tuple[int, ...]
+    skipped_layers: tuple[int, ...]
+    reads: str
+    vocabulary_size: int
+    context_length: int | None
+    device: torch.device
+
+    @abstractmethod
+    def observed(
+        self, observer: Observer, sites: Sequence[str], layers: Sequence[int]
+    ) -> AbstractContextManager[None]:
+        """Tell the observer of every forward pass of the model while the context is open."""
+
+    @abstractmethod
+    def forward(
+        self, rows: TokenBatch, *, logits_at: Int[Tensor, " row"] | None = None
+    ) -> Float[Tensor, "batch row vocabulary"] | None:
+        """Run the model over right-padded rows, in evaluation mode and without gradients.
+
+        Returns the logits at some positions; None where none are asked for, and then nothing is
+        computed above the last layer that is observed.
+        """

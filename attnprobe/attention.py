@@ -1,0 +1,212 @@
+"""Attention as a linear operator on token features: the protocol, and its dense implementation.
+
+A layer's attention, for one batch, is a matrix `A` per head: row `t` says how query `t` spreads its
+attention over the keys `s <= t`. Everything that attnprobe computes is one of four questions to that
+matrix: `attend` (`A @ F`), `receive` (`A.T @ G`), `band` (the diagonals near the main one) and `rows`
+(chosen rows, for pictures). Metrics are written once, against these questions.
+
+`DenseAttention` answers them from a pattern that is already there; it is short, obvious, and the
+oracle for `attnprobe.factored.FactoredAttention`, which answers them from the query and key without
+ever storing a map. What is left to others: where the pattern or the inputs come from (adapters), and
+what the answers mean (metrics).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnprobe.errors import ParameterError, PatternError
+
+
+class Attention(ABC):
+    """One layer's attention over one batch: a linear operator from key features to query features.
+
+    The contract, the same for every implementation:
+
+    - Answers are in float32, or in float64 when the inputs are; whatever the model's dtype.
+    - Query `t` stands at key index `t + query_offset`, and sees no later key. In a whole forward
+      pass `query_offset` is 0; it is the cache length when keys are cached.
+    - A key that a query may not see (padding, window, another packed sequence) has probability 0. A
+      query that may see nothing (a padding row) has a row of zeros. Rows sum to at most 1: less than
+      1 where the model's softmax has a sink that is not a key.
+    - Inputs are never modified, and nothing here carries gradients.
+    """
+
+    batch_size: int
+    head_count: int
+    query_count: int
+    key_count: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def query_offset(self) -> int:
+        """How many keys come before the first query."""
+        return self.key_count - self.query_count
+
+    @abstractmethod
+    def attend(
+        self, features: Float[Tensor, "batch key feature"]
+    ) -> Float[Tensor, "batch head query feature"]:
+        """Return `A @ features`: what each query reads when the keys carry `features`."""
+
+    @abstractmethod
+    def receive(
+        self,
+        weights: Float[Tensor, "batch query feature"],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Float[Tensor, "batch head key feature"]:
+        """Return `A.T @ weights`: what each key is given by the queries, weighted.
+
+        Only pairs at a distance `start <= t - s < stop` count (`stop=None`: to the end). The limits
+        belong to the question: a sum over all rows less the near ones would cancel.
+        """
+
+    @abstractmethod
+    def band(self, width: int, start: int = 0) -> Float[Tensor, "batch head query distance"]:
+        """Return `A[t, t - j]` for `start <= j < start + width`; 0 where `t - j` is no key."""
+
+    @abstractmethod
+    def rows(self, queries: Int[Tensor, " row"]) -> Float[Tensor, "batch head row key"]:
+        """Return chosen rows of `A`, dense: for pictures and checks, since each is as long as T."""
+
+    @abstractmethod
+    def row_mass(self) -> Float[Tensor, "batch head query"]:
+        """Return the sum of each row: 1, less under an attention sink, 0 where nothing is seen."""
+
+    def _check_features(self, features: Tensor, axis: str, count: int) -> Tensor:
+        if features.ndim != 3 or features.shape[:2] != (self.batch_size, count):
+            raise ParameterError(
+                f"expected [batch={self.batch_size}, {axis}={count}, feature], got {list(features.shape)}"
+            )
+        return features.to(device=self.device, dtype=self.dtype)
+
+    def _check_band(self, width: int, start: int) -> None:
+        if width < 1 or start < 0:
+            raise ParameterError(f"a band needs width >= 1 and start >= 0, got width={width}, start={start}")
+
+    def _check_distances(self, start: int, stop: int | None) -> None:
+        if start < 0 or (stop is not None and stop <= start):
+            raise ParameterError(f"distances need 0 <= start < stop, got start={start}, stop={stop}")
+
+    def _check_rows(self, queries: Tensor) -> Tensor:
+        if queries.ndim != 1 or queries.numel() == 0:
+            raise ParameterError(
+                f"rows takes a non-empty 1-D tensor of query indices, got {list(queries.shape)}"
+            )
+        if int(queries.min()) < 0 or int(queries.max()) >= self.query_count:
+            raise ParameterError(
+                f"query indices must lie in 0..{self.query_count - 1}, "
+                f"got {int(queries.min())}..{int(queries.max())}"
+            )
+        return queries.to(self.device)
+
+
+def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that statistics of `dtype` inputs are kept in: float32, or float64.
+
+    >>> reduction_dtype(torch.bfloat16)
+    torch.float32
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class DenseAttention(Attention):
+    """Attention given as a pattern `[batch, head, query, key]`, or `[query, key]` for a single head.
+
+    The pattern is checked: NaN, a negative or non-causal entry, or a row that sums to more than 1
+    raises `PatternError`. Probabilities that a model computed in bfloat16 may exceed a row mass of 1
+    by rounding; the tolerance follows the pattern's dtype.
+
+    >>> pattern = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
+    >>> DenseAttention(pattern).band(width=2)[0, 0]
+    tensor([[1.0000, 0.0000],
+            [0.7500, 0.2500]])
+    """
+
+    def __init__(self, pattern: Tensor) -> None:
+        if pattern.ndim == 2:
+            pattern = pattern[None, None]
+        if pattern.ndim != 4:
+            raise PatternError(
+                f"a pattern is [batch, head, query, key] (or [query, key]), got {list(pattern.shape)}"
+            )
+        if not pattern.is_floating_point():
+            raise PatternError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
+        self.batch_size, self.head_count, self.query_count, self.key_count = pattern.shape
+        if self.query_count == 0 or self.key_count < self.query_count:
+            raise PatternError(
+                f"a causal pattern has at least as many keys as queries and at least one query, "
+                f"got {self.query_count} queries and {self.key_count} keys"
+            )
+        self.dtype = reduction_dtype(pattern.dtype)
+        self.device = pattern.device
+        self.pattern = pattern.detach().to(self.dtype)
+        self._check_pattern(tolerance=16 * torch.finfo(pattern.dtype).eps)
+
+    def _check_pattern(self, tolerance: float) -> None:
+        pattern = self.pattern
+        if not bool(torch.isfinite(pattern).all()):
+            where = (~torch.isfinite(pattern)).nonzero()[0].tolist()
+            raise PatternError(
+                f"the pattern is not finite at [batch, head, query, key] = {where}; a row that may "
+                "see no key (padding) must be zeros, not NaN"
+            )
+        if bool((pattern < -tolerance).any()):
+            raise PatternError(
+                f"the pattern has negative entries (down to {float(pattern.min()):.3g}): pass "
+                "probabilities, not scores"
+            )
+        future = pattern.triu(self.query_offset + 1)
+        if bool((future > tolerance).any()):
+            where = (future > tolerance).nonzero()[0].tolist()
+            raise PatternError(
+                f"the pattern is not causal: [batch, head, query, key] = {where} looks at a later "
+                "token; attnprobe reads causal language models only"
+            )
+        mass = float(pattern.sum(-1).max())
+        if mass > 1 + max(tolerance, 1e-5):
+            raise PatternError(f"a row of the pattern sums to {mass:.6g}, more than 1")
+
+    def attend(
+        self, features: Float[Tensor, "batch key feature"]
+    ) -> Float[Tensor, "batch head query feature"]:
+        """Return `A @ features`."""
+        features = self._check_features(features, "key", self.key_count)
+        return self.pattern @ features[:, None]
+
+    def receive(
+        self,
+        weights: Float[Tensor, "batch query feature"],
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Float[Tensor, "batch head key feature"]:
+        """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
+        self._check_distances(start, stop)
+        weights = self._check_features(weights, "query", self.query_count)
+        pattern = self.pattern.tril(self.query_offset - start)
+        if stop is not None:
+            pattern = pattern.triu(self.query_offset - stop + 1)
+        return pattern.mT @ weights[:, None]
+
+    def band(self, width: int, start: int = 0) -> Float[Tensor, "batch head query distance"]:
+        """Return `A[t, t - j]` for `start <= j < start + width`."""
+        self._check_band(width, start)
+        query = torch.arange(self.query_count, device=self.device) + self.query_offset
+        distance = torch.arange(start, start + width, device=self.device)
+        key = query[:, None] - distance[None, :]
+        index = key.clamp(min=0).expand(self.batch_size, self.head_count, -1, -1)
+        return self.pattern.gather(-1, index).masked_fill(key < 0, 0.0)
+
+    def rows(self, queries: Int[Tensor, " row"]) -> Float[Tensor, "batch head row key"]:
+        """Return chosen rows of the pattern."""
+        return self.pattern[:, :, self._check_rows(queries)]
+
+    def row_mass(self) -> Float[Tensor, "batch head query"]:
+        """Return the sum of each row."""
+        return self.pattern.sum(-1)

@@ -1,0 +1,42 @@
+"""The errors that attnprobe raises: one base, and one subclass for each thing that a caller can fix.
+
+A message says what was wrong, with the actual shapes or names, and what to do about it. Bad input
+never yields a wrong number in silence. What is left to others: a bug inside attnprobe surfaces as
+the plain Python exception that it is.
+"""
+
+
+class AttnprobeError(Exception):
+    """Base of every error that attnprobe raises on purpose."""
+
+
+class BatchError(AttnprobeError, ValueError):
+    """Token ids, masks or texts that do not make a valid batch."""
+
+
+class PatternError(AttnprobeError, ValueError):
+    """An attention pattern, or the inputs of an attention call, that cannot be right."""
+
+
+class ParameterError(AttnprobeError, ValueError):
+    """A window, horizon, quantile, layer or other parameter that makes no sense."""
+
+
+class UnsupportedModelError(AttnprobeError, TypeError):
+    """A model whose attention cannot be read, with the reason."""
+
+
+class ModelLoadError(AttnprobeError, OSError):
+    """A model that cannot be found, read or downloaded."""
+
+
+class IncompleteRunError(AttnprobeError, RuntimeError):
+    """A forward pass in which a layer was not seen exactly once, or read differently."""
+
+
+class ResultError(AttnprobeError, ValueError):
+    """A result that cannot be saved, loaded or combined."""
+
+
+class MissingDependencyError(AttnprobeError, ImportError):
+    """An optional package that the requested feature needs."""

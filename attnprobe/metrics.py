@@ -1,0 +1,285 @@
+"""The metrics as pure functions of one layer's attention: an `Attention`, or a pattern tensor.
+
+Each is linear in the attention (kurtosis aside), so the metric of a mean of heads is the mean of the
+heads' metrics: values are kept per head, and groups are chosen afterwards. Definitions are those of
+arXiv 2510.13554. Undefined is NaN: outside the response, and where a horizon holds no row.
+
+What is left to others: running the model (adapters), going over layers (head_statistics), choosing
+head groups (heads), and averaging over them (scores).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attnprobe.attention import Attention, DenseAttention
+from attnprobe.errors import ParameterError, PatternError
+
+Horizon = tuple[int, int | None]
+
+# A horizon wider than this is summed by `receive`, whose cost does not grow with it, instead of from a
+# band, whose memory does.
+_WIDEST_BAND = 128
+
+
+def mean_attention_distance(
+    attention: Attention | Tensor, response_mask: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch head"]:
+    """Return the span of each head: its mean backward distance over response rows, in tokens.
+
+    Eq. 7 of arXiv 2510.13554: `1/|R| * sum over t in R, s <= t of A[t, s] * (t - s)`; in
+    `[0, T - 1]`. Prompt rows and padding never count. A sink's share of a row counts as distance 0.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: a mask that does not fit.
+
+    >>> pattern = torch.tensor([[1.0, 0.0], [0.75, 0.25]])
+    >>> mean_attention_distance(pattern, torch.tensor([[False, True]]))
+    tensor([[0.7500]])
+    """
+    attention = as_attention(attention)
+    mask = check_mask(attention, response_mask)
+    # Distance t - s as a difference of two reads. Positions are centred first: rounding is relative to
+    # the features' size.
+    position = torch.arange(attention.key_count, device=attention.device, dtype=attention.dtype)
+    position = position - (attention.key_count - 1) / 2
+    features = position[None, :, None].expand(attention.batch_size, -1, -1)
+    read = attention.attend(features)[..., 0]
+    distance = position * attention.row_mass() - read
+    inside = mask[:, None].to(attention.dtype)
+    count = inside.sum(-1)
+    return (distance * inside).sum(-1) / count.masked_fill(count == 0, torch.nan)
+
+
+def windowed_attention_distance(
+    attention: Attention | Tensor,
+    window: int = 10,
+    response_mask: Bool[Tensor, "batch token"] | None = None,
+) -> Float[Tensor, "batch head token"]:
+    """Return WAAD of each token: its mean backward distance, each distance cut off at the window.
+
+    Eq. 9 of arXiv 2510.13554: `sum over s <= t of A[t, s] * min(t - s, W)`; in `[0, W]`. NaN outside
+    the response, if one is given.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: a window below 1, or a mask that does not fit.
+
+    >>> windowed_attention_distance(torch.tensor([[1.0, 0.0], [0.75, 0.25]]), window=10)
+    tensor([[[0.0000, 0.7500]]])
+    """
+    check_window(window)
+    attention = as_attention(attention)
+    distance = torch.arange(window, device=attention.device, dtype=attention.dtype)
+    # min(t - s, W) is W less what the near keys fall short of it: far keys need no look.
+    shortfall = attention.band(window) @ (window - distance)
+    waad = window * attention.row_mass() - shortfall
+    # Rounding can leave a first token, which sees itself alone, a hair below 0.
+    waad = waad.clamp(min=0.0)
+    if response_mask is None:
+        return waad
+    return waad.masked_fill(~check_mask(attention, response_mask)[:, None], torch.nan)
+
+
+def future_attention_influence(
+    attention: Attention | Tensor,
+    response_mask: Bool[Tensor, "batch token"],
+    horizon: Horizon = (10, 50),
+    segment_ids: Int[Tensor, "batch token"] | None = None,
+) -> Float[Tensor, "batch head token"]:
+    """Return FAI of each response token: the mean attention that later response tokens give it.
+
+    Eq. 10 of arXiv 2510.13554: the mean of `A[t, s]` over the response rows `t` with
+    `s + low <= t <= s + high`; `high=None` runs to the end of the response (App. A.1). In `[0, 1]`.
+    NaN outside the response, and for tokens so late that no row lies within the horizon.
+    In packed rows give `segment_ids`, so that rows of another sequence do not count.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: a horizon that is negative or empty, or a mask that does not fit.
+
+    >>> pattern = torch.tensor([[1.0, 0.0], [0.75, 0.25]])
+    >>> future_attention_influence(pattern, torch.ones(1, 2, dtype=torch.bool), horizon=(1, None))
+    tensor([[[0.7500,    nan]]])
+    """
+    low, high = check_horizon(horizon)
+    attention = as_attention(attention)
+    mask = check_mask(attention, response_mask)
+    rows = mask.to(attention.dtype)
+    if high is None or high - low >= _WIDEST_BAND:
+        stop = None if high is None else high + 1
+        received = attention.receive(rows[..., None], start=low, stop=stop)[..., 0]
+    else:
+        width = high - low + 1
+        band = attention.band(width, start=low) * rows[:, None, :, None]
+        received = band.new_zeros(band.shape[:3])
+        for j in range(min(width, attention.key_count - low)):
+            distance = low + j
+            received[..., : attention.key_count - distance] += band[..., distance:, j]
+    count = _rows_in_horizon(mask, low, high, segment_ids)
+    defined = mask & (count > 0)
+    influence = received / count.clamp(min=1)[:, None].to(attention.dtype)
+    return influence.masked_fill(~defined[:, None], torch.nan)
+
+
+def receiver_kurtosis(
+    attention: Attention | Tensor,
+    response_mask: Bool[Tensor, "batch token"],
+    horizon: Horizon = (10, None),
+    segment_ids: Int[Tensor, "batch token"] | None = None,
+) -> Float[Tensor, "batch head"]:
+    """Return how selective each head's inbound attention is: the kurtosis of FAI over tokens.
+
+    The token-level "column-wise kurtosis" of arXiv 2510.13554 (after arXiv 2506.19143): Fisher's
+    kurtosis (0 for a normal distribution; biased) of what each response token receives from the later
+    rows of the horizon, at least -2. NaN where it is undefined: fewer than two tokens with a value,
+    or all values equal.
+
+    The default horizon leaves out near rows: a head that looks at its neighbour gives every token the
+    same sum, and dividing that by fewer and fewer later rows would pass for selectivity.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: a horizon or mask that does not fit.
+    """
+    influence = future_attention_influence(attention, response_mask, horizon, segment_ids)
+    return kurtosis(influence)
+
+
+def kurtosis(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:
+    """Return Fisher's biased kurtosis over the last axis, leaving out NaN; NaN where undefined.
+
+    >>> kurtosis(torch.tensor([0.0, 0.0, 0.0, 1.0, torch.nan]))
+    tensor(-0.6667)
+    >>> kurtosis(torch.ones(5))
+    tensor(nan)
+    """
+    wide = values.double()
+    mean = wide.nanmean(-1, keepdim=True)
+    deviation = wide - mean
+    variance = deviation.square().nanmean(-1)
+    # Equal values can leave a variance of rounding errors, whose kurtosis would be noise.
+    largest = wide.abs().nan_to_num().amax(-1)
+    constant = variance <= (largest * torch.finfo(values.dtype).eps).square()
+    result = deviation.pow(4).nanmean(-1) / variance.square() - 3
+    return result.masked_fill(constant, torch.nan).to(values.dtype)
+
+
+def token_entropy(
+    logits: Float[Tensor, "batch token vocabulary"],
+    response_mask: Bool[Tensor, "batch token"] | None = None,
+) -> Float[Tensor, "batch token"]:
+    """Return the entropy, in nats, of the distribution that each token was sampled from.
+
+    `H[t] = -sum over v of p(v) log p(v)` (Sec. 4.1 of arXiv 2510.13554), of the logits at position
+    `t - 1`; in `[0, log vocabulary]`. NaN for the first token, and outside the response, if given.
+
+    Raises:
+        ParameterError: shapes that do not fit.
+        PatternError: logits that are NaN.
+
+    >>> token_entropy(torch.zeros(1, 2, 4))
+    tensor([[   nan, 1.3863]])
+    """
+    if logits.ndim != 3:
+        raise ParameterError(f"logits must be [batch, token, vocabulary], got {list(logits.shape)}")
+    entropy = torch.full(logits.shape[:2], torch.nan, device=logits.device)
+    entropy[:, 1:] = distribution_entropy(logits[:, :-1])
+    if response_mask is None:
+        return entropy
+    if response_mask.shape != logits.shape[:2]:
+        raise ParameterError(
+            f"response_mask must be {list(logits.shape[:2])}, got {list(response_mask.shape)}"
+        )
+    return entropy.masked_fill(~response_mask.to(logits.device).bool(), torch.nan)
+
+
+def distribution_entropy(logits: Float[Tensor, "*axes vocabulary"]) -> Float[Tensor, "*axes"]:
+    """Return the entropy, in nats, of each row of logits, in float32 and a few rows at a time.
+
+    Raises:
+        PatternError: logits that are NaN.
+    """
+    flat = logits.detach().flatten(0, -2)
+    entropy = torch.empty(flat.shape[0], device=logits.device)
+    size = max(1, 2**24 // flat.shape[-1])
+    for begin in range(0, flat.shape[0], size):
+        log_probability = flat[begin : begin + size].float().log_softmax(-1)
+        probability = log_probability.exp()
+        # A logit of minus infinity has probability 0 and adds nothing; 0 * -inf would be NaN.
+        term = torch.where(probability > 0, probability * log_probability, 0.0)
+        entropy[begin : begin + size] = -term.sum(-1)
+        if bool(log_probability.isnan().any()):
+            raise PatternError("the model's logits hold NaN: entropy is undefined")
+    return entropy.clamp_(min=0.0).view(logits.shape[:-1])
+
+
+def as_attention(attention: Attention | Tensor) -> Attention:
+    """Return an `Attention`: the one given, or a pattern `[batch, head, query, key]` made one.
+
+    Metrics describe whole sequences, so a cached pass, with more keys than queries, is refused.
+
+    Raises:
+        PatternError: an invalid pattern, or one with more keys than queries.
+    """
+    if not isinstance(attention, Attention):
+        attention = DenseAttention(attention)
+    if attention.query_offset != 0:
+        raise PatternError(
+            f"metrics need a whole forward pass: got {attention.query_count} queries for "
+            f"{attention.key_count} keys. Measure the finished sequence instead of cached steps"
+        )
+    return attention
+
+
+def check_mask(attention: Attention, mask: Tensor) -> Bool[Tensor, "batch token"]:
+    """Return a response mask on the attention's device, or raise `ParameterError`."""
+    expected = (attention.batch_size, attention.query_count)
+    if mask.shape != expected:
+        raise ParameterError(f"response_mask must be {list(expected)}, got {list(mask.shape)}")
+    return mask.to(device=attention.device, dtype=torch.bool)
+
+
+def check_window(window: int) -> int:
+    """Return a WAAD window, or raise `ParameterError`."""
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ParameterError(f"the window is a whole number of tokens, at least 1; got {window!r}")
+    return window
+
+
+def check_horizon(horizon: Horizon) -> Horizon:
+    """Return a horizon `(low, high)` with `0 <= low <= high`, high None for the end, or raise."""
+    low, high = horizon
+    whole = isinstance(low, int) and (high is None or isinstance(high, int))
+    if not whole or low < 0 or (high is not None and high < low):
+        raise ParameterError(
+            "a horizon is (low, high) in whole tokens with 0 <= low <= high, or high=None for the end "
+            f"of the response; got {horizon!r}"
+        )
+    return low, high
+
+
+def _rows_in_horizon(
+    mask: Tensor, low: int, high: int | None, segment_ids: Tensor | None
+) -> Int[Tensor, "batch token"]:
+    """Count the response rows in each token's horizon, within its own sequence."""
+    count = mask.shape[1]
+    before = torch.nn.functional.pad(mask.long().cumsum(-1), (1, 0))
+    token = torch.arange(count, device=mask.device).expand(mask.shape)
+    end = torch.full_like(token, count - 1)
+    if segment_ids is not None:
+        if segment_ids.shape != mask.shape:
+            raise ParameterError(f"segment_ids must be {list(mask.shape)}, got {list(segment_ids.shape)}")
+        ids = segment_ids.to(mask.device)
+        borders = torch.ones_like(mask)
+        borders[:, :-1] = ids[:, 1:] != ids[:, :-1]
+        # The last token of each sequence: the nearest border at or after the token.
+        ends = token.masked_fill(~borders, count)
+        end = ends.flip(-1).cummin(-1).values.flip(-1)
+    first = (token + low).clamp(max=count)
+    last = end if high is None else torch.minimum(token + high, end)
+    stop = torch.maximum(last + 1, first).clamp(max=count)
+    return before.gather(-1, stop) - before.gather(-1, first)

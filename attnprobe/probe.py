@@ -1,0 +1,207 @@
+"""Probes, and `attach`: looking into a model's own forward pass, with a check that nothing is missed.
+
+A probe names the sites that it wants and is shown what happens there. `attach` connects probes to a
+model through its adapter for as long as a `with` block lasts, around whatever the user runs inside,
+and checks after every forward pass that each layer was seen exactly once: a hook that fires never, or
+twice, would otherwise give a wrong number in silence. What is left to others: how sites are read
+(adapters), and the probes that compute something (head_statistics).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from attnprobe.adapters import SITES, Adapter, adapter_for
+from attnprobe.adapters.base import Value
+from attnprobe.batch import TokenBatch
+from attnprobe.errors import IncompleteRunError, ParameterError
+
+Layers = Literal["all", "middle"] | Sequence[int]
+
+
+class Probe:
+    """Something that looks at sites of a forward pass. Subclass it and override `observe`.
+
+    >>> class CountHeads(Probe):
+    ...     sites = frozenset({"attention"})
+    ...     heads = 0
+    ...     def observe(self, site, layer, value, batch):
+    ...         self.heads += value.head_count
+    """
+
+    sites: frozenset[str] = frozenset({"attention"})
+
+    def begin(self, batch: TokenBatch) -> None:
+        """Take note that a forward pass over these tokens starts."""
+
+    def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
+        """Look at the value at a site: an `Attention` for "attention", a tensor for "logits"."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it observes")
+
+    def end(self, batch: TokenBatch) -> None:
+        """Take note that the forward pass is complete: every layer was seen exactly once."""
+
+    def abort(self) -> None:
+        """Take note that the forward pass has failed, and forget what was seen of it."""
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What `attach` yields: what is being observed, and how."""
+
+    adapter: Adapter
+    layers: tuple[int, ...]
+
+    @property
+    def skipped_layers(self) -> tuple[int, ...]:
+        """The model's layers without attention."""
+        return self.adapter.skipped_layers
+
+
+@contextmanager
+def attach(
+    model: Any,
+    *probes: Probe,
+    layers: Layers = "all",
+    response_mask: Tensor | None = None,
+) -> Iterator[Attachment]:
+    """Show the forward passes of a model to probes, for as long as the block lasts.
+
+    Args:
+        model: a model that an adapter knows.
+        probes: who is shown what happens; several at once are fine.
+        layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
+        response_mask: `[batch, token]`, which of the tokens that you pass to the model are response;
+            default: all real ones.
+
+    Raises:
+        ParameterError: no probe, an unknown site, or layers that the model does not have.
+        UnsupportedModelError: a model whose attention cannot be read.
+        IncompleteRunError: on a forward pass in which some layer was not seen exactly once.
+
+    The model's own outputs do not change, and when the block ends, by whatever way, the model is as it
+    was before.
+    """
+    if not probes:
+        raise ParameterError("attach needs at least one probe")
+    sites = {site for probe in probes for site in probe.sites}
+    unknown = sites - set(SITES)
+    if unknown:
+        raise ParameterError(f"unknown sites {sorted(unknown)}; there are {', '.join(SITES)}")
+    adapter = adapter_for(model)
+    chosen = resolve_layers(layers, adapter)
+    run = _Run(adapter, probes, chosen, "attention" in sites, response_mask)
+    with adapter.observed(run, sorted(sites), chosen):
+        yield Attachment(adapter, chosen)
+
+
+def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
+    """Return layer numbers for "all", "middle" or a list of them, ascending.
+
+    "middle" is the paper's training choice: five layers, evenly spaced from floor(L/3) to floor(2L/3),
+    of the layers that have attention.
+
+    Raises:
+        ParameterError: layers that the model does not have, or none.
+    """
+    available = adapter.layers
+    if isinstance(layers, str):
+        if layers == "all":
+            return available
+        if layers == "middle":
+            first, last = len(available) // 3, 2 * len(available) // 3
+            last = min(last, len(available) - 1)
+            steps = (first + round(i * (last - first) / 4) for i in range(5))
+            return tuple(sorted({available[step] for step in steps}))
+        raise ParameterError(f'layers is "all", "middle" or a list of numbers, got {layers!r}')
+    chosen = sorted(set(layers))
+    if not chosen:
+        raise ParameterError("layers is empty: choose at least one layer")
+    wrong = [layer for layer in chosen if layer not in available]
+    if wrong:
+        without = [layer for layer in wrong if layer in adapter.skipped_layers]
+        note = f"; layers {without} have no attention" if without else ""
+        raise ParameterError(
+            f"layers {wrong} cannot be read in {adapter.model_name}, which has attention in "
+            f"layers {available[0]}..{available[-1]} ({len(available)} in all){note}"
+        )
+    return tuple(chosen)
+
+
+class _Run:
+    """The observer behind `attach`: passes values on to the probes and counts them."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        probes: Sequence[Probe],
+        layers: tuple[int, ...],
+        expects_attention: bool,
+        response_mask: Tensor | None,
+    ) -> None:
+        self._adapter = adapter
+        self._probes = probes
+        self._layers = layers
+        self._expects_attention = expects_attention
+        self._response_mask = response_mask
+        self._seen: Counter[int] = Counter()
+        self._batch: TokenBatch | None = None
+
+    def begin(self, batch: TokenBatch) -> None:
+        if self._response_mask is not None:
+            mask = self._response_mask
+            if mask.shape != batch.input_ids.shape:
+                raise ParameterError(
+                    f"response_mask is {list(mask.shape)}, but the model was given tokens "
+                    f"{list(batch.input_ids.shape)}"
+                )
+            marked = mask.to(device=batch.input_ids.device).bool() & batch.attention_mask
+            batch = replace(batch, response_mask=marked)
+        self._batch = batch
+        self._seen.clear()
+        for probe in self._probes:
+            probe.begin(batch)
+
+    def observe(self, site: str, layer: int | None, value: Value) -> None:
+        assert self._batch is not None
+        if site == "attention" and layer is not None:
+            self._seen[layer] += 1
+        for probe in self._probes:
+            if site in probe.sites:
+                probe.observe(site, layer, value, self._batch)
+
+    def end(self) -> None:
+        assert self._batch is not None
+        batch, self._batch = self._batch, None
+        if self._expects_attention:
+            try:
+                self._check_complete()
+            except IncompleteRunError:
+                self.abort()
+                raise
+        for probe in self._probes:
+            probe.end(batch)
+
+    def abort(self) -> None:
+        self._batch = None
+        for probe in self._probes:
+            probe.abort()
+
+    def _check_complete(self) -> None:
+        silent = [layer for layer in self._layers if self._seen[layer] == 0]
+        repeated = [layer for layer in self._layers if self._seen[layer] > 1]
+        if not silent and not repeated:
+            return
+        told = [f"layers {silent} were silent"] if silent else []
+        told += [f"layers {repeated} spoke more than once"] if repeated else []
+        raise IncompleteRunError(
+            f"{' and '.join(told)} in a forward pass of {self._adapter.model_name} through "
+            f"{self._adapter.backend}; each layer must be seen exactly once, so nothing of this pass "
+            "is kept"
+        )

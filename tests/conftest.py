@@ -1,0 +1,23 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("default")
+# The test processes share the cores: one thread each is faster than all of them for each.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def as_users_call() -> Iterator[None]:
+    """Turn off the shape checks that only tests have, so that our own errors are what is seen."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

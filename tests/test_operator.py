@@ -1,0 +1,228 @@
+"""The operator: dense and factored attention give the same answers to the four questions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnprobe import DenseAttention, FactoredAttention, PatternError
+from attnprobe.attention import Attention
+from attnprobe.errors import ParameterError
+from attnprobe.factored import Visibility
+from attnprobe.testing.reference import dense_pattern
+from attnprobe.testing.strategies import CallInputs, call_inputs, patterns
+
+
+def factored(inputs: CallInputs) -> FactoredAttention:
+    return FactoredAttention(inputs.query, inputs.key, **inputs.options)
+
+
+def answers(attention: Attention, seed: int, width: int, start: int) -> dict[str, torch.Tensor]:
+    """Put every question to an attention, with features and weights that depend on the seed only."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    batch, queries, keys = attention.batch_size, attention.query_count, attention.key_count
+    features, weights = normal(batch, keys, 3), normal(batch, queries, 2)
+    wide = normal(batch, keys, 19)
+    return {
+        "attend": attention.attend(features),
+        "attend, more features than the head size": attention.attend(wide),
+        "receive": attention.receive(weights),
+        "receive from afar": attention.receive(weights, start=start),
+        "receive within": attention.receive(weights, start=start, stop=start + width),
+        "band": attention.band(width, start),
+        "rows": attention.rows(torch.tensor([queries - 1, 0])),
+        "row_mass": attention.row_mass(),
+    }
+
+
+@given(inputs=call_inputs(), seed=st.integers(0, 99), width=st.integers(1, 30), start=st.integers(0, 30))
+def test_factored_equals_dense_in_float64(inputs: CallInputs, seed: int, width: int, start: int) -> None:
+    """Every option, any shape: 1e-9 in float64."""
+    dense = DenseAttention(dense_pattern(inputs.query, inputs.key, **inputs.options))
+    expected, actual = answers(dense, seed, width, start), answers(factored(inputs), seed, width, start)
+    for question, answer in expected.items():
+        torch.testing.assert_close(
+            actual[question], answer, rtol=0, atol=1e-9, msg=lambda m, q=question: q + m
+        )
+
+
+@given(inputs=call_inputs(), seed=st.integers(0, 99), width=st.integers(1, 30), start=st.integers(0, 30))
+def test_factored_equals_dense_in_float32(inputs: CallInputs, seed: int, width: int, start: int) -> None:
+    """float32 inputs: 1e-5 from the float64 answer to the same inputs."""
+    inputs = inputs.to(torch.float32)
+    dense = DenseAttention(dense_pattern(inputs.query, inputs.key, **inputs.options))
+    expected, actual = answers(dense, seed, width, start), answers(factored(inputs), seed, width, start)
+    for question, answer in expected.items():
+        assert actual[question].dtype == torch.float32
+        torch.testing.assert_close(actual[question].double(), answer, rtol=1e-5, atol=1e-5)
+
+
+@given(inputs=call_inputs())
+def test_bfloat16_inputs_are_reduced_in_float32(inputs: CallInputs) -> None:
+    inputs = inputs.to(torch.bfloat16)
+    attention = factored(inputs)
+    expected = DenseAttention(dense_pattern(inputs.query, inputs.key, **inputs.options))
+    assert attention.band(3).dtype == torch.float32
+    torch.testing.assert_close(attention.band(3).double(), expected.band(3), rtol=1e-5, atol=1e-5)
+
+
+@given(pattern=patterns())
+def test_questions_are_what_they_say(pattern: torch.Tensor) -> None:
+    """The dense answers against loops over single entries."""
+    attention = DenseAttention(pattern)
+    batch, heads, tokens, _ = pattern.shape
+    band = attention.band(3, start=1)
+    received = attention.receive(torch.ones(batch, tokens, 1, dtype=torch.float64), start=1, stop=4)
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(tokens):
+                for j in range(1, 4):
+                    expected = pattern[b, h, t, t - j] if t - j >= 0 else 0.0
+                    assert band[b, h, t, j - 1] == expected
+            for s in range(tokens):
+                total = sum(float(pattern[b, h, t, s]) for t in range(s + 1, min(s + 4, tokens)))
+                assert float(received[b, h, s, 0]) == pytest.approx(total, abs=1e-12)
+
+
+@given(inputs=call_inputs(cached=False))
+def test_inputs_are_not_modified(inputs: CallInputs) -> None:
+    query, key = inputs.query.clone(), inputs.key.clone()
+    answers(factored(inputs), seed=0, width=4, start=1)
+    assert torch.equal(inputs.query, query)
+    assert torch.equal(inputs.key, key)
+
+
+def test_long_rows_go_by_blocks() -> None:
+    """Several blocks of queries, and a window that leaves whole blocks of keys unseen."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 4, 700, 8).double(), torch.randn(1, 2, 700, 8).double()
+    for options in ({}, {"window": 50}, {"softcap": 3.0}, {"window": 50, "sinks": torch.randn(4).double()}):
+        dense = DenseAttention(dense_pattern(query, key, **options))
+        attention = FactoredAttention(query, key, **options)
+        expected, actual = answers(dense, 0, 41, 10), answers(attention, 0, 41, 10)
+        for question, answer in expected.items():
+            torch.testing.assert_close(actual[question], answer, rtol=0, atol=1e-9)
+
+
+def test_factored_never_stores_a_map() -> None:
+    """No tensor as large as one head's map is made at any time, whatever the question."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            outputs = result if isinstance(result, (tuple, list)) else (result,)
+            for output in outputs:
+                if isinstance(output, torch.Tensor):
+                    self.size = max(self.size, output.numel())
+            return result
+
+    tokens, heads = 8192, 2
+    query, key = torch.randn(1, heads, tokens, 4), torch.randn(1, 1, tokens, 4)
+    for options in ({}, {"softcap": 5.0}, {"window": 512}):
+        attention = FactoredAttention(query, key, **options)
+        with Largest() as largest:
+            attention.attend(torch.randn(1, tokens, 1))
+            attention.receive(torch.randn(1, tokens, 1), start=10)
+            attention.band(51)
+            attention.row_mass()
+        assert largest.size < heads * tokens * tokens / 8, options
+
+
+@pytest.mark.parametrize("kind", ["window", "left", "right", "packed", "chunked"])
+def test_usual_masks_are_intervals(kind: str) -> None:
+    """Masks that frameworks build are recognised, so that a block meets only the keys it can see."""
+    tokens = 12
+    t, s = torch.arange(tokens)[:, None], torch.arange(tokens)[None, :]
+    seen = {
+        "window": (s <= t) & (t - s < 4),
+        "left": (s <= t) & (s >= 3),
+        "right": (s <= t) & (s < 9),
+        "packed": (s <= t) & (t // 5 == s // 5),
+        "chunked": (s <= t) & (t // 4 == s // 4),
+    }[kind]
+    visibility = Visibility.from_mask(seen[None, None])
+    assert visibility.exact is None
+    whole = slice(0, tokens)
+    assert torch.equal(visibility.block(whole, whole)[0, 0], seen)
+
+
+def test_a_plain_causal_mask_is_recognised() -> None:
+    """An explicit causal mask takes the same fast path as none."""
+    assert Visibility.from_mask(torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()).plain
+    assert Visibility.from_mask(torch.ones(1, 1, 2, 5, dtype=torch.bool).tril(3)).plain
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        (torch.tensor([[1.0, 0.0], [torch.nan, 1.0]]), r"not finite at .* = \[0, 0, 1, 0\]"),
+        (torch.tensor([[0.5, 0.5], [0.5, 0.5]]), r"not causal: .* = \[0, 0, 0, 1\]"),
+        (torch.tensor([[1.0, 0.0], [1.5, -0.5]]), "negative entries"),
+        (torch.tensor([[1.0, 0.0], [0.9, 0.9]]), "sums to 1.8"),
+        (torch.ones(3), r"got \[3\]"),
+        (torch.ones(1, 1, 3, 2), "3 queries and 2 keys"),
+        (torch.ones(1, 1, 2, 2, dtype=torch.long), "dtype torch.int64"),
+    ],
+)
+def test_invalid_patterns_are_refused(pattern: torch.Tensor, message: str) -> None:
+    with pytest.raises(PatternError, match=message):
+        DenseAttention(pattern)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(1, 3, 5, 4)}, "must be a multiple of the key heads"),
+        ({"key": torch.zeros(1, 2, 5, 3)}, "batch and head size must be equal"),
+        ({"key": torch.zeros(1, 2, 4, 4)}, "at least as many keys as queries"),
+        ({"window": 0}, "at least one key, got 0"),
+        ({"sinks": torch.zeros(3)}, r"each of 4 heads, got \[3\]"),
+        ({"mask": torch.ones(1, 1, 5, 5, dtype=torch.bool)}, "see later keys"),
+        ({"mask": torch.ones(1, 1, 4, 5, dtype=torch.bool)}, r"\[1, 4, 5, 5\], got \[1, 1, 4, 5\]"),
+        ({"mask": torch.ones(1, 1, 5, 5, dtype=torch.long)}, "boolean or additive"),
+        ({"key_mask": torch.zeros(1, 4, dtype=torch.bool)}, r"got \[1, 4\]"),
+        ({"bias": torch.zeros(5, 5)}, r"the bias must be"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    inputs = {"query": torch.zeros(1, 4, 5, 4), "key": torch.zeros(1, 2, 5, 4)} | change
+    with pytest.raises(PatternError, match=message):
+        FactoredAttention(inputs.pop("query"), inputs.pop("key"), **inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}])
+def test_nan_activations_are_refused(options: dict) -> None:
+    query = torch.zeros(1, 1, 4, 2)
+    query[0, 0, 2] = torch.nan
+    with pytest.raises(PatternError, match=r"is not finite at \[batch, head, \w+\] = \[0, 0, 2\]"):
+        FactoredAttention(query, torch.zeros(1, 1, 4, 2), **options).band(2)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (lambda a: a.band(0), "width >= 1"),
+        (lambda a: a.band(2, start=-1), "start >= 0"),
+        (lambda a: a.receive(torch.zeros(1, 4, 1), start=3, stop=3), "start < stop"),
+        (lambda a: a.attend(torch.zeros(1, 3, 1)), r"key=4, feature\], got \[1, 3, 1\]"),
+        (lambda a: a.receive(torch.zeros(1, 4)), r"query=4, feature\], got \[1, 4\]"),
+        (lambda a: a.rows(torch.tensor([4])), r"0..3, got 4..4"),
+        (lambda a: a.rows(torch.tensor([], dtype=torch.long)), "non-empty"),
+    ],
+)
+def test_questions_that_make_no_sense_are_refused(question, message: str) -> None:
+    inputs = (torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))
+    for attention in (FactoredAttention(*inputs), DenseAttention(dense_pattern(*inputs))):
+        with pytest.raises(ParameterError, match=message):
+            question(attention)
