@@ -31,6 +31,7 @@ from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
 from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.measurement import GroupMaps, group_maps, measure
 from attnprobe.probe import Attachment, Probe, attach
+from attnprobe.report import Report
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.version import __version__
@@ -52,6 +53,7 @@ __all__ = [
     "ParameterError",
     "PatternError",
     "Probe",
+    "Report",
     "ResultError",
     "Rhythm",
     "TokenBatch",

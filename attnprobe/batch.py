@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from attnprobe.errors import BatchError
@@ -34,7 +34,7 @@ class RowLayout:
     length: Int[Tensor, " row"]
     shape: tuple[int, int]
 
-    def tokens(self, values: Float[Tensor, "row *axes token"]) -> Float[Tensor, "batch *axes token"]:
+    def tokens(self, values: Float[Tensor, "row *axes row_token"]) -> Float[Tensor, "batch *axes token"]:
         """Return per-token values of the rows in the caller's layout, NaN where no row has a token."""
         batch, width = self.shape
         by_token = values.movedim(-1, 1)
@@ -46,7 +46,7 @@ class RowLayout:
         return out.view(batch, width, *by_token.shape[2:]).movedim(1, -1)
 
     def responses(
-        self, values: Float[Tensor, "row *axes"], weights: Float[Tensor, " row"]
+        self, values: Float[Tensor, "row *axes"], weights: Real[Tensor, " row"]
     ) -> Float[Tensor, "batch *axes"]:
         """Return per-row values as the weighted mean over the rows that came from one caller's row.
 
@@ -146,6 +146,10 @@ class TokenBatch:
             raise BatchError("pass response_mask or response_start, not both")
         if response_start is not None:
             starts = torch.as_tensor(response_start, device=input_ids.device).reshape(-1, 1)
+            if starts.is_floating_point() or bool((starts < 0).any()):
+                raise BatchError(
+                    f"response_start is a column, a whole number from 0; got {starts.flatten().tolist()}"
+                )
             if starts.shape[0] not in (1, shape[0]):
                 raise BatchError(
                     f"response_start must be one column or one for each of {shape[0]} rows, "
@@ -266,7 +270,7 @@ class TokenBatch:
         return TokenBatch(ids, real, response), layout
 
     def select(self, rows: slice) -> TokenBatch:
-        """Return some rows, cut to the columns that they use."""
+        """Return some rows, without the columns after their last token."""
         used = self.attention_mask[rows].any(0).nonzero()[:, 0]
         columns = slice(0, int(used.max()) + 1)
         segments = None if self.segment_ids is None else self.segment_ids[rows, columns]
@@ -296,24 +300,25 @@ class TokenBatch:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """Return the text of each token, so that joined they give the text of the whole.
 
-    A character whose bytes are spread over several tokens stands with the first of them, and the
-    others are empty. SentencePiece's leading space, which decoding a lone token drops, is kept.
+    Characters whose bytes are spread over several tokens stand with the first of these tokens, and the
+    others are empty.
     """
+
+    def decode(some: list[int]) -> str:
+        return str(tokenizer.decode(some, clean_up_tokenization_spaces=False)) if some else ""
+
     texts: list[str] = []
     pending: list[int] = []
-    for token in ids:
+    # The tokens before are decoded along: a lone SentencePiece token would lose its leading space.
+    context: list[int] = []
+    for i, token in enumerate(ids):
         pending.append(token)
-        text = str(tokenizer.decode(pending, clean_up_tokenization_spaces=False))
-        # A character of UTF-8 has at most four bytes, so four tokens that do not decode never will.
-        if "\ufffd" in text and len(pending) < 4:
+        whole = decode(context + pending)
+        if whole.endswith("\ufffd") and i + 1 < len(ids):
+            # The last character is not complete yet.
             continue
-        piece = str(tokenizer.convert_ids_to_tokens(pending[0]))
-        if piece.startswith("\u2581") and not text.startswith(" "):
-            text = " " + text
-        texts.extend([text] + [""] * (len(pending) - 1))
-        pending = []
-    for token in pending:
-        texts.append(str(tokenizer.decode([token])))
+        texts += [whole[len(decode(context)) :], *[""] * (len(pending) - 1)]
+        context, pending = pending, []
     return tuple(texts)
 
 

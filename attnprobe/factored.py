@@ -82,13 +82,13 @@ class Visibility:
             raise PatternError("the mask lets a query see later keys: attnprobe reads causal attention only")
         return Visibility(causal.first, causal.last, mask, plain=False)
 
-    def block(self, queries: slice, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
+    def block(self, queries: slice | Tensor, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
         """Return the mask of one block."""
         if self.exact is not None:
             return self.exact[:, :, queries, keys]
         key = torch.arange(keys.start, keys.stop, device=self.first.device)
-        seen = (key >= self.first[:, queries, None]) & (key <= self.last[:, queries, None])
-        return seen[:, None]
+        first, last = self.first[:, queries], self.last[:, queries]
+        return ((key >= first[..., None]) & (key <= last[..., None]))[:, None]
 
     def key_range(self, queries: slice) -> tuple[int, int]:
         """Return the half-open range of keys that some query of a block may see."""
@@ -274,13 +274,8 @@ class FactoredAttention(Attention):
     def rows(self, queries: Int[Tensor, " row"]) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of `A`, dense."""
         queries = self._check_rows(queries)
-        log_sum_exp = self.log_sum_exp()
-        rows = []
-        for query in queries.tolist():
-            one = slice(query, query + 1)
-            score = self._scores(one, slice(0, self.key_count))
-            rows.append((score - log_sum_exp[:, :, one, None]).exp())
-        return torch.cat(rows, dim=2)
+        log_sum_exp = self.log_sum_exp()[:, :, queries, None]
+        return (self._scores(queries, slice(0, self.key_count)) - log_sum_exp).exp()
 
     def row_mass(self) -> Float[Tensor, "batch head query"]:
         """Return the sum of each row."""
@@ -365,7 +360,7 @@ class FactoredAttention(Attention):
                 "NaN or infinity there"
             )
 
-    def _scores(self, queries: slice, keys: slice) -> Float[Tensor, "batch head query key"]:
+    def _scores(self, queries: slice | Tensor, keys: slice) -> Float[Tensor, "batch head query key"]:
         """Return the scores of one block, minus infinity where a key may not be seen."""
         query = self._query[:, :, queries].to(self.dtype)
         key = self._key[:, :, keys].to(self.dtype)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe import metrics
@@ -33,7 +33,7 @@ from attnprobe.storage import import_pandas, load_result, save_result
 if TYPE_CHECKING:
     import pandas
 
-_PER_TOKEN = ("waad", "fai", "entropy", "response_mask")
+_PER_TOKEN = ("waad", "fai", "entropy", "response_mask", "segment_ids")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class HeadStatistics:
         skipped_layers: the model's layers without attention.
         window, horizon: the parameters of WAAD and FAI.
         model_name: the model, as it calls itself.
+        segment_ids: in packed rows, which sequence of the row a token belongs to; else None.
     """
 
     span: Float[Tensor, "batch layer head"]
@@ -64,6 +65,7 @@ class HeadStatistics:
     window: int = 10
     horizon: Horizon = (10, 50)
     model_name: str = ""
+    segment_ids: Int[Tensor, "batch token"] | None = None
 
     def save(self, path: str | Path) -> Path:
         """Save as one safetensors file with JSON metadata, and return its path.
@@ -72,11 +74,7 @@ class HeadStatistics:
             ResultError: a place that cannot be written.
         """
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        metadata = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in _TENSORS
-        }
+        metadata = {name: getattr(self, name) for name in _METADATA}
         return save_result(path, "HeadStatistics", tensors, metadata)
 
     @staticmethod
@@ -86,7 +84,8 @@ class HeadStatistics:
         Raises:
             ResultError: a file that is missing, damaged, or holds something else.
         """
-        tensors, metadata = load_result(path, "HeadStatistics")
+        required = ("span", "waad", "fai", "response_mask", *_METADATA)
+        tensors, metadata = load_result(path, "HeadStatistics", required)
         low, high = metadata["horizon"]
         return HeadStatistics(
             **{name: tensors.get(name) for name in _TENSORS},  # type: ignore[arg-type]
@@ -127,21 +126,28 @@ class HeadStatistics:
             raise ResultError("there are no statistics to join: no forward pass was observed")
         first = parts[0]
         for part in parts[1:]:
-            for name in ("layers", "window", "horizon", "model_name"):
+            for name in _METADATA:
                 if getattr(part, name) != getattr(first, name):
                     raise ResultError(
                         f"cannot join statistics whose {name} differ: {getattr(first, name)!r} and "
                         f"{getattr(part, name)!r}"
                     )
+            if part.span.shape[2] != first.span.shape[2]:
+                raise ResultError(
+                    f"cannot join statistics of {first.span.shape[2]} and {part.span.shape[2]} heads"
+                )
+            for name in _TENSORS:
+                if (getattr(part, name) is None) != (getattr(first, name) is None):
+                    raise ResultError(f"cannot join statistics with and without {name}")
         width = max(part.response_mask.shape[-1] for part in parts)
         joined: dict[str, Any] = {}
         for name in _TENSORS:
             values = [getattr(part, name) for part in parts]
-            if any(value is None for value in values):
+            if getattr(first, name) is None:
                 joined[name] = None
                 continue
             if name in _PER_TOKEN:
-                fill = False if name == "response_mask" else torch.nan
+                fill = {"response_mask": False, "segment_ids": -1}.get(name, torch.nan)
                 values = [
                     torch.nn.functional.pad(value, (0, width - value.shape[-1]), value=fill)
                     for value in values
@@ -151,6 +157,7 @@ class HeadStatistics:
 
 
 _TENSORS = tuple(field.name for field in dataclasses.fields(HeadStatistics) if "Tensor" in str(field.type))
+_METADATA = tuple(field.name for field in dataclasses.fields(HeadStatistics) if field.name not in _TENSORS)
 
 
 def _indices(shape: torch.Size) -> tuple[Tensor, ...]:
@@ -227,6 +234,7 @@ class HeadStatisticsProbe(Probe):
                 **joined,
                 entropy=self._entropy,
                 response_mask=batch.response_mask,
+                segment_ids=batch.segment_ids,
                 layers=tuple(layers),
                 window=self.window,
                 horizon=self.horizon,

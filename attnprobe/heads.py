@@ -119,7 +119,9 @@ class HeadGroups:
         Raises:
             ResultError: a file that is missing, damaged, or holds something else.
         """
-        tensors, metadata = load_result(path, "HeadGroups")
+        tensors, metadata = load_result(
+            path, "HeadGroups", ("local_heads", "global_heads", "span", "layers", "model_name")
+        )
         return HeadGroups(
             **{name: tensors.get(name) for name in _TENSORS},  # type: ignore[arg-type]
             layers=tuple(metadata["layers"]),
@@ -174,7 +176,8 @@ def classify_heads(statistics: HeadStatistics, *, quantile: float = 0.3, receive
     mean_kurtosis = None if kurtosis is None else kurtosis.nanmean(0)
     return HeadGroups(
         local_heads=_lowest(span, count),
-        global_heads=_lowest(-span, count),
+        # Counted from the other end, so that of equal spans none is in both groups.
+        global_heads=_lowest(-span.flip(0, 1), count).flip(0, 1),
         receiver_heads=None if mean_kurtosis is None else _lowest(-mean_kurtosis, receivers),
         span=span,
         receiver_kurtosis=mean_kurtosis,

@@ -84,6 +84,7 @@ def measure(
         entropy=layout.tokens(torch.cat(entropies)) if entropies else None,
         receiver_kurtosis=None if kurtosis is None else layout.responses(kurtosis, weights),
         response_mask=batch.response_mask.to(run.adapter.device),
+        segment_ids=batch.segment_ids,
         skipped_layers=run.adapter.skipped_layers,
         model_name=run.adapter.model_name,
     )
@@ -112,14 +113,18 @@ def group_maps(
     until then would cost what attnprobe exists to avoid.
 
     Raises:
-        ParameterError: an example that the batch does not have.
+        ParameterError: an example that the batch does not have, or a packed row.
         BatchError: ids out of the vocabulary, or sequences longer than the model's context.
         UnsupportedModelError: a model whose attention cannot be read.
     """
     if not 0 <= example < batch.batch_size:
         raise ParameterError(f"example must be in 0..{batch.batch_size - 1}, got {example}")
     run = _Run.prepare(model, batch.select(slice(example, example + 1)), heads.layers, None)
-    part = next(run.parts()).select(slice(0, 1))
+    if run.rows.batch_size > 1:
+        raise ParameterError(
+            f"row {example} packs {run.rows.batch_size} responses: put each in a row of its own for maps"
+        )
+    part = next(run.parts())
     inside = part.response_mask[0].nonzero()[:, 0]
     probe = _GroupMapProbe(heads, inside)
     with (
@@ -145,7 +150,8 @@ class _GroupMapProbe(Probe):
         self.total: dict[str, Tensor] = {}
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
-        assert isinstance(value, Attention) and layer is not None
+        assert isinstance(value, Attention)
+        assert layer is not None
         index = self._heads.layers.index(layer)
         rows = value.rows(self._inside)[0][..., self._inside]
         groups = {"local": self._heads.local_heads, "global": self._heads.global_heads}

@@ -65,7 +65,7 @@ class Rhythm:
         Raises:
             ResultError: a file that is missing, damaged, or holds something else.
         """
-        tensors, metadata = load_result(path, "Rhythm")
+        tensors, metadata = load_result(path, "Rhythm", (*_TENSORS, "quantile", "lookback"))
         return Rhythm(
             **{name: tensors[name] for name in _TENSORS},
             quantile=metadata["quantile"],
@@ -106,8 +106,13 @@ def find_rhythm(scores: TokenScores, *, quantile: float = 0.4, lookback: int = 3
         lookback: within how many tokens an anchor "immediately follows" a preplan (the paper's k).
 
     Raises:
-        ParameterError: a quantile outside (0, 1], or a lookback below 1.
+        ParameterError: a quantile outside (0, 1], a lookback below 1, or packed rows.
     """
+    if scores.segment_ids is not None:
+        raise ParameterError(
+            "these scores are of packed rows, where the tokens of one response would be ranked among "
+            "those of another: measure rows of one sequence each, such as batch.unpadded_rows()[0]"
+        )
     preplan = find_peaks(scores.waad, quantile=quantile)
     anchor = find_peaks(scores.fai, quantile=quantile)
     dominated, intro = dominated_anchors(anchor, scores.waad, lookback=lookback)
@@ -137,10 +142,7 @@ def top_quantile(values: Float[Tensor, "batch token"], quantile: float = 0.4) ->
     order = values.nan_to_num(nan=-torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order)
     rank.scatter_(-1, order, torch.arange(values.shape[-1], device=values.device).expand_as(order))
-    # 0.3 * 10 is a hair above 3 in binary: it must not become 4.
-    counts = [math.ceil(quantile * n - 1e-9) for n in defined.sum(-1).tolist()]
-    count = torch.tensor(counts, device=values.device)
-    return defined & (rank < count[:, None])
+    return defined & (rank < _quantile_counts(values, quantile)[:, None])
 
 
 def find_peaks(values: Float[Tensor, "batch token"], *, quantile: float = 0.4) -> Bool[Tensor, "batch token"]:
@@ -169,9 +171,8 @@ def find_peaks(values: Float[Tensor, "batch token"], *, quantile: float = 0.4) -
     rises = values[:, 1:] > values[:, :-1]
     falls = values > after
     peaks[:, 1:] = rises & falls[:, 1:]
-    count_kept = [math.ceil(quantile * n - 1e-9) for n in (~values.isnan()).sum(-1).tolist()]
     ordered = values.nan_to_num(nan=-torch.inf).sort(dim=-1, descending=True).values
-    last = (torch.tensor(count_kept, device=values.device) - 1).clamp(min=0)
+    last = (_quantile_counts(values, quantile) - 1).clamp(min=0)
     threshold = ordered.gather(-1, last[:, None])
     return peaks & (values >= threshold)
 
@@ -206,8 +207,8 @@ def dominated_anchors(
     Raises:
         ParameterError: a lookback below 1, or shapes that differ.
     """
-    if isinstance(lookback, bool) or lookback < 1:
-        raise ParameterError(f"lookback must be at least 1, got {lookback!r}")
+    if isinstance(lookback, bool) or not isinstance(lookback, int) or lookback < 1:
+        raise ParameterError(f"lookback is a whole number of tokens, at least 1; got {lookback!r}")
     if anchor.shape != waad.shape:
         raise ParameterError(f"anchor is {list(anchor.shape)}, waad {list(waad.shape)}")
     delta = waad_change(waad)
@@ -238,6 +239,13 @@ def _latest_within(
     latest = column.masked_fill(~preplan, -1).cummax(-1).values
     near = anchor & (latest >= 0) & (column - latest <= lookback)
     return latest.masked_fill(~near, -1)
+
+
+def _quantile_counts(values: Float[Tensor, "batch token"], quantile: float) -> Int[Tensor, " batch"]:
+    """Return `ceil(quantile * n)` of the n defined values of each row."""
+    # 0.1 * 30 is a hair above 3 in binary: it must not become 4.
+    counts = [max(math.ceil(quantile * n - 1e-9), min(n, 1)) for n in (~values.isnan()).sum(-1).tolist()]
+    return torch.tensor(counts, device=values.device)
 
 
 def _check_quantile(quantile: float) -> None:

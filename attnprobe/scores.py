@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe.batch import TokenBatch
@@ -24,7 +24,7 @@ from attnprobe.storage import import_pandas, load_result, save_result
 if TYPE_CHECKING:
     import pandas
 
-_TENSORS = ("waad", "fai", "entropy", "response_mask", "receiver_fai")
+_TENSORS = ("waad", "fai", "entropy", "response_mask", "receiver_fai", "segment_ids")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class TokenScores:
         entropy: of the distribution that each token was sampled from, in nats; None if not measured.
         response_mask: the tokens that are scored.
         receiver_fai: future attention influence of the receiver heads; None where they are unknown.
+        segment_ids: in packed rows, which sequence of the row a token belongs to; else None.
 
     Raises:
         ResultError: scores whose shapes differ.
@@ -47,6 +48,7 @@ class TokenScores:
     entropy: Float[Tensor, "batch token"] | None
     response_mask: Bool[Tensor, "batch token"]
     receiver_fai: Float[Tensor, "batch token"] | None = None
+    segment_ids: Int[Tensor, "batch token"] | None = None
 
     def __post_init__(self) -> None:
         shapes = {name: list(value.shape) for name in _TENSORS if (value := getattr(self, name)) is not None}
@@ -68,7 +70,7 @@ class TokenScores:
         Raises:
             ResultError: a file that is missing, damaged, or holds something else.
         """
-        tensors, _ = load_result(path, "TokenScores")
+        tensors, _ = load_result(path, "TokenScores", ("waad", "fai", "response_mask"))
         return TokenScores(**{name: tensors.get(name) for name in _TENSORS})  # type: ignore[arg-type]
 
     def to_pandas(self, batch: TokenBatch | None = None) -> pandas.DataFrame:
@@ -114,6 +116,7 @@ def score_tokens(statistics: HeadStatistics, heads: HeadGroups) -> TokenScores:
         entropy=statistics.entropy,
         response_mask=statistics.response_mask,
         receiver_fai=None if receivers is None else _group_mean(statistics.fai, receivers),
+        segment_ids=statistics.segment_ids,
     )
 
 

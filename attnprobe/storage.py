@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from attnprobe.errors import MissingDependencyError, ResultError
 from attnprobe.version import __version__
 
 _KEY = "attnprobe"
+_TEMPORARY = ".attnprobe-"
 
 
 def library_versions() -> dict[str, str]:
@@ -42,12 +44,8 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
         ResultError: a folder that does not exist or cannot be written.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ResultError(f"cannot write {path}: it is a folder; name a file")
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ResultError(f"cannot write to the folder {path.parent}: {error.strerror}") from error
+    check_writable(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -56,10 +54,28 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except OSError as error:
-        os.unlink(temporary)
-        raise ResultError(f"cannot write {path}: {error.strerror}") from error
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ResultError(f"cannot write {path}: {error.strerror}") from error
+        raise
     return path
+
+
+def check_writable(path: str | Path) -> None:
+    """Check that a file could be written there, before the work whose result it is to hold.
+
+    Raises:
+        ResultError: a folder that does not exist or cannot be written, or a path that is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ResultError(f"cannot write {path}: it is a folder; name a file")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_TEMPORARY):
+            pass
+    except OSError as error:
+        raise ResultError(f"cannot write to the folder {path.parent}: {error.strerror}") from error
 
 
 def save_result(
@@ -70,15 +86,20 @@ def save_result(
     Raises:
         ResultError: a place that cannot be written.
     """
+    # Copies: safetensors refuses tensors that share memory, as the scores of equal groups may.
     present = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+        if tensor is not None
     }
     header = {"kind": kind, "versions": library_versions(), **metadata}
     return write_atomically(path, to_bytes(present, metadata={_KEY: json.dumps(header)}))
 
 
-def load_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load the tensors and metadata of a result of that kind.
+def load_result(
+    path: str | Path, kind: str, required: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load the tensors and metadata of a result of that kind, in which the required ones are present.
 
     Raises:
         ResultError: a file that is missing, damaged, or holds something else.
@@ -92,8 +113,13 @@ def load_result(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[st
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise ResultError(f"{path} is not a readable safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        header = {}
     if header.get("kind") != kind:
         raise ResultError(f"{path} holds {header.get('kind', 'something else')}, not {kind}")
+    missing = [name for name in required if name not in tensors and name not in header]
+    if missing:
+        raise ResultError(f"{path} is damaged: it lacks {', '.join(missing)}")
     return tensors, header
 
 

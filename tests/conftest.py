@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before transformers is imported: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jaxtyping
 import pytest
@@ -21,3 +25,11 @@ def as_users_call() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The packaged SmolLM2-135M-Instruct with its tokenizer."""
+    from attnprobe.models import load_model
+
+    return load_model()

@@ -21,6 +21,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ class TransformersAdapter(Adapter):
         config = model.config
         text_config = config.get_text_config(decoder=True)
         self.model = model
-        self.model_name = getattr(config, "_name_or_path", "") or type(model).__name__
+        name = getattr(config, "_name_or_path", "") or type(model).__name__
+        # A folder's path says where the model lies on this machine, not which model it is.
+        self.model_name = Path(name).name if Path(name).is_absolute() else name
         family = type(model).__name__
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(

