@@ -130,6 +130,7 @@ def receiver_kurtosis(
     response_mask: Bool[Tensor, "batch token"],
     horizon: Horizon = (10, None),
     segment_ids: Int[Tensor, "batch token"] | None = None,
+    minimum_rows: int = 10,
 ) -> Float[Tensor, "batch head"]:
     """Return how selective each head's inbound attention is: the kurtosis of FAI over tokens.
 
@@ -138,15 +139,22 @@ def receiver_kurtosis(
     rows of the horizon, at least -2. NaN where it is undefined: fewer than two tokens with a value,
     or all values equal.
 
-    The default horizon leaves out near rows: a head that looks at its neighbour gives every token the
-    same sum, and dividing that by fewer and fewer later rows would pass for selectivity.
+    Two parts of a response would pass for selectivity, and are left out. Near rows, by the default
+    horizon: a head that looks at its neighbour gives every token the same sum, divided by fewer and
+    fewer later rows. And the last tokens, whose horizon holds fewer than `minimum_rows` rows: a mean
+    over one or two rows is so much noisier than the others that the end of the response alone decides
+    (of the 20 most selective heads of SmolLM2-135M on one answer, 17 had their peak on the last token).
 
     Raises:
         PatternError: an invalid pattern.
-        ParameterError: a horizon or mask that does not fit.
+        ParameterError: a horizon, mask or number of rows that does not fit.
     """
+    if isinstance(minimum_rows, bool) or not isinstance(minimum_rows, int) or minimum_rows < 1:
+        raise ParameterError(f"minimum_rows is a whole number, at least 1; got {minimum_rows!r}")
+    attention = as_attention(attention)
     influence = future_attention_influence(attention, response_mask, horizon, segment_ids)
-    return kurtosis(influence)
+    rows = _rows_in_horizon(check_mask(attention, response_mask), *horizon, segment_ids)
+    return kurtosis(influence.masked_fill((rows < minimum_rows)[:, None], torch.nan))
 
 
 def kurtosis(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:
