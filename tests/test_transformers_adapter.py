@@ -69,10 +69,14 @@ def test_patterns_equal_eager_maps(family: str, implementation: str, side: str) 
 def test_each_row_of_a_padded_batch_equals_the_row_alone(family: str, side: str) -> None:
     """Padding, on whichever side, and the other rows of a batch change nothing."""
     model = tiny_model(family)
-    call, real = padded_call(model, side)
+    call, real = padded_call(model, side, tokens=60)
     starts = real.int().argmax(-1) + 9
     batch = attnprobe.TokenBatch.from_ids(call["input_ids"], call["attention_mask"], response_start=starts)
     together = attnprobe.measure(model, batch, horizon=(2, 6), receiver=True)
+    assert together.receiver_kurtosis is not None
+    # Where every layer has a window of 7, nothing is 10 tokens away: kurtosis is undefined.
+    windowed = family in ("mistral", "gemma3_text")
+    assert bool(together.receiver_kurtosis.isnan().all()) == windowed
     for row in range(2):
         kept = real[row].nonzero()[:, 0]
         alone = attnprobe.measure(
