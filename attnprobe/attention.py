@@ -79,6 +79,24 @@ class Attention(ABC):
     def row_mass(self) -> Float[Tensor, "batch head query"]:
         """Return the sum of each row: 1, less under an attention sink, 0 where nothing is seen."""
 
+    def key_positions(self) -> Float[Tensor, " key"]:
+        """Return the position of each key, centred: rounding is relative to the size of a feature."""
+        position = torch.arange(self.key_count, device=self.device, dtype=self.dtype)
+        return position - (self.key_count - 1) / 2
+
+    def mean_position(self) -> Float[Tensor, "batch head query"]:
+        """Return what each query reads when keys carry `key_positions`."""
+        features = self.key_positions()[None, :, None].expand(self.batch_size, -1, -1)
+        return self.attend(features)[..., 0]
+
+    def mean_distance(self) -> Float[Tensor, "batch head query"]:
+        """Return the mean backward distance of each query, `sum over s of A[t, s] * (t - s)`.
+
+        A sink's share of a row counts as distance 0.
+        """
+        position = self.key_positions()[self.query_offset :]
+        return position * self.row_mass() - self.mean_position()
+
     def _check_features(self, features: Tensor, axis: str, count: int) -> Tensor:
         if features.ndim != 3 or features.shape[:2] != (self.batch_size, count):
             raise ParameterError(

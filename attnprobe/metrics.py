@@ -42,13 +42,7 @@ def mean_attention_distance(
     """
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
-    # Distance t - s as a difference of two reads. Positions are centred first: rounding is relative to
-    # the features' size.
-    position = torch.arange(attention.key_count, device=attention.device, dtype=attention.dtype)
-    position = position - (attention.key_count - 1) / 2
-    features = position[None, :, None].expand(attention.batch_size, -1, -1)
-    read = attention.attend(features)[..., 0]
-    distance = position * attention.row_mass() - read
+    distance = attention.mean_distance()
     inside = mask[:, None].to(attention.dtype)
     count = inside.sum(-1)
     return (distance * inside).sum(-1) / count.masked_fill(count == 0, torch.nan)
