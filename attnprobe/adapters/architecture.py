@@ -90,9 +90,10 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    root: Any = decoder if decoder is not None else model.base_model
-    return root  # type: ignore[no-any-return]
+    known: Any = model
+    decoder = known.get_decoder() if hasattr(known, "get_decoder") else None
+    root: nn.Module = decoder if decoder is not None else known.base_model
+    return root
 
 
 def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[int, str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any
@@ -326,15 +326,15 @@ class Reading(ForwardWatch):
 
 
 @lru_cache(maxsize=64)
-def _signature(model_class: type[nn.Module]) -> inspect.Signature:
-    signature = inspect.signature(model_class.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(forward)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name."""
     # Of the class: a wrapper may have put another callable into the instance.
-    bound = _signature(type(module)).bind_partial(*args, **kwargs).arguments
+    bound = _signature(type(module).forward).bind_partial(*args, **kwargs).arguments
     return {**bound, **bound.get("kwargs", {})}
 
 

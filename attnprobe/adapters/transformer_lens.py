@@ -191,7 +191,10 @@ def _has_weights_of(outer: Any, inner: nn.Module) -> bool:
         own = getattr(outer, name).original_component
         for weight in ("weight", "bias"):
             mine, theirs = getattr(own, weight, None), getattr(part, weight, None)
-            if (mine is None) != (theirs is None) or (mine is not None and not torch.equal(mine, theirs)):
+            if mine is None or theirs is None:
+                if mine is not theirs:
+                    return False
+            elif not torch.equal(mine, theirs):
                 return False
     return True
 
