@@ -56,6 +56,7 @@ class FactoredAttention(Attention):
             computed it already.
         mean_position: `[batch, head, query]`, what each query reads when keys carry `key_positions`,
             where a kernel has computed it already.
+        key_start: the column of the sequence that the first key stands for.
 
     Raises:
         PatternError: shapes that do not fit, a mask that is not causal, or non-finite inputs.
@@ -80,7 +81,9 @@ class FactoredAttention(Attention):
         visibility: Visibility | None = None,
         log_sum_exp: Float[Tensor, "batch head query"] | None = None,
         mean_position: Float[Tensor, "batch head query"] | None = None,
+        key_start: int = 0,
     ) -> None:
+        self.key_start = key_start
         self.batch_size, self.head_count, self.query_count, head_size = query.shape
         self.key_count, self.key_head_count = key.shape[2], key.shape[1]
         if key.shape[0] != self.batch_size or key.shape[3] != head_size:
@@ -142,6 +145,10 @@ class FactoredAttention(Attention):
             )
         kept = key_mask.to(device=self.device, dtype=torch.bool)
         return Visibility.from_key_mask(kept, self.query_count, window)
+
+    def key_fingerprint(self) -> Float[Tensor, "batch key"]:
+        """Return the sum of each key's numbers: the same again while its cache row stays in place."""
+        return self._key.to(self.dtype).sum((1, 3))
 
     # ---- the four questions -------------------------------------------------------------------
 

@@ -128,7 +128,7 @@ def _chooses_flash(
     chosen = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
-    return chosen == SDPBackend.FLASH_ATTENTION.value  # type: ignore[no-any-return]
+    return chosen == SDPBackend.FLASH_ATTENTION.value
 
 
 def _answer(

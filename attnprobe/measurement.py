@@ -36,6 +36,7 @@ def measure(
     layers: Layers = "all",
     window: int = 10,
     horizon: Horizon = (10, 50),
+    span: bool = True,
     receiver: bool = False,
     entropy: bool = True,
     batch_size: int | None = None,
@@ -49,6 +50,7 @@ def measure(
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
+        span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
         receiver: whether to compute receiver kurtosis too (one more pass over the attention).
         entropy: whether to compute token entropy; without it nothing above the last layer is run.
         batch_size: how many sequences to run at a time; default: all. Results do not depend on it.
@@ -61,7 +63,7 @@ def measure(
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
     """
-    probe = HeadStatisticsProbe(window=window, horizon=horizon, receiver=receiver, entropy=False)
+    probe = HeadStatisticsProbe(window=window, horizon=horizon, span=span, receiver=receiver, entropy=False)
     run = _Run.prepare(model, batch, layers, batch_size)
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
@@ -78,7 +80,7 @@ def measure(
     weights = statistics.response_mask.sum(-1)
     return replace(
         statistics,
-        span=layout.responses(statistics.span, weights),
+        span=None if statistics.span is None else layout.responses(statistics.span, weights),
         waad=layout.tokens(statistics.waad),
         fai=layout.tokens(statistics.fai),
         entropy=layout.tokens(torch.cat(entropies)) if entropies else None,
