@@ -85,7 +85,9 @@ def add_rows(
         metrics.received_by_key(attention, mask, horizon), None if before is None else before.received
     )
     received_far = None
-    if far_horizon is not None:
+    if far_horizon == horizon:
+        received_far = received
+    elif far_horizon is not None:
         received_far = placed(
             metrics.received_by_key(attention, mask, far_horizon),
             None if before is None else before.received_far,

@@ -82,6 +82,7 @@ class Adapter(ABC):
         vocabulary_size: ids below it are valid.
         context_length: how many tokens the model takes, None where there is no limit.
         device: where the model's embeddings are.
+        activation_bytes: about how much one layer holds at once for each token; 0 where not known.
     """
 
     backend: str
@@ -94,6 +95,7 @@ class Adapter(ABC):
     vocabulary_size: int
     context_length: int | None
     device: torch.device
+    activation_bytes: int = 0
 
     @abstractmethod
     def observed(

@@ -67,6 +67,7 @@ class TransformersAdapter(Adapter):
         self.vocabulary_size = int(getattr(embedding, "num_embeddings", text_config.vocab_size))
         self.context_length = getattr(text_config, "max_position_embeddings", None)
         self.device = next(embedding.parameters()).device
+        self.activation_bytes = _activation_width(text_config) * next(embedding.parameters()).element_size()
         self._last_reading: tuple[Reading, int] | None = None
 
     # ---- what other backends do otherwise -----------------------------------------------------
@@ -180,6 +181,18 @@ class TransformersAdapter(Adapter):
                 stack.enter_context(suppresses_calls(module, partial(suppressing.removed_pairs, layer)))
             stack.enter_context(suppressing.installed())
             yield
+
+
+def _activation_width(config: Any) -> int:
+    """Return about how many numbers a layer holds at once for each token.
+
+    The residual stream, its norm, query, key, value and output (some eight times the model's width),
+    and the feed-forward layer's three intermediates. A guide for the size of batches, not a promise.
+    """
+    width = int(config.hidden_size)
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
+    # Some families give a width for each layer.
+    return 8 * width + 3 * (max(inner) if isinstance(inner, list) else int(inner))
 
 
 class _Suppressing(ForwardWatch):
