@@ -230,9 +230,9 @@ class _Run:
             told += [f"layers {repeated} spoke more than once{at}"] if repeated else []
         if told:
             raise IncompleteRunError(
-                f"{' and '.join(told)} in a forward pass of {self._adapter.model_name} "
-                f"({self._adapter.family}) through {self._adapter.backend}; each layer must be seen exactly "
-                "once, so nothing of this pass is kept"
+                f"{' and '.join(told)} in a forward pass of {self._adapter.full_name} through "
+                f"{self._adapter.backend}; each layer must be seen exactly once, so nothing of this pass is "
+                "kept"
             )
 
 
