@@ -276,15 +276,15 @@ class Reading(ForwardWatch):
     def _output_hook(self, site: str, layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             value = output[0] if isinstance(output, tuple) else output
-            shape = value.shape if isinstance(value, Tensor) else None
-            if shape is not None and value.ndim == 2 and self.is_running:
+            output_shape = value.shape
+            if len(output_shape) == 2 and self.is_running:
                 # Mixtures of experts look at tokens one by one, and some return them in one row.
                 assert self._batch is not None
                 value = value.unflatten(0, self._batch.input_ids.shape)
             replaced = self._observe_tensor(site, layer, value)
             if replaced is None:
                 return None
-            replaced = replaced.reshape(shape)
+            replaced = replaced.reshape(output_shape)
             return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
         return hook
