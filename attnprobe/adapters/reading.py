@@ -310,9 +310,12 @@ class Reading(ForwardWatch):
         if not fits or (site != "logits" and value.shape[1] != tokens[1]):
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UnsupportedModelError(f"{where} should be [batch, token, d_model], but is {found}")
-        version = None if value.is_inference() else value._version
-        replaced = self._observer.observe(site, layer, value)
-        if version is not None and value._version != version:
+        # Some families go on to add to this very tensor in place (Falcon), which would change what a
+        # probe keeps; logits are large, and the end of the model.
+        shown = value if site == "logits" else value.clone()
+        version = None if shown.is_inference() else shown._version
+        replaced = self._observer.observe(site, layer, shown)
+        if version is not None and shown._version != version:
             raise InterventionError(
                 f"a probe changed {where} in place: return a new tensor instead, which replaces it"
             )
