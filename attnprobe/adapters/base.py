@@ -97,6 +97,11 @@ class Adapter(ABC):
     device: torch.device
     activation_bytes: int = 0
 
+    @property
+    def full_name(self) -> str:
+        """The model's name, with its family where that says more."""
+        return self.family if self.model_name == self.family else f"{self.model_name} ({self.family})"
+
     @abstractmethod
     def observed(
         self, observer: Observer, sites: Sequence[str], layers: Sequence[int]
