@@ -108,7 +108,7 @@ def largest_differences() -> dict[str, tuple[float, str]]:
 
     Over all families, in float32; differences of span and WAAD are in tokens.
     """
-    largest = {name: (0.0, "-") for name in ("span", "waad", "fai", "entropy")}
+    largest = dict.fromkeys(("span", "waad", "fai", "entropy"), (0.0, "-"))
     for family in FAMILIES:
         results: list[Any] = []
         for wrap in BACKENDS.values():
