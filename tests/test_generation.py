@@ -120,7 +120,7 @@ def test_beam_search_is_refused() -> None:
     ids, mask = prompt()
     with (
         attnprobe.attach(model, probe_of()),
-        pytest.raises(PatternError, match="rows of the KV cache were reordered .* beam search"),
+        pytest.raises(PatternError, match=r"rows of the KV cache were reordered .* beam search"),
     ):
         model.generate(ids, attention_mask=mask, num_beams=4, max_new_tokens=20, pad_token_id=0)
 

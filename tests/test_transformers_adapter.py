@@ -550,6 +550,6 @@ def test_cached_steps_of_an_unseen_beginning_are_refused() -> None:
         probe = attnprobe.HeadStatisticsProbe(entropy=False)
         with (
             attnprobe.attach(model, probe),
-            pytest.raises(attnprobe.PatternError, match="3 columns of cached keys .* not observed"),
+            pytest.raises(attnprobe.PatternError, match=r"3 columns of cached keys .* not observed"),
         ):
             model(torch.tensor([[4]]), past_key_values=cache)
