@@ -26,6 +26,7 @@ from attnprobe.adapters.architecture import architecture_of
 from attnprobe.adapters.attention_call import (
     AttentionCall,
     implementation_changed,
+    own_pass,
     suppresses_calls,
     watched_implementation,
 )
@@ -79,6 +80,11 @@ class TransformersAdapter(Adapter):
     @contextmanager
     def _ready(self, reading: Reading | None, layers: Sequence[int]) -> Iterator[None]:
         """Make the model's attention visible: to a reading, or to a suppression if there is none."""
+        if any(layer.attention_outer is not layer.attention for layer in self._architecture.layers.values()):
+            raise UnsupportedModelError(
+                f"this {self.family} is inside a TransformerBridge, which computes its attention: pass the "
+                "bridge itself"
+            )
         if self.reads == "factored":
             with implementation_changed(self.model, watched_implementation):
                 yield
@@ -134,10 +140,11 @@ class TransformersAdapter(Adapter):
         for module in was_training:
             module.training = False
         try:
-            if logits_at is None:
-                self._run_to_last_layer(arguments)
-                return None
-            logits = self._logits(arguments)
+            with own_pass():
+                if logits_at is None:
+                    self._run_to_last_layer(arguments)
+                    return None
+                logits = self._logits(arguments)
             return logits if keeps else logits[:, logits_at.to(logits.device)]
         finally:
             for module in was_training:
