@@ -331,10 +331,19 @@ class _Sequence:
             known = min(distribution_entropy.shape[1], count)
             entropy[:, count - known + 1 :] = distribution_entropy[:, -known:-1]
             following = distribution_entropy[:, -1]
+            entropy = entropy.masked_fill(~self._has_token_before(batch), torch.nan)
             if self.entropy is not None:
                 entropy = torch.cat([self.entropy, entropy], dim=-1)
             entropy = entropy.masked_fill(~mask, torch.nan)
         return _Sequence(layers, mask, segments, entropy, following)
+
+    def _has_token_before(self, batch: TokenBatch) -> Bool[Tensor, "batch token"]:
+        """Return which tokens follow one of their own sequence: a first token was sampled from nothing."""
+        real, segments = batch.attention_mask, batch.segment_ids
+        follows = real[:, :-1]
+        if segments is not None:
+            follows = follows & (segments[:, 1:] == segments[:, :-1])
+        return torch.nn.functional.pad(follows, (1, 0), value=self.next_entropy is not None)
 
 
 def _pad_heads(values: Tensor, heads: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from attnprobe import adapters
 from attnprobe.adapters import adapter_for
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.errors import AttnprobeError, ParameterError
+from attnprobe.testing.backends import BACKENDS
 from attnprobe.testing.conformance import assert_same_state, model_state
 from attnprobe.testing.families import BEGIN, END, families_table
 from attnprobe.testing.tiny_models import tiny_model
@@ -181,6 +183,35 @@ def test_a_pass_of_another_thread_is_not_taken_for_ones_own() -> None:
     assert len(errors) == 1
     assert "runs in two threads" in errors[0]
     attnprobe.measure(model, attnprobe.TokenBatch.from_ids([[1, 2, 3]]))
+
+
+# ---- a real model -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_backends_agree_on_a_real_model(smollm2) -> None:
+    """SmolLM2 through every backend: the same statistics, to float precision."""
+    text = "A farmer has 12 apples. She gives 5 away, and buys 3 more. So she has 12 - 5 + 3 = 10 apples."
+    ids = smollm2.tokenizer(text, return_tensors="pt")["input_ids"]
+    batch = attnprobe.TokenBatch.from_ids(ids, response_start=8)
+    results = {}
+    for name, wrap in BACKENDS.items():
+        # A bridge changes the model that it is put around.
+        wrapped = wrap(copy.deepcopy(smollm2.model))
+        results[name] = attnprobe.measure(wrapped, batch, layers="middle", horizon=(2, 8))
+        del wrapped
+    expected = results.pop("transformers")
+    for name, result in results.items():
+        for field in ("span", "waad", "fai", "entropy"):
+            torch.testing.assert_close(
+                getattr(result, field),
+                getattr(expected, field),
+                rtol=1e-4,
+                atol=1e-4,
+                equal_nan=True,
+                msg=lambda message, name=name, field=field: f"{name}, {field}: {message}",
+            )
 
 
 # ---- the documentation --------------------------------------------------------------------------
