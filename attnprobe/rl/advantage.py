@@ -112,7 +112,9 @@ def gate_gradient(
         raise ParameterError(
             f"the values are {list(values.shape)}, their weights {list(weights.shape)}: they must agree"
         )
-    gated: Tensor = _GatedGradient.apply(values, weights.detach().to(values.dtype))
+    gated: Tensor = _GatedGradient.apply(  # type: ignore[no-untyped-call]
+        values, weights.detach().to(values.dtype)
+    )
     return gated
 
 

@@ -187,7 +187,7 @@ class CoupledRhythmCredit(_Selective):
     Raises:
         ParameterError: an alpha outside [0, 1], or one by which a token could get a negative weight.
 
-    >>> waad = torch.tensor([[1.0, 5.0, 1.0, 1.0, 1.0, 1.0]])
+    >>> waad = torch.tensor([[1.0, 5.0, 1.0, 1.0, 1.0, 3.0]])
     >>> fai = torch.tensor([[0.1, 0.2, 0.9, 0.1, 0.1, 0.8]])
     >>> scores = TokenScores(waad, fai, None, torch.ones(1, 6, dtype=torch.bool))
     >>> CoupledRhythmCredit(quantile=0.3)(scores)  # token 2 shares with token 1; token 5 does not
@@ -296,7 +296,8 @@ def needs_of(credit: Credit) -> frozenset[str]:
     """
     if not callable(credit) or isinstance(credit, type):
         raise ParameterError(
-            f"a credit strategy is a callable `scores -> gamma`, such as CoupledRhythmCredit(); got {credit!r}"
+            "a credit strategy is a callable `scores -> gamma`, such as CoupledRhythmCredit(); got "
+            f"{credit!r}"
         )
     needs = frozenset(getattr(credit, "needs", SCORES))
     if unknown := needs - SCORES:
