@@ -345,7 +345,9 @@ def _with_mean_one(
 
 
 def _aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "batch token"]:
-    waad = scores.waad.masked_fill(~scores.response_mask, torch.nan)
+    # Half precision has no median, and would tie changes that differ.
+    dtype = torch.promote_types(scores.waad.dtype, torch.float32)
+    waad = scores.waad.to(dtype).masked_fill(~scores.response_mask, torch.nan)
     if align == "token":
         return waad
     # Row t - 1 produced token t; the row that produced the first token belongs to the prompt.

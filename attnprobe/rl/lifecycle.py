@@ -34,7 +34,7 @@ class CreditCallback(TrainerCallback, ExportableState):
         ParameterError: a number of steps below 1.
     """
 
-    def __init__(self, reclassify_every: int | None = 1) -> None:
+    def __init__(self, reclassify_every: int | None = 10) -> None:
         every = reclassify_every
         if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ParameterError(

@@ -49,12 +49,23 @@ class Rollout:
         """The tokens that the policy wrote itself and is trained on."""
         return response_mask_of(self.completion_mask, self.tool_mask)
 
+    def select(self, rows: Bool[Tensor, " batch"]) -> Rollout:
+        """Return some of the rows, at the same width."""
+        tools = self.tool_mask
+        return Rollout(
+            self.prompt_ids[rows],
+            self.prompt_mask[rows],
+            self.completion_ids[rows],
+            self.completion_mask[rows],
+            None if tools is None else tools[rows],
+        )
+
     def batch(self) -> TokenBatch:
         """Return prompts and completions as a batch whose response is the whole completion.
 
         Tool output counts as response here, since later tokens read through it. A row that is masked
-        entirely is given one token: rows are never left out, so that every process of a distributed
-        run makes the same number of forward passes.
+        entirely is given one token, so that every process of a sharded run makes the same number of
+        forward passes.
 
         Raises:
             BatchError: shapes or masks that do not fit.

@@ -5,17 +5,15 @@ the scores into weights, which travel with the batch; when its loss is computed,
 that the canary found to work. Nothing of TRL is patched but three attributes of the one trainer object,
 so overrides of subclasses stay in force. Evaluation is left as it was.
 
-What is left to others: scores (scoring), weights (credit), the ways into a loss (routes), and what
-goes into checkpoints (lifecycle).
+What is left to others: what is read of a trainer (trainers), scores (scoring), weights (credit), the
+ways into a loss (routes), and what goes into checkpoints (lifecycle).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import dataclasses
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -24,25 +22,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe import metrics
-from attnprobe.adapters import adapter_for
-from attnprobe.errors import MissingDependencyError, ParameterError, TrainerError
+from attnprobe.errors import ParameterError, TrainerError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.metrics import Horizon
-from attnprobe.probe import Layers, resolve_layers
+from attnprobe.probe import Layers
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import credit_weights
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.lifecycle import CreditCallback
 from attnprobe.rl.routes import ROUTES, Through, choose_route
 from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
+from attnprobe.rl.trainers import (
+    HANDLE,
+    check_trainer,
+    choose_layers,
+    is_sharded,
+    policy_of,
+    rollout_of,
+    token_entropy,
+)
 from attnprobe.scores import TokenScores
 
-_HANDLE = "_attnprobe_credit"
 _GENERATE = "_generate_and_score_completions"
 _LOSS = "compute_loss"
 _WEIGHTS = "credit_weights"
-_PARTS = (_GENERATE, _LOSS, "_get_per_token_logps_and_entropies", "_metrics", "callback_handler")
 
 
 def attach_credit(
@@ -51,7 +55,7 @@ def attach_credit(
     *,
     layers: Layers = "middle",
     heads: HeadGroups | None = None,
-    reclassify_every: int | None = 1,
+    reclassify_every: int | None = 10,
     window: int = 10,
     horizon: Horizon = (10, 50),
     batch_size: int | None = None,
@@ -67,7 +71,9 @@ def attach_credit(
             layer numbers.
         heads: a grouping of heads that is kept; its layers are the ones measured. None: heads are
             classified by the run's own rollouts, over all processes.
-        reclassify_every: group heads anew after so many optimizer steps; None: once, and keep it.
+        reclassify_every: group heads anew after so many optimizer steps; None: once, and keep it. All
+            responses are measured then; otherwise those with a positive advantage, which alone is
+            weighted.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens.
         batch_size: how many rows to measure at a time; default: the trainer's own per device.
@@ -81,7 +87,7 @@ def attach_credit(
         ParameterError: parameters that make no sense.
         UnsupportedModelError: a policy whose attention cannot be read.
     """
-    _check_trainer(trainer)
+    check_trainer(trainer)
     metrics.check_window(window)
     metrics.check_horizon(horizon)
     needs = needs_of(credit)
@@ -90,7 +96,7 @@ def attach_credit(
     callback = CreditCallback(reclassify_every)
     chosen: tuple[int, ...] = ()
     if needs & {"waad", "fai"}:
-        chosen = _choose_layers(trainer, layers, heads)
+        chosen = choose_layers(trainer, layers, heads)
     if heads is not None:
         callback.keep(heads, None)
         callback.fixed = True
@@ -146,7 +152,7 @@ class CreditHandle:
             TrainerError: something else has wrapped the trainer's methods since, and must go first.
         """
         trainer = self._trainer
-        if vars(trainer).get(_HANDLE) is not self:
+        if vars(trainer).get(HANDLE) is not self:
             return
         for name, wrapper in self._wrappers.items():
             if vars(trainer).get(name) is not wrapper:
@@ -160,7 +166,7 @@ class CreditHandle:
                 setattr(trainer, name, self._before[name])
         while (callback := self._callback()) is not None:
             trainer.remove_callback(callback)
-        delattr(trainer, _HANDLE)
+        delattr(trainer, HANDLE)
 
     def _install(self, callback: CreditCallback) -> None:
         trainer = self._trainer
@@ -187,7 +193,7 @@ class CreditHandle:
         for name, wrapper in self._wrappers.items():
             setattr(trainer, name, wrapper)
         trainer.add_callback(callback)
-        setattr(trainer, _HANDLE, self)
+        setattr(trainer, HANDLE, self)
 
     def _callback(self) -> CreditCallback | None:
         # Looked up each time: a trainer may replace its callbacks by restored ones.
@@ -197,86 +203,91 @@ class CreditHandle:
     # ---- one rollout --------------------------------------------------------------------------
 
     def _weigh(self, output: dict[str, Any]) -> Float[Tensor, "batch token"]:
-        """Return the factor of each token's advantage, for what the trainer has just generated."""
+        """Return the factor of each token's advantage, for what the trainer has just generated.
+
+        Weights matter where the advantage is positive: only these responses are measured, unless heads
+        are to be grouped, by all responses, or parameters are sharded: then every process has to make
+        the same number of forward passes.
+        """
         started = time.perf_counter()
-        rollout = _rollout_of(self._trainer, output)
-        statistics = None
-        if self.layers:
-            statistics = self._measure(rollout)
-        entropy = self._entropy(rollout) if "entropy" in self._needs else None
-        groups = None if statistics is None else self._group(statistics)
-        scores = score_rollout(None if groups is None else statistics, groups, rollout, entropy=entropy)
-        gamma = credit_of(self.credit, scores)
-        weights = credit_weights(output["advantages"].to(gamma.device), gamma, scores.response_mask)
-        self._log(scores, gamma, weights, output["advantages"], time.perf_counter() - started)
+        trainer = self._trainer
+        rollout = rollout_of(trainer, output, self._needs)
+        advantages = output["advantages"].detach()
+        weights = torch.ones(rollout.completion_ids.shape, device=rollout.completion_ids.device)
+        gains = advantages > 0 if advantages.ndim == 1 else (advantages > 0).any(-1)
+        regroups = bool(self.layers) and self._lifecycle().is_due(trainer.state.global_step)
+        rows = torch.ones_like(gains) if regroups or is_sharded(trainer) else gains
+        tally = _Tally()
+        if bool(rows.any()):
+            scores = self._score(rollout.select(rows), regroups)
+            gamma = credit_of(self.credit, scores)
+            weights[rows] = credit_weights(advantages[rows], gamma, scores.response_mask).to(weights)
+            tally = _Tally.of(scores, gamma, weights[rows], gains[rows], bool(self.layers))
+        self._log(tally, time.perf_counter() - started)
         return weights
 
-    def _measure(self, rollout: Rollout) -> HeadStatistics:
+    def _score(self, rollout: Rollout, regroups: bool) -> TokenScores:
         trainer = self._trainer
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-        return measure_rollout(
-            policy_of(trainer),
-            rollout,
-            **self._measuring,
-            batch_size=self._batch_size or trainer.args.per_device_train_batch_size,
-            root=trainer.model if sharded else None,
-        )
+        size = self._batch_size or trainer.args.per_device_train_batch_size
+        statistics = groups = entropy = None
+        if self.layers:
+            root = trainer.model if is_sharded(trainer) else None
+            statistics = measure_rollout(
+                policy_of(trainer), rollout, **self._measuring, batch_size=size, root=root
+            )
+            groups = self._group(statistics) if regroups else self._lifecycle().groups
+        if "entropy" in self._needs:
+            entropy = token_entropy(trainer, rollout, size)
+        return score_rollout(None if groups is None else statistics, groups, rollout, entropy=entropy)
 
     def _group(self, statistics: HeadStatistics) -> HeadGroups | None:
-        """Return the grouping to use, made anew over the rollouts of all processes where it is due."""
+        """Return a new grouping, by the responses of all processes."""
+        callback = self._lifecycle()
+        span = self._trainer.accelerator.gather(statistics.span.contiguous())
+        # Of completions that are all masked nothing is known; the grouping stays due.
+        if bool((~span.isnan()).any()):
+            callback.keep(classify_heads(replace(statistics, span=span)), self._trainer.state.global_step)
+        return callback.groups
+
+    def _lifecycle(self) -> CreditCallback:
         callback = self._callback()
         if callback is None:
             raise TrainerError("the callback of attach_credit was removed: call detach() to end credit")
-        step = int(self._trainer.state.global_step)
-        if callback.is_due(step):
-            span = self._trainer.accelerator.gather(statistics.span.contiguous())
-            # Of completions that are all masked nothing is known; the grouping stays due.
-            if bool((~span.isnan()).any()):
-                callback.keep(classify_heads(replace(statistics, span=span)), step)
-        return callback.groups
+        return callback
 
-    @torch.no_grad()
-    def _entropy(self, rollout: Rollout) -> Float[Tensor, "batch completion"]:
-        """Return the entropy of each token, by the trainer's own function: at its temperature."""
-        trainer = self._trainer
-        with _evaluating(trainer.model):
-            result = trainer._get_per_token_logps_and_entropies(
-                trainer.model,
-                torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
-                torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
-                rollout.completion_ids.shape[1],
-                self._batch_size or trainer.args.per_device_train_batch_size,
-                compute_entropy=True,
-            )
-        entropy: Tensor = result[1]
-        return entropy.float()
-
-    def _log(
-        self, scores: TokenScores, gamma: Tensor, weights: Tensor, advantages: Tensor, seconds: float
-    ) -> None:
+    def _log(self, tally: _Tally, seconds: float) -> None:
         """Put what was done into the trainer's own log, over all processes."""
-        mask = scores.response_mask
-        spread = advantages if advantages.ndim == 2 else advantages[:, None]
-        changed = (weights != 1) & (spread.to(mask.device) != 0) & mask
-        sums = [mask.sum(), gamma[mask].sum(), ((gamma > 1) & mask).sum(), changed.sum()]
-        for values in (scores.waad, scores.fai) if self.layers else ():
-            sums.append(find_peaks(values).sum())
-        spent = torch.tensor(seconds, device=mask.device)
         accelerator = self._trainer.accelerator
-        totals = torch.stack([*(value.float() for value in sums), spent])
-        totals = accelerator.reduce(totals.to(accelerator.device), reduction="sum")
-        tokens, total, amplified, applied, *peaks, all_seconds = totals.tolist()
-        tokens = max(tokens, 1.0)
-        logged = {
-            "credit/gamma_mean": total / tokens,
-            "credit/amplified_share": amplified / tokens,
-            "credit/applied_share": applied / tokens,
-            "credit/seconds": all_seconds / accelerator.num_processes,
-        }
-        for name, count in zip(("preplans", "anchors"), peaks, strict=False):
-            logged[f"credit/{name}_per_100_tokens"] = 100 * count / tokens
-        for name, value in logged.items():
-            self._trainer._metrics["train"][name].append(value)
+        counts = [*dataclasses.astuple(tally), seconds]
+        total = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="sum").tolist()
+        tally, seconds = _Tally(*total[:-1]), total[-1] / accelerator.num_processes
+        log = self._trainer._metrics["train"]
+        # Of no token there is no mean: the trainer leaves NaN out of its averages.
+        share = 1 / tally.tokens if tally.tokens else math.nan
+        log["credit/gamma_mean"].append(tally.gamma * share)
+        log["credit/amplified_share"].append(tally.amplified * share)
+        log["credit/seconds"].append(seconds)
+        if self.layers:
+            log["credit/preplans_per_100_tokens"].append(100 * tally.preplans * share)
+            log["credit/anchors_per_100_tokens"].append(100 * tally.anchors * share)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tally:
+    """Sums over the tokens of the responses with a positive advantage, of one process or of all."""
+
+    tokens: float = 0.0
+    gamma: float = 0.0
+    amplified: float = 0.0
+    preplans: float = 0.0
+    anchors: float = 0.0
+
+    @staticmethod
+    def of(scores: TokenScores, gamma: Tensor, weights: Tensor, gains: Tensor, attention: bool) -> _Tally:
+        inside = scores.response_mask & gains.to(scores.response_mask.device)[:, None]
+        peaks = [find_peaks(values)[inside].sum() if attention else 0 for values in (scores.waad, scores.fai)]
+        sums = [inside.sum(), gamma[inside].sum(), (weights.to(inside.device)[inside] > 1).sum(), *peaks]
+        return _Tally(*(float(value) for value in sums))
 
 
 class CreditMixin:
@@ -302,80 +313,3 @@ class CreditMixin:
         super().__init__(*args, **kwargs)
         if credit is not None:
             self.credit_handle = attach_credit(self, credit, **(credit_options or {}))
-
-
-def policy_of(trainer: Any) -> Any:
-    """Return a trainer's policy without what accelerate and peft have wrapped around it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(model, peft.PeftModel):
-        # Its adapters live in the layers of the base model.
-        return model.get_base_model()
-    return model
-
-
-def _check_trainer(trainer: Any) -> None:
-    if importlib.util.find_spec("trl") is None:
-        raise MissingDependencyError("credit for trainers needs trl: pip install 'attnprobe[trl]'")
-    import trl
-    from trl import GRPOTrainer, RLOOTrainer  # type: ignore[attr-defined]
-
-    if not isinstance(trainer, (GRPOTrainer, RLOOTrainer)):
-        kind = trainer if isinstance(trainer, type) else type(trainer)
-        raise TrainerError(
-            "credit can be attached to an instance of trl.GRPOTrainer, of trl.RLOOTrainer, or of a subclass; "
-            f"got {'the class' if kind is trainer else 'a'} {kind.__module__}.{kind.__qualname__}"
-        )
-    missing = [name for name in _PARTS if not hasattr(trainer, name)]
-    if missing:
-        raise TrainerError(
-            f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}: this version "
-            "is not understood; trl 1.16 is"
-        )
-    if vars(trainer).get(_HANDLE) is not None:
-        raise TrainerError("this trainer has credit already: detach() that first")
-
-
-def _choose_layers(trainer: Any, layers: Layers, heads: HeadGroups | None) -> tuple[int, ...]:
-    adapter = adapter_for(policy_of(trainer))
-    if heads is None:
-        return resolve_layers(layers, adapter)
-    chosen = resolve_layers(heads.layers, adapter)
-    if layers != "middle" and resolve_layers(layers, adapter) != chosen:
-        raise ParameterError(
-            f"heads were grouped in layers {list(heads.layers)}, but layers={layers!r}: leave layers out"
-        )
-    if heads.model_name and heads.model_name != adapter.model_name:
-        raise ParameterError(
-            f"heads were grouped for {heads.model_name}, but the policy is {adapter.model_name}; if that is "
-            "the same model by another name, pass dataclasses.replace(heads, model_name='')"
-        )
-    return chosen
-
-
-def _rollout_of(trainer: Any, output: dict[str, Any]) -> Rollout:
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-    missing = [name for name in (*names, "advantages") if name not in output]
-    if missing:
-        raise TrainerError(
-            f"{type(trainer).__name__} generates no {', '.join(missing)}: its rollouts are not understood"
-        )
-    pictures = [name for name in output if name.startswith("pixel_") or name == "num_images"]
-    if pictures:
-        raise TrainerError(
-            f"the prompts hold pictures ({', '.join(pictures)}), and attention is measured over text only: "
-            "use a strategy that needs no scores, or train on text"
-        )
-    prompt_ids, prompt_mask, completion_ids, completion_mask = (output[name] for name in names)
-    return Rollout(prompt_ids, prompt_mask, completion_ids, completion_mask, output.get("tool_mask"))
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
