@@ -393,7 +393,12 @@ def test_advantages_keep_their_type_and_carry_no_gradient(dtype) -> None:
 @pytest.mark.parametrize(
     ("advantages", "gamma", "mask", "message"),
     [
-        (torch.ones(3), torch.ones(2, 4), torch.ones(2, 4), r"must be \[2\] or \[2, 4\] to fit gamma, got \[3\]"),
+        (
+            torch.ones(3),
+            torch.ones(2, 4),
+            torch.ones(2, 4),
+            r"\[2\] or \[2, 4\] to fit gamma, got \[3\]",
+        ),
         (torch.ones(2), torch.ones(2, 4), torch.ones(2, 3), r"got \[2, 4\] and \[2, 3\]"),
         (torch.ones(2), torch.ones(2), torch.ones(2), "must both be"),
         (torch.ones(1), torch.tensor([[1.0, NAN]]), torch.ones(1, 2), "gamma is nan at token 1 of row 0"),

@@ -102,7 +102,7 @@ def measure_rollout(
         BatchError: masks that do not fit, or sequences longer than the model's context.
         ParameterError: layers, window or horizon that make no sense.
         UnsupportedModelError: a model whose attention cannot be read.
-        ResultError: scores that are not finite, as when the policy's weights are not.
+        PatternError: attention that is not finite, as when the policy's weights are not.
     """
     batch = rollout.batch()
     if root is None:
@@ -120,15 +120,13 @@ def measure_rollout(
     start = rollout.prompt_ids.shape[1]
     masked = ~rollout.completion_mask.to(statistics.span.device).bool()
     empty = masked.all(-1)
-    statistics = replace(
+    return replace(
         statistics,
         span=statistics.span.masked_fill(empty[:, None, None], torch.nan),
         waad=statistics.waad[..., start:].masked_fill(masked[:, None, None], torch.nan),
         fai=statistics.fai[..., start:].masked_fill(masked[:, None, None], torch.nan),
         response_mask=~masked,
     )
-    _check_finite(statistics)
-    return statistics
 
 
 def score_rollout(
@@ -147,20 +145,18 @@ def score_rollout(
         entropy: of the distribution that each token was sampled from, in nats.
 
     Raises:
-        ResultError: groups of other layers, heads or models, or an entropy that is not finite.
+        ResultError: groups of other layers, heads or models, or scores that are not finite.
     """
     mask = rollout.response_mask
     if entropy is not None:
-        if not bool(entropy[mask.to(entropy.device)].isfinite().all()):
-            raise ResultError(
-                "the entropy of some tokens is not finite: are the policy's weights? No weight was changed"
-            )
+        _check_finite("entropy", entropy, mask)
         entropy = entropy.detach().masked_fill(~mask.to(entropy.device), torch.nan)
     if statistics is None:
         unknown = torch.full(mask.shape, torch.nan, device=mask.device)
         return TokenScores(unknown, unknown, entropy, mask)
     scores = score_tokens(statistics, heads or classify_heads(statistics))
     mask = mask.to(scores.waad.device)
+    _check_finite("WAAD", scores.waad, mask)
     return TokenScores(
         waad=scores.waad.masked_fill(~mask, torch.nan),
         fai=scores.fai.masked_fill(~mask, torch.nan),
@@ -202,25 +198,17 @@ def _measure_whole_passes(
         span=layout.responses(statistics.span, weights),
         waad=layout.tokens(statistics.waad),
         fai=layout.tokens(statistics.fai),
+        response_mask=batch.response_mask.to(adapter.device),
         skipped_layers=adapter.skipped_layers,
         model_name=adapter.model_name,
     )
 
 
-def _check_finite(statistics: HeadStatistics) -> None:
-    """Check that WAAD is defined for every token, and FAI wherever its horizon has a token."""
-    mask = statistics.response_mask
-    # Heads that a layer does not have are NaN everywhere.
-    present = ~statistics.span.isnan().all(0)
-    behind = mask.flip(-1).cumsum(-1).flip(-1) - 1
-    for name, values, expected in (
-        ("WAAD", statistics.waad, mask),
-        ("FAI", statistics.fai, mask & (behind >= statistics.horizon[0])),
-    ):
-        wrong = ~values.isfinite() & expected[:, None, None] & present[None, :, :, None]
-        if bool(wrong.any()) or (bool(mask.any()) and not bool(present.any())):
-            row = int(wrong.any(-1).any(-1).any(-1).float().argmax())
-            raise ResultError(
-                f"{name} is not a number in row {row} of the rollout: are the policy's weights finite? "
-                "No weight was changed by this batch"
-            )
+def _check_finite(name: str, values: Tensor, mask: Tensor) -> None:
+    wrong = ~values.isfinite() & mask.to(values.device)
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        raise ResultError(
+            f"{name} is {float(values[row, token])} at token {token} of row {row} of the rollout: are the "
+            "policy's weights finite? They were not changed by this batch"
+        )

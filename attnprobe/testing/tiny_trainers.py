@@ -73,7 +73,7 @@ def tiny_trainer(
         model=model,
         reward_funcs=reward,
         args=_config_of(trainer_class)(**settings),
-        train_dataset=Dataset.from_dict({"prompt": list(PROMPTS)}),
+        train_dataset=Dataset.from_dict({"prompt": list(PROMPTS) * 4}),
         processing_class=tokenizer,
         peft_config=peft_config,
         **(options or {}),
