@@ -24,6 +24,7 @@ from attnprobe.errors import (
     ParameterError,
     PatternError,
     ResultError,
+    TrainerError,
     UnsupportedModelError,
 )
 from attnprobe.factored import FactoredAttention
@@ -58,6 +59,7 @@ __all__ = [
     "Rhythm",
     "TokenBatch",
     "TokenScores",
+    "TrainerError",
     "UnsupportedModelError",
     "__version__",
     "adapter_for",

@@ -38,11 +38,11 @@ def shard(trainer) -> None:
 
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    config = {"max_steps": 2, "max_completion_length": 8}
+    config = {"max_steps": 3, "max_completion_length": 8}
     trainer = tiny_trainer(GRPOTrainer, folder, **config)
     if kind == "fsdp2":
         shard(trainer)
-    attach_credit(trainer, CoupledRhythmCredit(), horizon=HORIZON, batch_size=2)
+    attach_credit(trainer, CoupledRhythmCredit(), horizon=HORIZON, reclassify_every=1, batch_size=2)
     weighed, records = trainer._generate_and_score_completions, []
 
     def recording(inputs):
@@ -57,9 +57,16 @@ def main(kind: str, folder: Path) -> None:
     trainer._generate_and_score_completions = recording
     trainer.train()
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    sharded = sum(hasattr(value, "full_tensor") for value in trainer.model.parameters())
+    weights = list(trainer.model.parameters())
+    sharded = sum(hasattr(value, "full_tensor") for value in weights)
     torch.save(
-        {"records": records, "world": world, "sharded": sharded, "log": trainer.state.log_history},
+        {
+            "records": records,
+            "world": world,
+            "sharded": sharded,
+            "parameters": len(weights),
+            "log": trainer.state.log_history,
+        },
         folder / f"rank{rank}.pt",
     )
 

@@ -221,8 +221,9 @@ class CreditHandle:
         if bool(rows.any()):
             scores = self._score(rollout.select(rows), regroups)
             gamma = credit_of(self.credit, scores)
-            weights[rows] = credit_weights(advantages[rows], gamma, scores.response_mask).to(weights)
-            tally = _Tally.of(scores, gamma, weights[rows], gains[rows], bool(self.layers))
+            weighed = credit_weights(advantages[rows], gamma, scores.response_mask).to(weights)
+            weights[gains] = weighed[gains[rows]]
+            tally = _Tally.of(scores, gamma, weighed, gains[rows], bool(self.layers))
         self._log(tally, time.perf_counter() - started)
         return weights
 

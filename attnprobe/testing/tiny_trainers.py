@@ -83,7 +83,7 @@ def tiny_trainer(
 def _config_of(trainer_class: Any) -> Any:
     """Return the config class that stands beside a trainer class or beside one of its bases."""
     for base in trainer_class.__mro__:
-        package = sys.modules[base.__module__.rpartition(".")[0]]
+        package = sys.modules.get(base.__module__.rpartition(".")[0])
         config = getattr(package, base.__name__.replace("Trainer", "Config"), None)
         if base.__name__.endswith("Trainer") and config is not None:
             return config
