@@ -12,13 +12,14 @@ when they are used.
 """
 
 from attnprobe import metrics
-from attnprobe.adapters import adapter_for
+from attnprobe.adapters import adapter_for, register_adapter
 from attnprobe.attention import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import (
     AttnprobeError,
     BatchError,
     IncompleteRunError,
+    InterventionError,
     MissingDependencyError,
     ModelLoadError,
     ParameterError,
@@ -35,6 +36,7 @@ from attnprobe.probe import Attachment, Probe, attach
 from attnprobe.report import Report
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
+from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "HeadStatistics",
     "HeadStatisticsProbe",
     "IncompleteRunError",
+    "InterventionError",
     "MissingDependencyError",
     "ModelLoadError",
     "ParameterError",
@@ -69,5 +72,7 @@ __all__ = [
     "group_maps",
     "measure",
     "metrics",
+    "register_adapter",
     "score_tokens",
+    "suppress_attention",
 ]

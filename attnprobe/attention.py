@@ -34,8 +34,11 @@ class Attention(ABC):
       query that may see nothing (a padding row) has a row of zeros. Rows sum to at most 1: less than
       1 where the model's softmax has a sink that is not a key.
     - Inputs are never modified, and nothing here carries gradients.
+    - Key index `s` stands for column `s + key_start` of the sequence: not 0 where a sliding cache has
+      dropped the first keys.
     """
 
+    key_start: int = 0
     batch_size: int
     head_count: int
     query_count: int
@@ -47,6 +50,14 @@ class Attention(ABC):
     def query_offset(self) -> int:
         """How many keys come before the first query."""
         return self.key_count - self.query_count
+
+    def key_fingerprint(self) -> Float[Tensor, "batch key"] | None:
+        """Return a number for each key that a later pass over the same cache gives again.
+
+        It tells whether a cache was reordered in between (beam search). None where only the pattern is
+        known.
+        """
+        return None
 
     @abstractmethod
     def attend(
@@ -79,6 +90,23 @@ class Attention(ABC):
     def row_mass(self) -> Float[Tensor, "batch head query"]:
         """Return the sum of each row: 1, less under an attention sink, 0 where nothing is seen."""
 
+    def key_positions(self) -> Float[Tensor, " key"]:
+        """Return the position of each key, centred: rounding is relative to the size of a feature."""
+        return key_positions(self.key_count, self.dtype, self.device)
+
+    def mean_position(self) -> Float[Tensor, "batch head query"]:
+        """Return what each query reads when keys carry `key_positions`."""
+        features = self.key_positions()[None, :, None].expand(self.batch_size, -1, -1)
+        return self.attend(features)[..., 0]
+
+    def mean_distance(self) -> Float[Tensor, "batch head query"]:
+        """Return the mean backward distance of each query, `sum over s of A[t, s] * (t - s)`.
+
+        A sink's share of a row counts as distance 0.
+        """
+        position = self.key_positions()[self.query_offset :]
+        return position * self.row_mass() - self.mean_position()
+
     def _check_features(self, features: Tensor, axis: str, count: int) -> Tensor:
         if features.ndim != 3 or features.shape[:2] != (self.batch_size, count):
             raise ParameterError(
@@ -107,6 +135,15 @@ class Attention(ABC):
         return queries.to(self.device)
 
 
+def key_positions(count: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " key"]:
+    """Return positions `0 .. count - 1`, centred on 0.
+
+    >>> key_positions(3, torch.float32, torch.device("cpu"))
+    tensor([-1.,  0.,  1.])
+    """
+    return torch.arange(count, device=device, dtype=dtype) - (count - 1) / 2
+
+
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that statistics of `dtype` inputs are kept in: float32, or float64.
 
@@ -129,7 +166,8 @@ class DenseAttention(Attention):
             [0.7500, 0.2500]])
     """
 
-    def __init__(self, pattern: Tensor) -> None:
+    def __init__(self, pattern: Tensor, *, key_start: int = 0) -> None:
+        self.key_start = key_start
         if pattern.ndim == 2:
             pattern = pattern[None, None]
         if pattern.ndim != 4:

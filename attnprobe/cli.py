@@ -1,4 +1,4 @@
-"""The command line: `attnprobe report`, `attnprobe heads`, `attnprobe doctor`.
+"""The command line: `attnprobe report`, `attnprobe heads`, `attnprobe score`, `attnprobe doctor`.
 
 A thin face over the library: it loads, calls and prints. Exit codes: 0 done, 1 something that the message
 explains, 2 wrong usage, 130 interrupted. What is left to others: everything that computes something.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from attnprobe.errors import AttnprobeError, BatchError, ParameterError
-from attnprobe.probe import Layers
+from attnprobe.probe import Layers, resolve_layers
 from attnprobe.version import __version__
 
 app = typer.Typer(
@@ -59,7 +60,7 @@ QuantileOption = Annotated[float, typer.Option(help="The share of heads that is 
 
 @dataclass(frozen=True)
 class _Reading:
-    """What both `report` and `heads` work on: a model, its answer, and what its heads did."""
+    """What `report`, `heads` and `score` work on: a model, its answer, and what its heads did."""
 
     model: Any
     name: str
@@ -96,6 +97,8 @@ def _read(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     loaded = models.load_model(model, progress=True)
+    # Whatever is wrong with the model or the layers is told before an answer is waited for.
+    resolve_layers(chosen, attnprobe.adapter_for(loaded.model))
     ids = models.prompt_ids(loaded, prompt, system=system, chat=chat)
     if response is None:
         answer = models.generate_response(
@@ -131,9 +134,11 @@ def report(
     ),
 ) -> None:
     """Write a page that shows the reasoning rhythm of an answer; a built-in demo with no options."""
+    from attnprobe.report.document import check_dependencies
     from attnprobe.storage import check_writable
 
     check_writable(output)
+    check_dependencies()
     reading = _read(
         model, prompt, system, response, chat, max_new_tokens, temperature, seed, layers, quantile
     )
@@ -180,19 +185,51 @@ def heads(
     ] = None,
 ) -> None:
     """List the most local, most global and receiver heads of a model over an answer."""
-    from attnprobe.storage import check_writable
-
     if output is not None:
-        if output.suffix not in (".csv", ".json", ".safetensors"):
-            raise ParameterError(f"--output must end in .csv, .json or .safetensors, got {output}")
-        check_writable(output)
+        _check_table_path(output)
     reading = _read(
         model, prompt, system, response, chat, max_new_tokens, temperature, seed, layers, quantile
     )
     out.print(_typical_heads(reading.heads, top))
     if output is not None:
-        _write_heads(reading.heads, output)
+        _write_table(reading.heads, reading.heads.to_pandas, output)
         out.print(f"All heads: [bold]{escape(str(output))}[/]")
+
+
+@app.command()
+def score(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The .csv, .json or .safetensors file to write.")
+    ] = Path("attnprobe-scores.csv"),
+    groups: Annotated[
+        Path | None,
+        typer.Option(help="Head groups that `heads -o` saved; default: those of this answer."),
+    ] = None,
+    model: ModelOption = None,
+    prompt: PromptOption = DEMO_PROMPT,
+    system: SystemOption = DEMO_SYSTEM,
+    response: ResponseOption = None,
+    chat: ChatOption = None,
+    max_new_tokens: MaxNewTokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
+    layers: LayersOption = "all",
+    quantile: QuantileOption = 0.3,
+) -> None:
+    """Write WAAD, FAI and entropy of every token of an answer to a file."""
+    from attnprobe.heads import HeadGroups
+
+    _check_table_path(output)
+    saved = None if groups is None else HeadGroups.load(groups)
+    reading = _read(
+        model, prompt, system, response, chat, max_new_tokens, temperature, seed, layers, quantile
+    )
+    import attnprobe
+
+    scores = attnprobe.score_tokens(reading.statistics, saved or reading.heads)
+    _write_table(scores, lambda: scores.to_pandas(reading.batch), output)
+    count = int(scores.response_mask.sum())
+    out.print(f"Scores of {count} tokens: [bold]{escape(str(output))}[/]")
 
 
 @app.command()
@@ -278,13 +315,25 @@ def _pairs(batch: Any, scores: Any, rhythm: Any, most: int = 12) -> Table:
     return table
 
 
-def _write_heads(groups: Any, output: Path) -> None:
+def _check_table_path(output: Path) -> None:
+    """Check that a result can be written there, before the work that makes it."""
+    from attnprobe.storage import check_writable, import_pandas
+
+    if output.suffix not in (".csv", ".json", ".safetensors"):
+        raise ParameterError(f"--output must end in .csv, .json or .safetensors, got {output}")
+    check_writable(output)
+    if output.suffix != ".safetensors":
+        import_pandas()
+
+
+def _write_table(result: Any, table: Callable[[], Any], output: Path) -> None:
+    """Write a result: as it is for attnprobe to load, or as a table for others."""
     from attnprobe.storage import write_atomically
 
     if output.suffix == ".safetensors":
-        groups.save(output)
+        result.save(output)
         return
-    frame = groups.to_pandas()
+    frame = table()
     text = frame.to_csv(index=False) if output.suffix == ".csv" else frame.to_json(orient="records", indent=1)
     write_atomically(output, text.encode())
 

@@ -3,10 +3,10 @@
 `HeadStatistics` holds span, WAAD, FAI and, if asked for, receiver kurtosis of each head, with the
 entropy of each token. `HeadStatisticsProbe` collects them from the forward passes that it is shown.
 Everything is reduced while a layer's attention is at hand and kept per head, so that head groups can be
-chosen afterwards without a second pass.
+chosen afterwards without a second pass. Passes that continue a KV cache add to their sequence.
 
-What is left to others: the definitions (metrics), reading a model (adapters), running one over a batch
-(measurement), grouping (heads).
+What is left to others: the definitions (metrics), adding rows up (sequence_sums), reading a model
+(adapters), running one over a batch (measurement), grouping (heads).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from attnprobe.batch import TokenBatch
 from attnprobe.errors import ResultError
 from attnprobe.metrics import Horizon
 from attnprobe.probe import Probe
+from attnprobe.sequence_sums import LayerSums, add_rows
 from attnprobe.storage import import_pandas, load_result, save_result
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class HeadStatistics:
     """Per-head results of a batch; NaN where undefined, and for heads that a layer does not have.
 
     Attributes:
-        span: mean backward distance over response rows, in tokens (Eq. 7 of arXiv 2510.13554).
+        span: mean backward distance over response rows, in tokens (Eq. 7 of arXiv 2510.13554); None if
+            not measured.
         waad: windowed average attention distance (Eq. 9), in `[0, window]`.
         fai: future attention influence (Eq. 10), in `[0, 1]`.
         entropy: of the distribution that each token was sampled from, in nats; None if not measured.
@@ -54,7 +56,7 @@ class HeadStatistics:
         segment_ids: in packed rows, which sequence of the row a token belongs to; else None.
     """
 
-    span: Float[Tensor, "batch layer head"]
+    span: Float[Tensor, "batch layer head"] | None
     waad: Float[Tensor, "batch layer head token"]
     fai: Float[Tensor, "batch layer head token"]
     entropy: Float[Tensor, "batch token"] | None
@@ -77,6 +79,11 @@ class HeadStatistics:
         metadata = {name: getattr(self, name) for name in _METADATA}
         return save_result(path, "HeadStatistics", tensors, metadata)
 
+    @property
+    def head_count(self) -> int:
+        """The number of heads in a layer; in models whose layers differ in it, the largest."""
+        return self.waad.shape[2]
+
     @staticmethod
     def load(path: str | Path) -> HeadStatistics:
         """Load what `save` wrote.
@@ -84,7 +91,7 @@ class HeadStatistics:
         Raises:
             ResultError: a file that is missing, damaged, or holds something else.
         """
-        required = ("span", "waad", "fai", "response_mask", *_METADATA)
+        required = ("waad", "fai", "response_mask", *_METADATA)
         tensors, metadata = load_result(path, "HeadStatistics", required)
         low, high = metadata["horizon"]
         return HeadStatistics(
@@ -101,8 +108,11 @@ class HeadStatistics:
 
         Raises:
             MissingDependencyError: pandas is not installed.
+            ResultError: span was not measured: there is nothing of a head to show.
         """
         frame = import_pandas()
+        if self.span is None:
+            raise ResultError("span was not measured: measure(..., span=True)")
         batch, layer, head = (index.flatten() for index in _indices(self.span.shape))
         columns = {
             "response": batch.numpy(),
@@ -132,10 +142,8 @@ class HeadStatistics:
                         f"cannot join statistics whose {name} differ: {getattr(first, name)!r} and "
                         f"{getattr(part, name)!r}"
                     )
-            if part.span.shape[2] != first.span.shape[2]:
-                raise ResultError(
-                    f"cannot join statistics of {first.span.shape[2]} and {part.span.shape[2]} heads"
-                )
+            if part.head_count != first.head_count:
+                raise ResultError(f"cannot join statistics of {first.head_count} and {part.head_count} heads")
             for name in _TENSORS:
                 if (getattr(part, name) is None) != (getattr(first, name) is None):
                     raise ResultError(f"cannot join statistics with and without {name}")
@@ -167,11 +175,17 @@ def _indices(shape: torch.Size) -> tuple[Tensor, ...]:
 class HeadStatisticsProbe(Probe):
     """A probe that computes head statistics in every forward pass that it is shown.
 
+    A pass with a KV cache continues the sequence of the pass before, so that `generate` gives one result
+    for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of one pass
+    over the whole sequence. The last token that is generated is never run, and has no row.
+
     Args:
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
+        span: whether to compute span, without which heads cannot be grouped; a saved grouping does without.
         receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
-        entropy: whether to compute token entropy from the logits.
+        entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
+            did not compute, as `generate` does not for those of the prompt.
 
     Raises:
         ParameterError: a window or horizon that makes no sense.
@@ -186,78 +200,141 @@ class HeadStatisticsProbe(Probe):
         *,
         window: int = 10,
         horizon: Horizon = (10, 50),
+        span: bool = True,
         receiver: bool = False,
         entropy: bool = True,
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
+        self.reads_distance = span
         self.receiver = receiver
         self.sites = frozenset({"attention", "logits"} if entropy else {"attention"})
-        self._layers: dict[int, dict[str, Tensor]] = {}
-        self._entropy: Tensor | None = None
+        self._sequence = _Sequence()
+        self._pass: dict[int, LayerSums] = {}
+        self._continues = False
+        self._distribution_entropy: Tensor | None = None
         self._finished: list[HeadStatistics] = []
 
     def begin(self, batch: TokenBatch) -> None:
-        """Forget what an earlier pass may have left."""
+        """Forget what a failed pass may have left."""
         self.abort()
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
         """Reduce one layer's attention, or the logits."""
-        if isinstance(value, Attention):
-            assert layer is not None
-            self._layers[layer] = self._reduce(value, batch)
-        else:
-            self._entropy = metrics.token_entropy(value, batch.response_mask)
-
-    def _reduce(self, attention: Attention, batch: TokenBatch) -> dict[str, Tensor]:
-        mask, segments = batch.response_mask, batch.segment_ids
-        reduced = {
-            "span": metrics.mean_attention_distance(attention, mask),
-            "waad": metrics.windowed_attention_distance(attention, self.window, mask),
-            "fai": metrics.future_attention_influence(attention, mask, self.horizon, segments),
-        }
-        if self.receiver:
-            reduced["receiver_kurtosis"] = metrics.receiver_kurtosis(attention, mask, segment_ids=segments)
-        return reduced
+        if not isinstance(value, Attention):
+            self._distribution_entropy = metrics.distribution_entropy(value)
+            return
+        assert layer is not None
+        self._continues = value.key_start + value.query_offset > 0
+        before = self._sequence.layers.get(layer) if self._continues else None
+        far = metrics.RECEIVER_HORIZON if self.receiver else None
+        self._pass[layer] = add_rows(
+            before, value, batch.response_mask, self.window, self.horizon, far, span=self.reads_distance
+        )
 
     def end(self, batch: TokenBatch) -> None:
-        """Keep the statistics of a complete pass."""
-        layers = sorted(self._layers)
-        heads = max(self._layers[layer]["span"].shape[1] for layer in layers)
-        joined: dict[str, Any] = {"receiver_kurtosis": None}
-        for name in self._layers[layers[0]]:
-            joined[name] = torch.stack(
-                [_pad_heads(self._layers[layer][name], heads) for layer in layers], dim=1
-            )
-        self._finished.append(
-            HeadStatistics(
-                **joined,
-                entropy=self._entropy,
-                response_mask=batch.response_mask,
-                segment_ids=batch.segment_ids,
-                layers=tuple(layers),
-                window=self.window,
-                horizon=self.horizon,
-            )
-        )
+        """Add the complete pass to its sequence."""
+        if not self._continues:
+            self._finished += self._current()
+            self._sequence = _Sequence()
+        self._sequence = self._sequence.extended(self._pass, batch, self._distribution_entropy)
         self.abort()
 
     def abort(self) -> None:
         """Forget the pass that is under way; finished ones are kept."""
-        self._layers, self._entropy = {}, None
+        self._pass, self._continues, self._distribution_entropy = {}, False, None
 
     def result(self) -> HeadStatistics:
-        """Return the statistics of all complete passes, joined along the batch axis.
+        """Return the statistics of all sequences so far, joined along the batch axis.
 
         Raises:
             ResultError: no complete pass was observed.
         """
-        return HeadStatistics.concatenate(self._finished)
+        return HeadStatistics.concatenate([*self._finished, *self._current()])
 
     def reset(self) -> None:
         """Forget all passes."""
         self.abort()
+        self._sequence = _Sequence()
         self._finished = []
+
+    def _current(self) -> list[HeadStatistics]:
+        """Return the statistics of the sequences that may still grow, if there are any."""
+        sequence = self._sequence
+        if not sequence.layers:
+            return []
+        assert sequence.response_mask is not None
+        mask, segments = sequence.response_mask, sequence.segment_ids
+        layers = sorted(sequence.layers)
+        reduced = [self._reduced(sequence.layers[layer], mask, segments) for layer in layers]
+        heads = max(values["waad"].shape[1] for values in reduced)
+        joined: dict[str, Any] = {"span": None, "receiver_kurtosis": None}
+        for name in reduced[0]:
+            joined[name] = torch.stack([_pad_heads(values[name], heads) for values in reduced], dim=1)
+        return [
+            HeadStatistics(
+                **joined,
+                entropy=sequence.entropy,
+                response_mask=mask,
+                segment_ids=segments,
+                layers=tuple(layers),
+                window=self.window,
+                horizon=self.horizon,
+            )
+        ]
+
+    def _reduced(self, sums: LayerSums, mask: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
+        """Return a layer's statistics from its sums."""
+        reduced = {
+            "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
+            "fai": metrics.influence_of(sums.received, mask, self.horizon, segments),
+        }
+        if sums.distance is not None:
+            count = mask.sum(-1, keepdim=True).to(sums.distance.dtype)
+            reduced["span"] = sums.distance / count.masked_fill(count == 0, torch.nan)
+        if sums.received_far is not None:
+            reduced["receiver_kurtosis"] = metrics.selectivity_of(
+                sums.received_far, mask, segment_ids=segments
+            )
+        return reduced
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """The passes of one batch of sequences so far."""
+
+    layers: dict[int, LayerSums] = dataclasses.field(default_factory=dict)
+    response_mask: Bool[Tensor, "batch token"] | None = None
+    segment_ids: Int[Tensor, "batch token"] | None = None
+    entropy: Float[Tensor, "batch token"] | None = None
+    next_entropy: Float[Tensor, " batch"] | None = None
+
+    def extended(
+        self, layers: dict[int, LayerSums], batch: TokenBatch, distribution_entropy: Tensor | None
+    ) -> _Sequence:
+        """Return the sequence with one more complete pass.
+
+        `distribution_entropy` is `[batch, token]`, of the last tokens of the pass at least.
+        """
+        mask, segments = batch.response_mask, batch.segment_ids
+        if self.response_mask is not None:
+            if segments is not None or self.segment_ids is not None:
+                raise ResultError("packed rows cannot be continued: run each sequence in a row of its own")
+            mask = torch.cat([self.response_mask, mask], dim=-1)
+        entropy, following = None, None
+        if distribution_entropy is not None:
+            rows, count = batch.input_ids.shape
+            # Row t says what token t + 1 was sampled from.
+            entropy = distribution_entropy.new_full((rows, count), torch.nan)
+            if self.next_entropy is not None:
+                entropy[:, 0] = self.next_entropy
+            known = min(distribution_entropy.shape[1], count)
+            entropy[:, count - known + 1 :] = distribution_entropy[:, -known:-1]
+            following = distribution_entropy[:, -1]
+            if self.entropy is not None:
+                entropy = torch.cat([self.entropy, entropy], dim=-1)
+            entropy = entropy.masked_fill(~mask, torch.nan)
+        return _Sequence(layers, mask, segments, entropy, following)
 
 
 def _pad_heads(values: Tensor, heads: int) -> Tensor:

@@ -135,7 +135,7 @@ class HeadGroups:
             ResultError: statistics of other layers, another number of heads, or another model.
         """
         ours = (self.layers, self.span.shape[1], self.model_name)
-        theirs = (statistics.layers, statistics.span.shape[2], statistics.model_name)
+        theirs = (statistics.layers, statistics.head_count, statistics.model_name)
         if ours[:2] != theirs[:2] or (self.model_name and theirs[2] and ours[2] != theirs[2]):
             raise ResultError(
                 f"these head groups were made for {_describe(*ours)}, but the statistics are of "
@@ -159,12 +159,15 @@ def classify_heads(statistics: HeadStatistics, *, quantile: float = 0.3, receive
     kurtosis is undefined is none. Equal values are ranked by layer, then head.
 
     Raises:
-        ParameterError: a quantile outside (0, 0.5], fewer than one receiver, or fewer than two heads.
+        ParameterError: a quantile outside (0, 0.5], fewer than one receiver, fewer than two heads, or
+            statistics without span.
     """
     if not 0 < quantile <= 0.5:
         raise ParameterError(f"quantile must be in (0, 0.5], so that groups do not overlap; got {quantile}")
     if receivers < 1:
         raise ParameterError(f"receivers must be at least 1, got {receivers}")
+    if statistics.span is None:
+        raise ParameterError("ranking heads needs their span: measure(..., span=True)")
     span = statistics.span.nanmean(0)
     defined = int((~span.isnan()).sum())
     if defined < 2:

@@ -28,6 +28,9 @@ from attnprobe.metrics import Horizon
 from attnprobe.probe import Layers, Probe, attach, resolve_layers
 from attnprobe.progress import Advance, progress_bar
 
+MEMORY_BUDGET = 2 * 2**30
+"""The default of `measure`'s memory budget, in bytes."""
+
 
 def measure(
     model: Any,
@@ -36,9 +39,11 @@ def measure(
     layers: Layers = "all",
     window: int = 10,
     horizon: Horizon = (10, 50),
+    span: bool = True,
     receiver: bool = False,
     entropy: bool = True,
     batch_size: int | None = None,
+    memory_budget: int = MEMORY_BUDGET,
     progress: bool = False,
 ) -> HeadStatistics:
     """Run a model over a batch once, and return what every head does there.
@@ -49,9 +54,13 @@ def measure(
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
+        span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
         receiver: whether to compute receiver kurtosis too (one more pass over the attention).
         entropy: whether to compute token entropy; without it nothing above the last layer is run.
-        batch_size: how many sequences to run at a time; default: all. Results do not depend on it.
+        batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
+            Results do not depend on it.
+        memory_budget: about how many bytes of activations and logits a chunk of the batch may take; at
+            least one sequence is run at a time. An estimate from the model's widths, not a bound.
         progress: whether to show a progress bar.
 
     Raises:
@@ -61,8 +70,10 @@ def measure(
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
     """
-    probe = HeadStatisticsProbe(window=window, horizon=horizon, receiver=receiver, entropy=False)
-    run = _Run.prepare(model, batch, layers, batch_size)
+    probe = HeadStatisticsProbe(window=window, horizon=horizon, span=span, receiver=receiver, entropy=False)
+    if memory_budget < 1:
+        raise ParameterError(f"memory_budget is a number of bytes, at least 1; got {memory_budget}")
+    run = _Run.prepare(model, batch, layers, batch_size, memory_budget, entropy)
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
         for part in run.parts():
@@ -78,7 +89,7 @@ def measure(
     weights = statistics.response_mask.sum(-1)
     return replace(
         statistics,
-        span=layout.responses(statistics.span, weights),
+        span=None if statistics.span is None else layout.responses(statistics.span, weights),
         waad=layout.tokens(statistics.waad),
         fai=layout.tokens(statistics.fai),
         entropy=layout.tokens(torch.cat(entropies)) if entropies else None,
@@ -119,7 +130,7 @@ def group_maps(
     """
     if not 0 <= example < batch.batch_size:
         raise ParameterError(f"example must be in 0..{batch.batch_size - 1}, got {example}")
-    run = _Run.prepare(model, batch.select(slice(example, example + 1)), heads.layers, None)
+    run = _Run.prepare(model, batch.select(slice(example, example + 1)), heads.layers)
     if run.rows.batch_size > 1:
         raise ParameterError(
             f"row {example} packs {run.rows.batch_size} responses: put each in a row of its own for maps"
@@ -172,14 +183,22 @@ class _Run:
     size: int
 
     @staticmethod
-    def prepare(model: Any, batch: TokenBatch, layers: Layers, batch_size: int | None) -> _Run:
+    def prepare(
+        model: Any,
+        batch: TokenBatch,
+        layers: Layers,
+        batch_size: int | None = None,
+        memory_budget: int = MEMORY_BUDGET,
+        entropy: bool = False,
+    ) -> _Run:
         adapter = adapter_for(model)
         chosen = resolve_layers(layers, adapter)
         rows, layout = batch.unpadded_rows()
         _check_fits(rows, adapter)
         if batch_size is not None and batch_size < 1:
             raise ParameterError(f"batch_size must be at least 1, got {batch_size}")
-        return _Run(adapter, chosen, rows, layout, batch_size or rows.batch_size)
+        size = batch_size or _rows_within(memory_budget, rows, adapter, entropy)
+        return _Run(adapter, chosen, rows, layout, size)
 
     @property
     def width(self) -> int:
@@ -204,6 +223,15 @@ class _Ticking(Probe):
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
         self._advance()
+
+
+def _rows_within(budget: int, rows: TokenBatch, adapter: Adapter, entropy: bool) -> int:
+    """Return how many rows at a time are estimated to stay within a budget of bytes; at least one."""
+    per_row = adapter.activation_bytes * rows.token_count
+    if entropy:
+        # Logits come in the model's dtype, four bytes at most, for the response's tokens only.
+        per_row += 4 * adapter.vocabulary_size * int(rows.response_mask.sum(-1).max())
+    return rows.batch_size if per_row == 0 else min(rows.batch_size, max(1, budget // per_row))
 
 
 def _check_fits(rows: TokenBatch, adapter: Adapter) -> None:

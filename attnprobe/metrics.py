@@ -19,9 +19,12 @@ from attnprobe.errors import ParameterError, PatternError
 
 Horizon = tuple[int, int | None]
 
-# A horizon wider than this is summed by `receive`, whose cost does not grow with it, instead of from a
-# band, whose memory does.
-_WIDEST_BAND = 128
+RECEIVER_HORIZON: Horizon = (10, None)
+"""The horizon of receiver kurtosis: near rows are left out."""
+
+WIDEST_BAND = 128
+"""A horizon wider than this is summed by `receive`, whose cost does not grow with it, instead of from a
+band, whose memory does."""
 
 
 def mean_attention_distance(
@@ -42,13 +45,7 @@ def mean_attention_distance(
     """
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
-    # Distance t - s as a difference of two reads. Positions are centred first: rounding is relative to
-    # the features' size.
-    position = torch.arange(attention.key_count, device=attention.device, dtype=attention.dtype)
-    position = position - (attention.key_count - 1) / 2
-    features = position[None, :, None].expand(attention.batch_size, -1, -1)
-    read = attention.attend(features)[..., 0]
-    distance = position * attention.row_mass() - read
+    distance = attention.mean_distance()
     inside = mask[:, None].to(attention.dtype)
     count = inside.sum(-1)
     return (distance * inside).sum(-1) / count.masked_fill(count == 0, torch.nan)
@@ -73,12 +70,7 @@ def windowed_attention_distance(
     """
     check_window(window)
     attention = as_attention(attention)
-    distance = torch.arange(window, device=attention.device, dtype=attention.dtype)
-    # min(t - s, W) is W less what the near keys fall short of it: far keys need no look.
-    shortfall = attention.band(window) @ (window - distance)
-    waad = window * attention.row_mass() - shortfall
-    # Rounding can leave a first token, which sees itself alone, a hair below 0.
-    waad = waad.clamp(min=0.0)
+    waad = windowed_distance_by_row(attention, window)
     if response_mask is None:
         return waad
     return waad.masked_fill(~check_mask(attention, response_mask)[:, None], torch.nan)
@@ -108,28 +100,16 @@ def future_attention_influence(
     low, high = check_horizon(horizon)
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
-    rows = mask.to(attention.dtype)
-    if high is None or high - low >= _WIDEST_BAND:
-        stop = None if high is None else high + 1
-        received = attention.receive(rows[..., None], start=low, stop=stop)[..., 0]
-    else:
-        width = high - low + 1
-        band = attention.band(width, start=low) * rows[:, None, :, None]
-        received = band.new_zeros(band.shape[:3])
-        for j in range(min(width, attention.key_count - low)):
-            distance = low + j
-            received[..., : attention.key_count - distance] += band[..., distance:, j]
-    count = _rows_in_horizon(mask, low, high, segment_ids)
-    defined = mask & (count > 0)
-    influence = received / count.clamp(min=1)[:, None].to(attention.dtype)
-    return influence.masked_fill(~defined[:, None], torch.nan)
+    received = received_by_key(attention, mask, (low, high))
+    return influence_of(received, mask, (low, high), segment_ids)
 
 
 def receiver_kurtosis(
     attention: Attention | Tensor,
     response_mask: Bool[Tensor, "batch token"],
-    horizon: Horizon = (10, None),
+    horizon: Horizon = RECEIVER_HORIZON,
     segment_ids: Int[Tensor, "batch token"] | None = None,
+    minimum_rows: int = 10,
 ) -> Float[Tensor, "batch head"]:
     """Return how selective each head's inbound attention is: the kurtosis of FAI over tokens.
 
@@ -138,15 +118,83 @@ def receiver_kurtosis(
     rows of the horizon, at least -2. NaN where it is undefined: fewer than two tokens with a value,
     or all values equal.
 
-    The default horizon leaves out near rows: a head that looks at its neighbour gives every token the
-    same sum, and dividing that by fewer and fewer later rows would pass for selectivity.
+    Two parts of a response would pass for selectivity, and are left out. Near rows, by the default
+    horizon: a head that looks at its neighbour gives every token the same sum, divided by fewer and
+    fewer later rows. And the last tokens, whose horizon holds fewer than `minimum_rows` rows: a mean
+    over one or two rows is so much noisier than the others that the end of the response alone decides
+    (of the 20 most selective heads of SmolLM2-135M on one answer, 17 had their peak on the last token).
 
     Raises:
         PatternError: an invalid pattern.
-        ParameterError: a horizon or mask that does not fit.
+        ParameterError: a horizon, mask or number of rows that does not fit.
     """
-    influence = future_attention_influence(attention, response_mask, horizon, segment_ids)
-    return kurtosis(influence)
+    if isinstance(minimum_rows, bool) or not isinstance(minimum_rows, int) or minimum_rows < 1:
+        raise ParameterError(f"minimum_rows is a whole number, at least 1; got {minimum_rows!r}")
+    horizon = check_horizon(horizon)
+    attention = as_attention(attention)
+    mask = check_mask(attention, response_mask)
+    received = received_by_key(attention, mask, horizon)
+    return selectivity_of(received, mask, horizon, segment_ids, minimum_rows)
+
+
+# ---- the parts that can be added up over the steps of a KV cache ------------------------------
+
+
+def windowed_distance_by_row(attention: Attention, window: int) -> Float[Tensor, "batch head query"]:
+    """Return WAAD (Eq. 9) of each row, for any queries."""
+    distance = torch.arange(window, device=attention.device, dtype=attention.dtype)
+    # min(t - s, W) is W less what the near keys fall short of it: far keys need no look.
+    shortfall = attention.band(window) @ (window - distance)
+    # Rounding can leave a first token, which sees itself alone, a hair below 0.
+    return (window * attention.row_mass() - shortfall).clamp(min=0.0)
+
+
+def received_by_key(
+    attention: Attention, rows: Bool[Tensor, "batch query"], horizon: Horizon
+) -> Float[Tensor, "batch head key"]:
+    """Return what each key is given by the marked rows within the horizon: the numerator of Eq. 10."""
+    low, high = horizon
+    weights = rows.to(attention.dtype)
+    width = None if high is None else high - low + 1
+    # A band pays where there are more rows than distances; a cached step has one row.
+    if width is None or width > WIDEST_BAND or attention.query_count < width:
+        stop = None if high is None else high + 1
+        return attention.receive(weights[..., None], start=low, stop=stop)[..., 0]
+    band = attention.band(width, start=low) * weights[:, None, :, None]
+    # Key s is given band[t, j] by the query that stands at s + low + j: a diagonal of the band, which a
+    # stride of one more than a row walks. Rows of zeros stand in for queries before and after.
+    first = low - attention.query_offset
+    padding = max(0, -first)
+    padded = torch.nn.functional.pad(band, (0, 0, padding, low + width - 1)).contiguous()
+    shape = (*band.shape[:2], attention.key_count, width)
+    strides = (*padded.stride()[:3], width + 1)
+    return padded.as_strided(shape, strides, (first + padding) * width).sum(-1)
+
+
+def influence_of(
+    received: Float[Tensor, "batch head token"],
+    response_mask: Bool[Tensor, "batch token"],
+    horizon: Horizon,
+    segment_ids: Int[Tensor, "batch token"] | None = None,
+) -> Float[Tensor, "batch head token"]:
+    """Return FAI from what each token was given: Eq. 10 divides by the response rows in its horizon."""
+    count = _rows_in_horizon(response_mask, *horizon, segment_ids)
+    defined = response_mask & (count > 0)
+    influence = received / count.clamp(min=1)[:, None].to(received.dtype)
+    return influence.masked_fill(~defined[:, None], torch.nan)
+
+
+def selectivity_of(
+    received: Float[Tensor, "batch head token"],
+    response_mask: Bool[Tensor, "batch token"],
+    horizon: Horizon = RECEIVER_HORIZON,
+    segment_ids: Int[Tensor, "batch token"] | None = None,
+    minimum_rows: int = 10,
+) -> Float[Tensor, "batch head"]:
+    """Return receiver kurtosis from what each token was given, over the tokens that enough rows speak for."""
+    influence = influence_of(received, response_mask, horizon, segment_ids)
+    rows = _rows_in_horizon(response_mask, *horizon, segment_ids)
+    return kurtosis(influence.masked_fill((rows < minimum_rows)[:, None], torch.nan))
 
 
 def kurtosis(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:

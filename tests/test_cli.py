@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnprobe import HeadGroups
+from attnprobe import HeadGroups, TokenScores
 from attnprobe.cli import main, parse_layers
 from attnprobe.errors import ParameterError
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
@@ -85,6 +85,41 @@ def test_heads_are_written(run, model: str, tmp_path: Path, ending: str) -> None
         assert HeadGroups.load(path).layers == (0, 2)
 
 
+@pytest.mark.parametrize("ending", ["csv", "json", "safetensors"])
+def test_scores_are_written(run, model: str, tmp_path: Path, ending: str) -> None:
+    """By the groups of the answer itself, or by saved ones of another answer."""
+    groups, path = tmp_path / "groups.safetensors", tmp_path / f"scores.{ending}"
+    words = ["--model", model, "--prompt", "Q", "--layers", "0,2"]
+    assert run("heads", *words, "--response", "another answer " * 8, "-o", str(groups))[0] == 0
+    words += ["--response", "word by word " * 8, "-o", str(path)]
+    code, out, _ = run("score", *words, "--groups", str(groups))
+    assert code == 0
+    if ending == "safetensors":
+        count = int(TokenScores.load(path).response_mask.sum())
+    elif ending == "json":
+        rows = json.loads(path.read_text())
+        assert "".join(row["text"] for row in rows) == "word by word " * 8
+        count = len(rows)
+    else:
+        lines = path.read_text().splitlines()
+        assert lines[0] == "response,token,id,text,waad,fai,receiver_fai,entropy"
+        by_saved_groups = path.read_text()
+        assert run("score", *words)[0] == 0
+        assert path.read_text() != by_saved_groups
+        count = len(lines) - 1
+    assert f"Scores of {count} tokens" in out
+
+
+def test_groups_of_other_layers_are_refused(run, model: str, tmp_path: Path) -> None:
+    groups, path = tmp_path / "groups.safetensors", tmp_path / "scores.csv"
+    words = ["--model", model, "--prompt", "Q", "--response", "word by word " * 8]
+    assert run("heads", *words, "--layers", "0,2", "-o", str(groups))[0] == 0
+    code, _, err = run("score", *words, "--groups", str(groups), "-o", str(path))
+    assert code == 1
+    assert "these head groups were made for tiny-llama with layers [0, 2]" in err.replace("\n", " ")
+    assert not path.exists()
+
+
 def test_doctor_tries_everything(run) -> None:
     code, out, _ = run("doctor")
     assert code == 0
@@ -109,6 +144,8 @@ def test_version(run) -> None:
         (["report", "-o", "/"], "it is a folder; name a file"),
         (["report", "--response", " "], "the response is empty"),
         (["report", "--layers", "two"], 'layers must be "all", "middle" or numbers'),
+        (["score", "-o", "scores.xlsx"], "must end in .csv, .json or .safetensors"),
+        (["score", "--groups", "/nowhere/groups.safetensors"], "there is no result at /nowhere"),
         (["heads", "-o", "heads.xlsx"], "must end in .csv, .json or .safetensors"),
     ],
 )

@@ -112,15 +112,37 @@ def test_fai(case: tuple, horizon: tuple) -> None:
     assert_equal(metrics.future_attention_influence(*case, horizon), slow_fai(*case, horizon))
 
 
-@given(case=masked_patterns(), low=st.integers(1, 4))
-def test_receiver_kurtosis(case: tuple, low: int) -> None:
-    actual = metrics.receiver_kurtosis(*case, (low, None))
+@given(case=masked_patterns(), low=st.integers(1, 4), minimum_rows=st.integers(1, 4))
+def test_receiver_kurtosis(case: tuple, low: int, minimum_rows: int) -> None:
+    """Kurtosis of FAI over the tokens that enough rows speak for."""
+    actual = metrics.receiver_kurtosis(*case, (low, None), minimum_rows=minimum_rows)
     fai = slow_fai(*case, (low, None))
+    for b, inside in enumerate(case[1].tolist()):
+        for line in fai[b]:
+            for s in range(len(line)):
+                if sum(inside[s + low :]) < minimum_rows:
+                    line[s] = NAN
     expected = torch.tensor([[slow_kurtosis(line) for line in heads] for heads in fai])
     # Columns that are equal but for rounding have a kurtosis in the reference: leave those out.
     both = ~(actual.isnan() | expected.isnan())
     torch.testing.assert_close(actual[both], expected[both].double(), rtol=1e-5, atol=1e-5)
     assert bool((actual[both] >= -2 - 1e-9).all())
+    assert bool(actual[expected.isnan()].isnan().all())
+
+
+def test_the_end_of_a_response_is_not_selectivity() -> None:
+    """The last tokens, read by one or two rows, do not decide which head is a receiver."""
+    tokens = 60
+    even = torch.full((tokens, tokens), 1.0).tril()
+    even = even / even.sum(-1, keepdim=True)
+    spiked = even.clone()
+    # The last row reads one token, ten before it: FAI of that token is a mean over this row alone.
+    spiked[-1] = 0.0
+    spiked[-1, tokens - 11] = 1.0
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    noisy = float(metrics.receiver_kurtosis(spiked, mask, minimum_rows=1))
+    assert noisy > 40
+    assert float(metrics.receiver_kurtosis(spiked, mask)) < 1
 
 
 @given(values=st.lists(st.floats(-100, 100, width=16), min_size=2, max_size=20))
@@ -308,6 +330,7 @@ MASK = torch.ones(1, 4, dtype=torch.bool)
             lambda: metrics.future_attention_influence(PATTERN, MASK, (1, 2), MASK[:, :2].long()),
             r"segment_ids must be \[1, 4\], got \[1, 2\]",
         ),
+        (lambda: metrics.receiver_kurtosis(PATTERN, MASK, minimum_rows=0), "at least 1; got 0"),
         (lambda: metrics.token_entropy(torch.zeros(2, 3)), r"got \[2, 3\]"),
         (lambda: metrics.token_entropy(torch.zeros(1, 3, 2), MASK), r"\[1, 3\], got \[1, 4\]"),
     ],

@@ -487,8 +487,8 @@ class TestErrors:
 
     def test_statistics_that_name_other_layers_than_they_hold(self) -> None:
         results = make_results()
-        results["statistics"] = dataclasses.replace(results["statistics"], span=torch.ones(2, 5, 4))
-        with pytest.raises(ResultError, match=r"name 2 layers, but their span is \[5, 4\]"):
+        results["statistics"] = dataclasses.replace(results["statistics"], waad=torch.ones(2, 5, 4, 3))
+        with pytest.raises(ResultError, match=r"name 2 layers, but their WAAD is of \[5, 4\]"):
             Report(**results)
 
     def test_heads_without_any_span(self) -> None:

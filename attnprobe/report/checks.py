@@ -90,10 +90,10 @@ def _check_heads(statistics: HeadStatistics, heads: HeadGroups) -> None:
     wanted = [len(heads.layers), heads.span.shape[1]]
     if any(shape != wanted for shape in shapes.values()):
         raise ResultError(f"the head groups of {len(heads.layers)} layers must be {wanted}, got {shapes}")
-    measured = list(statistics.span.shape[1:])
+    measured = [statistics.waad.shape[1], statistics.head_count]
     if measured != wanted:
         raise ResultError(
-            f"the statistics name {len(statistics.layers)} layers, but their span is {measured}"
+            f"the statistics name {len(statistics.layers)} layers, but their WAAD is of {measured}"
         )
     if bool(heads.span.isnan().all()):
         raise ResultError("no head has a defined span: there is nothing to show")

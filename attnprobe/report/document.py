@@ -24,7 +24,7 @@ from attnprobe.report import tokens as coloured
 from attnprobe.report.checks import check_results_fit
 from attnprobe.report.figures import curves_figure, group_names, heads_figure, response_curves
 from attnprobe.report.maps import MOST_CELLS, maps_figure
-from attnprobe.report.plotting import figure_json, plotly_source
+from attnprobe.report.plotting import figure_json, import_plotly, plotly_source
 from attnprobe.report.response import (
     CoupledPair,
     ResponseToken,
@@ -228,6 +228,16 @@ class Report:
     def _map_block(self) -> int:
         """Return how many tokens a cell of the maps stands for."""
         return 1 if self.maps is None else math.ceil(len(self.maps.columns) / MOST_CELLS)
+
+
+def check_dependencies() -> None:
+    """Check that what a page is made with is installed, before the work that it is to show.
+
+    Raises:
+        MissingDependencyError: jinja2 or plotly is not installed.
+    """
+    _template()
+    import_plotly()
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

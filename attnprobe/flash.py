@@ -1,0 +1,151 @@
+"""The flash kernel of scaled dot product attention, with what it computes along the way.
+
+A flash kernel knows the log-sum-exp of every row, and PyTorch's `scaled_dot_product_attention` throws it
+away. Calling the kernel itself returns it at no cost, with an output that is bitwise the same; and one more
+column in the value is attended to for a few percent of the time. `listen` does so inside a model's own
+attention function: whatever that function does around the call stays as it is.
+
+The alternative, a second pass for the statistics, doubles the cost of attention. What is left to others:
+deciding when to listen (adapters), and what the log-sum-exp is for (factored).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass(frozen=True)
+class FlashResult:
+    """What the kernel returns.
+
+    Attributes:
+        output: the attention's output.
+        log_sum_exp: of each row's scores, without sinks; its value has no meaning where nothing is seen.
+        read: what each query reads of the extra features; None where there were none.
+    """
+
+    output: Float[Tensor, "batch head query d"]
+    log_sum_exp: Float[Tensor, "batch head query"]
+    read: Float[Tensor, "batch head query feature"] | None
+
+
+def flash_attention(
+    query: Float[Tensor, "batch head query d"],
+    key: Float[Tensor, "batch key_head key d"],
+    value: Float[Tensor, "batch key_head key d"],
+    *,
+    causal: bool,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    features: Float[Tensor, "key feature"] | None = None,
+) -> FlashResult:
+    """Run the CPU flash kernel, which maps query heads onto key heads by itself.
+
+    `features` are attended to as further columns of the value. The kernel wants query, key and value of
+    one width, so query and key get as many columns of zeros.
+
+    >>> q = torch.zeros(1, 1, 2, 8)
+    >>> flash_attention(q, q, q, causal=True).log_sum_exp
+    tensor([[[0.0000, 0.6931]]])
+    """
+    width = query.shape[-1]
+    # The kernel's own default would be that of the widened query.
+    scale = width**-0.5 if scaling is None else scaling
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    if features is not None:
+        count = features.shape[-1]
+        query = torch.nn.functional.pad(query, (0, count))
+        key = torch.nn.functional.pad(key, (0, count))
+        extra = features.to(value).expand(*value.shape[:2], -1, -1)
+        value = torch.cat([value, extra], dim=-1)
+    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    if features is None:
+        return FlashResult(output, log_sum_exp, None)
+    return FlashResult(output[..., :width], log_sum_exp, output[..., width:])
+
+
+class listen(TorchFunctionMode):  # noqa: N801
+    """A context in which the one call of `scaled_dot_product_attention` is answered by `flash_attention`.
+
+    Only where PyTorch would choose this very kernel, and no gradient is asked for: there the output is
+    bitwise the same. `result` is what the kernel returned, None where it was not used; `features` are
+    attended to along the way.
+    """
+
+    def __init__(self, features: Float[Tensor, "key feature"] | None = None) -> None:
+        super().__init__()
+        self.features = features
+        self.result: FlashResult | None = None
+        self._calls = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Pass every function on but the one that is listened to."""
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self._calls += 1
+        if self._calls > 1:
+            # An attention function that calls twice does something that one log-sum-exp cannot say.
+            self.result = None
+        elif _chooses_flash(*args, **kwargs):
+            self.result = _answer(self.features, *args, **kwargs)
+            return self.result.output
+        return func(*args, **kwargs)
+
+
+def _chooses_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> bool:
+    """Whether PyTorch would answer this call with the CPU flash kernel, and nobody asks for gradients."""
+    if query.device.type != "cpu" or dropout_p > 0 or query.shape[-1] != value.shape[-1]:
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return False
+    chosen = torch._fused_sdp_choice(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return chosen == SDPBackend.FLASH_ATTENTION.value
+
+
+def _answer(
+    features: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> FlashResult:
+    # In a narrower dtype the column of a feature would be rounded as the values are.
+    wanted = features if query.dtype in (torch.float32, torch.float64) else None
+    if wanted is not None and wanted.shape[0] != key.shape[2]:
+        wanted = None
+    return flash_attention(
+        query, key, value, causal=is_causal, mask=attn_mask, scaling=scale, features=wanted
+    )

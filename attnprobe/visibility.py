@@ -1,0 +1,144 @@
+"""Which keys each query may see: nearly always one interval, else any mask.
+
+Causal, left-padded, windowed, chunked and packed masks all let a query see one run of keys. `Visibility`
+finds it, so that a block of queries meets only the keys that it can see; a mask of any other form is kept
+as it is. What is left to others: the scores of the pairs that are seen (factored).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from attnprobe.errors import PatternError
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys each query may see: an interval per query, less masked keys, or any mask.
+
+    `first` and `last` are inclusive and `[batch or 1, query]`; `last < first` where nothing is seen.
+    `exact` is `[batch or 1, head or 1, query, key]` and is set only when no interval says the same.
+    `plain` says that every query sees all keys up to its own.
+    """
+
+    first: Int[Tensor, "#batch query"]
+    last: Int[Tensor, "#batch query"]
+    exact: Bool[Tensor, "#batch #head query key"] | None
+    plain: bool
+
+    @staticmethod
+    def causal(query_count: int, key_count: int, window: int | None, device: torch.device) -> Visibility:
+        """Return the visibility of causal attention, where a query sees `window` keys at most."""
+        last = torch.arange(query_count, device=device)[None] + (key_count - query_count)
+        first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
+        plain = window is None or window >= key_count
+        return Visibility(first, last, None, plain)
+
+    @staticmethod
+    def from_mask(mask: Bool[Tensor, "#batch #head query key"]) -> Visibility:
+        """Return the visibility that a boolean mask (True: may see) describes.
+
+        Raises:
+            PatternError: a mask that lets a query see later keys.
+        """
+        query_count, key_count = mask.shape[-2:]
+        causal = Visibility.causal(query_count, key_count, None, mask.device)
+        if mask.shape[1] > 1 and bool((mask == mask[:, :1]).all()):
+            mask = mask[:, :1]
+        if mask.shape[1] == 1:
+            flat = mask[:, 0]
+            count = flat.sum(-1)
+            # argmax of a boolean finds the first True; converting costs a byte per pair, once a
+            # forward pass, which the mask itself has cost already.
+            first = flat.byte().argmax(-1)
+            last = first + count - 1
+            spread = key_count - 1 - flat.flip(-1).byte().argmax(-1)
+            contiguous = bool(((spread == last) | (count == 0)).all())
+            if contiguous:
+                if bool((last > causal.last).any()):
+                    raise PatternError(
+                        "the mask lets a query see later keys: attnprobe reads causal attention only"
+                    )
+                plain = bool((first == 0).all()) and bool((last == causal.last).all())
+                return Visibility(first, last, None, plain)
+        if bool(mask.triu(key_count - query_count + 1).any()):
+            raise PatternError("the mask lets a query see later keys: attnprobe reads causal attention only")
+        return Visibility(causal.first, causal.last, mask, plain=False)
+
+    @staticmethod
+    def from_key_mask(
+        kept: Bool[Tensor, "batch key"], query_count: int, window: int | None = None
+    ) -> Visibility:
+        """Return the visibility of causal attention that skips keys (False: padding)."""
+        key_count = kept.shape[1]
+        causal = Visibility.causal(query_count, key_count, window, kept.device)
+        start = kept.byte().argmax(-1, keepdim=True)
+        stop = key_count - 1 - kept.flip(-1).byte().argmax(-1, keepdim=True)
+        stop = stop.masked_fill(~kept.any(-1, keepdim=True), -1)
+        if bool((kept.sum(-1, keepdim=True) == (stop - start + 1)).all()):
+            first, last = torch.maximum(causal.first, start), torch.minimum(causal.last, stop)
+            return Visibility(first, last, None, plain=False)
+        every = causal.block(slice(0, query_count), slice(0, key_count))
+        return Visibility(causal.first, causal.last, every & kept[:, None, None], plain=False)
+
+    def block(self, queries: slice | Tensor, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
+        """Return the mask of one block."""
+        if self.exact is not None:
+            return self.exact[:, :, queries, keys]
+        key = torch.arange(keys.start, keys.stop, device=self.first.device)
+        first, last = self.first[:, queries], self.last[:, queries]
+        return ((key >= first[..., None]) & (key <= last[..., None]))[:, None]
+
+    def diagonals(
+        self, queries: slice, keys: Int[Tensor, "query distance"]
+    ) -> Bool[Tensor, "#batch #head query distance"]:
+        """Return the mask of chosen keys of each query; an index below 0 is no key."""
+        if self.exact is not None:
+            part = self.exact[:, :, queries]
+            index = keys.clamp(min=0).expand(*part.shape[:2], -1, -1)
+            return part.gather(-1, index) & (keys >= 0)
+        first, last = self.first[:, queries], self.last[:, queries]
+        return ((keys >= first[..., None]) & (keys <= last[..., None]))[:, None]
+
+    def sees_all(self, queries: slice, keys: slice) -> bool:
+        """Whether every query of a block surely sees every key of it."""
+        if self.exact is not None:
+            return False
+        first, last = self.first[:, queries], self.last[:, queries]
+        return bool(first.max() <= keys.start) and bool(last.min() >= keys.stop - 1)
+
+    def sees_none(self) -> Bool[Tensor, "#batch #head query"]:
+        """Return which queries may see no key at all: those of padding."""
+        if self.exact is not None:
+            return ~self.exact.any(-1)
+        return (self.last < self.first)[:, None]
+
+    def key_range(self, queries: slice) -> tuple[int, int]:
+        """Return the half-open range of keys that some query of a block may see."""
+        first, last = self.first[:, queries], self.last[:, queries]
+        seeing = last >= first
+        if not bool(seeing.any()):
+            return 0, 0
+        return int(first[seeing].min()), int(last[seeing].max()) + 1
+
+
+def split_mask(mask: Tensor) -> tuple[Bool[Tensor, "..."], Tensor | None]:
+    """Split a boolean or additive mask into what may be seen and a bias, None where it is 0.
+
+    Frameworks write "may not see" as minus infinity or as the lowest number of the mask's dtype, and
+    sums of two masks reach half of it: everything at or below a quarter of it counts as unseen.
+
+    Raises:
+        PatternError: a mask of whole numbers.
+    """
+    if mask.dtype == torch.bool:
+        return mask, None
+    if not mask.is_floating_point():
+        raise PatternError(f"a mask is boolean or additive (floating point), got {mask.dtype}")
+    seen = mask > torch.finfo(mask.dtype).min / 4
+    bias = mask.masked_fill(~seen, 0.0)
+    return seen, (bias if bool((bias != 0).any()) else None)

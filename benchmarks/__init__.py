@@ -1,0 +1,1 @@
+"""What attnprobe costs, measured: each measurement in its own process, ratios side by side."""

@@ -1,0 +1,174 @@
+"""What statistics cost, counted and not clocked: attention-sized products, and bytes allocated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnprobe
+from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
+
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+# Attention is most of the work in so narrow a model, as it is in a wide one at many tokens.
+LAYERS, HEADS, WIDTH = 3, 4, 8
+
+
+class Operations(TorchDispatchMode):
+    """Counts kernels, and remembers the largest tensor that any of them made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[Any] = Counter()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        answer = func(*args, **(kwargs or {}))
+        self.count[func] += 1
+        for tensor in answer if isinstance(answer, tuple | list) else (answer,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return answer
+
+
+def batch_of(tokens: int, batch: int = 1) -> attnprobe.TokenBatch:
+    ids = torch.randint(1, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
+    return attnprobe.TokenBatch.from_ids(ids, response_start=tokens // 4)
+
+
+def long_model(**changes) -> Any:
+    return tiny_model("llama", implementation="sdpa", max_position_embeddings=4096, **changes)
+
+
+def plain(model, tokens: int) -> Callable[[], object]:
+    ids = batch_of(tokens).input_ids
+
+    def call() -> object:
+        with torch.no_grad():
+            return model(ids, use_cache=False, logits_to_keep=1)
+
+    return call
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that was allocated at once during a call, above what was before."""
+    call()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert changes, "the profiler saw no allocation"
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def flops(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_the_kernel_runs_once_a_layer() -> None:
+    """Span, WAAD and FAI ride on the model's own attention: no second pass over the keys."""
+    model = long_model()
+    with Operations() as operations:
+        attnprobe.measure(model, batch_of(512), entropy=False)
+    assert operations.count[FLASH] == LAYERS
+
+
+def test_an_attached_pass_runs_the_kernel_once_a_layer() -> None:
+    model, ids = long_model(), batch_of(512).input_ids
+    probe = attnprobe.HeadStatisticsProbe(entropy=False, span=False)
+    with attnprobe.attach(model, probe), torch.no_grad(), Operations() as operations:
+        model(ids)
+    assert operations.count[FLASH] == LAYERS
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_products_grow_by_a_band_only(window: int | None) -> None:
+    """Above the plain forward pass: products of each query with the keys near it, and nothing T x T."""
+    tokens = 1024
+    changes = {} if window is None else {"sliding_window": window}
+    model = tiny_model(
+        "llama" if window is None else "mistral", implementation="sdpa", max_position_embeddings=4096, **changes
+    )
+    extra = flops(lambda: attnprobe.measure(model, batch_of(tokens), entropy=False, span=False)) - flops(
+        plain(model, tokens)
+    )
+    # A band of 51 distances in blocks of 32 queries, of multiplications and additions; two sampled rows of
+    # the check against the model's output; WAAD's weighted sum.
+    band = LAYERS * HEADS * 2 * tokens * (32 + 50) * WIDTH
+    checks = LAYERS * HEADS * 2 * tokens * (2 * 2 * WIDTH + 10)
+    assert extra <= band + checks
+    attention = LAYERS * HEADS * 2 * tokens * tokens * WIDTH
+    assert extra < attention / 4
+
+
+def test_receiver_statistics_cost_one_product_more() -> None:
+    """FAI to the end and receiver kurtosis share one pass over the tiles at or below the diagonal."""
+    tokens, model = 2048, long_model()
+    near = flops(lambda: attnprobe.measure(model, batch_of(tokens), entropy=False))
+    far = flops(
+        lambda: attnprobe.measure(model, batch_of(tokens), entropy=False, horizon=(10, None), receiver=True)
+    )
+    # The product of queries and keys over half the square, and the weighted sums of its columns.
+    product = LAYERS * HEADS * tokens * tokens * WIDTH
+    columns = LAYERS * HEADS * tokens * tokens
+    assert far - near <= (product + columns) * 1.15
+
+
+@pytest.mark.parametrize("settings", [{}, {"horizon": (10, None), "receiver": True}], ids=["near", "far"])
+def test_memory_is_linear_in_the_number_of_tokens(settings: dict) -> None:
+    """Twice the tokens, about twice the bytes: a map of all heads would be four times."""
+    model = long_model()
+    small, large = (
+        peak_bytes(lambda n=tokens: attnprobe.measure(model, batch_of(n), entropy=False, **settings))
+        for tokens in (1024, 2048)
+    )
+    assert large < 2.5 * small
+    assert large < LAYERS * HEADS * 2048 * 2048 * 4 / 4
+
+
+def test_no_tensor_is_as_large_as_a_map() -> None:
+    model, tokens = long_model(), 2048
+    with Operations() as operations:
+        attnprobe.measure(model, batch_of(tokens), horizon=(10, None), receiver=True)
+    assert operations.largest < tokens * tokens * 4
+
+
+def test_a_batch_goes_in_chunks_that_fit_the_budget() -> None:
+    """Results are the same whatever the chunk, and one row is run where not even one fits."""
+    model, batch = long_model(), batch_of(64, batch=6)
+    whole = attnprobe.measure(model, batch)
+    sizes = []
+
+    class Sizes(attnprobe.Probe):
+        def observe(self, site, layer, value, batch):
+            if layer == 0:
+                sizes.append(value.batch_size)
+
+    adapter = attnprobe.adapter_for(model)
+    per_row = 64 * adapter.activation_bytes + 48 * VOCABULARY * 4
+    for budget, expected in ((2 * per_row, [2, 2, 2]), (4 * per_row, [4, 2]), (1, [1] * 6)):
+        sizes.clear()
+        with attnprobe.attach(model, Sizes()):
+            chunked = attnprobe.measure(model, batch, memory_budget=budget)
+        assert sizes == expected
+        for name in ("span", "waad", "fai", "entropy"):
+            torch.testing.assert_close(
+                getattr(chunked, name), getattr(whole, name), equal_nan=True, rtol=1e-4, atol=1e-5
+            )
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_a_budget_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(attnprobe.ParameterError, match="at least 1; got 0"):
+        attnprobe.measure(long_model(), batch_of(8), memory_budget=0)
