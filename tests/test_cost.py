@@ -98,7 +98,10 @@ def test_products_grow_by_a_band_only(window: int | None) -> None:
     tokens = 1024
     changes = {} if window is None else {"sliding_window": window}
     model = tiny_model(
-        "llama" if window is None else "mistral", implementation="sdpa", max_position_embeddings=4096, **changes
+        "llama" if window is None else "mistral",
+        implementation="sdpa",
+        max_position_embeddings=4096,
+        **changes,
     )
     extra = flops(lambda: attnprobe.measure(model, batch_of(tokens), entropy=False, span=False)) - flops(
         plain(model, tokens)

@@ -173,7 +173,9 @@ def test_a_mask_of_another_width_is_refused() -> None:
     ids, mask = prompt()
     with (
         attnprobe.attach(model, probe_of(), response_mask=mask[:, :5]),
-        pytest.raises(ParameterError, match=r"response_mask is \[2, 5\], but the model was given tokens \[2, 8\]"),
+        pytest.raises(
+            ParameterError, match=r"response_mask is \[2, 5\], but the model was given tokens \[2, 8\]"
+        ),
     ):
         model.generate(ids, attention_mask=mask, max_new_tokens=3, pad_token_id=0)
 

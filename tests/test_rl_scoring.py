@@ -59,8 +59,20 @@ def test_whole_passes_of_the_root_give_the_same(family) -> None:
     stopped = measure_rollout(model, rollout, layers=[0, 1], horizon=HORIZON, batch_size=2)
     whole = measure_rollout(model, rollout, layers=[0, 1], horizon=HORIZON, batch_size=2, root=model)
     for name in ("span", "waad", "fai"):
-        assert torch.equal(getattr(stopped, name).nan_to_num(-1), getattr(whole, name).nan_to_num(-1))
+        assert torch.allclose(getattr(stopped, name), getattr(whole, name), atol=1e-5, equal_nan=True)
     assert stopped.model_name == whole.model_name
+
+
+@pytest.mark.parametrize("root", [False, True])
+def test_without_span_the_scores_are_the_same(root) -> None:
+    model, rollout = tiny_model("llama"), rollout_of()
+    whole = measure_rollout(model, rollout, horizon=HORIZON)
+    heads = attnprobe.classify_heads(whole)
+    without = measure_rollout(model, rollout, horizon=HORIZON, span=False, root=model if root else None)
+    assert without.span is None
+    scores = [score_rollout(statistics, heads, rollout) for statistics in (whole, without)]
+    assert torch.allclose(scores[0].waad, scores[1].waad, atol=1e-6, equal_nan=True)
+    assert torch.allclose(scores[0].fai, scores[1].fai, atol=1e-6, equal_nan=True)
 
 
 def test_a_row_that_is_masked_entirely_is_undefined_and_changes_no_other() -> None:

@@ -178,7 +178,10 @@ def test_an_intervention_is_seen_by_statistics() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda value: value[:, :-1], r"returned shape \[2, 8, 32\] for mlp_output, which has shape \[2, 9, 32\]"),
+        (
+            lambda value: value[:, :-1],
+            r"returned shape \[2, 8, 32\] for mlp_output, which has shape \[2, 9, 32\]",
+        ),
         (lambda value: value.double(), r"returned dtype torch\.float64 .* has dtype torch\.float32"),
         (lambda value: value / 0, "returned NaN or infinity for mlp_output"),
         (lambda value: 0.0, "returned a float for mlp_output"),
@@ -304,7 +307,8 @@ def test_layers_without_attention_have_no_sites() -> None:
     assert attached.layers == (3,)
     assert attached.skipped_layers == (0, 1, 2)
     assert list(probe.values) == [("layer_output", 3)]
-    with pytest.raises(ParameterError, match=r"layers \[0\] have no attention"), attnprobe.attach(
-        model, probe, layers=[0]
+    with (
+        pytest.raises(ParameterError, match=r"layers \[0\] have no attention"),
+        attnprobe.attach(model, probe, layers=[0]),
     ):
         pass

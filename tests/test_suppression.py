@@ -320,7 +320,9 @@ def test_choices_that_the_call_does_not_have_are_refused(chosen: dict, message: 
 
 def test_families_without_an_attention_call_are_refused() -> None:
     with (
-        pytest.raises(UnsupportedModelError, match="BloomForCausalLM does not look up its attention function"),
+        pytest.raises(
+            UnsupportedModelError, match="BloomForCausalLM does not look up its attention function"
+        ),
         attnprobe.suppress_attention(tiny_model("bloom"), keys=[1]),
     ):
         pass
@@ -331,7 +333,10 @@ def test_implementations_without_a_mask_of_pairs_are_refused() -> None:
     model.config._attn_implementation_internal = "flash_attention_2"
     with (
         torch.no_grad(),
-        pytest.raises(UnsupportedModelError, match=r'flash_attention_2 implementation.*set_attn_implementation\("sdpa"\)'),
+        pytest.raises(
+            UnsupportedModelError,
+            match=r'flash_attention_2 implementation.*set_attn_implementation\("sdpa"\)',
+        ),
         attnprobe.suppress_attention(model, keys=[1]),
     ):
         model(IDS)

@@ -216,7 +216,9 @@ def test_suppression_refuses_hooks_that_need_the_bridges_attention() -> None:
 def test_hooked_transformer_is_refused_with_the_version_needed() -> None:
     """The class that TransformerLens 4 removed: told by its name, since it cannot be made any more."""
     old = type("HookedTransformer", (), {"__module__": "transformer_lens.HookedTransformer"})
-    with pytest.raises(UnsupportedModelError, match=r"transformer-lens>=4,<5 and use TransformerBridge\.boot"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"transformer-lens>=4,<5 and use TransformerBridge\.boot"
+    ):
         adapter_for(old())
 
 

@@ -103,13 +103,7 @@ def test_amplification_one_is_bitwise_stock(case, tmp_path) -> None:
     trainer.train()
     assert same(parameters(stock), parameters(trainer))
     if case[1].get("max_completion_length") != 1:
-        # And the steps were real ones, which credit does change.
-        assert not same(parameters(trainer), parameters(make(case, tmp_path)))
-        credited = make(case, tmp_path, max_steps=3)
-        handle = attach_credit(credited, LocalChunkCredit(amplification=3.0), horizon=HORIZON)
-        assert handle.layers == (1, 2)
-        credited.train()
-        assert not same(parameters(stock), parameters(credited))
+        assert not same(parameters(trainer), parameters(make(case, tmp_path))), "the steps were real ones"
 
 
 # ---- gradients ----------------------------------------------------------------------------------

@@ -84,6 +84,7 @@ def measure_rollout(
     layers: Layers = "middle",
     window: int = 10,
     horizon: Horizon = (10, 50),
+    span: bool = True,
     batch_size: int | None = None,
     root: Any = None,
 ) -> HeadStatistics:
@@ -93,7 +94,9 @@ def measure_rollout(
         model: the policy, or what an adapter knows of it.
         rollout: prompts and completions.
         layers, window, horizon: as for `measure`.
-        batch_size: how many rows to run at a time; default: all.
+        span: whether to compute span, by which heads are classified; a grouping that exists does without.
+        batch_size: how many rows to run at a time; default: as many as fit `measure`'s memory budget, or
+            all where a root is called.
         root: the module to call instead of the model itself, where the model's parameters are
             sharded (FSDP, DeepSpeed): those are gathered by hooks around whole forward passes of the
             root, so it is run to its end, and never stopped above the last layer of interest.
@@ -112,17 +115,20 @@ def measure_rollout(
             layers=layers,
             window=window,
             horizon=horizon,
+            span=span,
             entropy=False,
             batch_size=batch_size,
         )
     else:
-        statistics = _measure_whole_passes(model, batch, root, layers, window, horizon, batch_size)
+        probe = HeadStatisticsProbe(window=window, horizon=horizon, span=span, entropy=False)
+        statistics = _measure_whole_passes(model, batch, root, layers, probe, batch_size)
     start = rollout.prompt_ids.shape[1]
-    masked = ~rollout.completion_mask.to(statistics.span.device).bool()
+    masked = ~rollout.completion_mask.to(statistics.waad.device).bool()
     empty = masked.all(-1)
+    spans = statistics.span
     return replace(
         statistics,
-        span=statistics.span.masked_fill(empty[:, None, None], torch.nan),
+        span=None if spans is None else spans.masked_fill(empty[:, None, None], torch.nan),
         waad=statistics.waad[..., start:].masked_fill(masked[:, None, None], torch.nan),
         fai=statistics.fai[..., start:].masked_fill(masked[:, None, None], torch.nan),
         response_mask=~masked,
@@ -171,13 +177,11 @@ def _measure_whole_passes(
     batch: TokenBatch,
     root: Any,
     layers: Layers,
-    window: int,
-    horizon: Horizon,
+    probe: HeadStatisticsProbe,
     batch_size: int | None,
 ) -> HeadStatistics:
     """Measure by calls of the root module, which are run to their end."""
     adapter = adapter_for(model)
-    probe = HeadStatisticsProbe(window=window, horizon=horizon, entropy=False)
     rows, layout = batch.unpadded_rows()
     size = batch_size or rows.batch_size
     was_training = [module for module in root.modules() if module.training]
@@ -195,7 +199,7 @@ def _measure_whole_passes(
     weights = statistics.response_mask.sum(-1)
     return replace(
         statistics,
-        span=layout.responses(statistics.span, weights),
+        span=None if statistics.span is None else layout.responses(statistics.span, weights),
         waad=layout.tokens(statistics.waad),
         fai=layout.tokens(statistics.fai),
         response_mask=batch.response_mask.to(adapter.device),

@@ -234,7 +234,7 @@ class CreditHandle:
         if self.layers:
             root = trainer.model if is_sharded(trainer) else None
             statistics = measure_rollout(
-                policy_of(trainer), rollout, **self._measuring, batch_size=size, root=root
+                policy_of(trainer), rollout, **self._measuring, span=regroups, batch_size=size, root=root
             )
             groups = self._group(statistics) if regroups else self._lifecycle().groups
         if "entropy" in self._needs:
@@ -244,6 +244,7 @@ class CreditHandle:
     def _group(self, statistics: HeadStatistics) -> HeadGroups | None:
         """Return a new grouping, by the responses of all processes."""
         callback = self._lifecycle()
+        assert statistics.span is not None
         span = self._trainer.accelerator.gather(statistics.span.contiguous())
         # Of completions that are all masked nothing is known; the grouping stays due.
         if bool((~span.isnan()).any()):
