@@ -28,7 +28,6 @@ class CreditCallback(TrainerCallback, ExportableState):
     Attributes:
         saved_groups: the grouping, as what JSON can hold; None before the first.
         grouped_at: the optimizer step of the grouping.
-        fixed: whether the grouping was given by the user, and is never made anew.
 
     Raises:
         ParameterError: a number of steps below 1.
@@ -44,14 +43,13 @@ class CreditCallback(TrainerCallback, ExportableState):
         self.reclassify_every = every
         self.saved_groups: dict[str, Any] | None = None
         self.grouped_at: int | None = None
-        self.fixed = False
 
     @property
     def groups(self) -> HeadGroups | None:
         """The grouping in use, None before the first."""
         return None if self.saved_groups is None else _from_json(self.saved_groups)
 
-    def keep(self, groups: HeadGroups, step: int | None) -> None:
+    def keep(self, groups: HeadGroups, step: int) -> None:
         """Use a grouping from now on; `step` is the optimizer step that it was made at."""
         # Without the model's name: a resumed run may have loaded the model from another place.
         self.saved_groups = _to_json(replace(groups, model_name=""))
@@ -59,8 +57,6 @@ class CreditCallback(TrainerCallback, ExportableState):
 
     def is_due(self, step: int) -> bool:
         """Return whether heads are to be grouped now."""
-        if self.fixed:
-            return False
         if self.saved_groups is None or self.grouped_at is None:
             return True
         return self.reclassify_every is not None and step - self.grouped_at >= self.reclassify_every
@@ -69,8 +65,6 @@ class CreditCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the grouping of the checkpoint that the run resumes from, if it resumes."""
-        if self.fixed:
-            return
         if state.global_step == 0:
             # Another run from its start: steps are counted anew.
             if self.reclassify_every is not None:
@@ -86,11 +80,7 @@ class CreditCallback(TrainerCallback, ExportableState):
         """Return what the trainer writes into its checkpoints."""
         return {
             "args": {"reclassify_every": self.reclassify_every},
-            "attributes": {
-                "saved_groups": self.saved_groups,
-                "grouped_at": self.grouped_at,
-                "fixed": self.fixed,
-            },
+            "attributes": {"saved_groups": self.saved_groups, "grouped_at": self.grouped_at},
         }
 
 

@@ -2,8 +2,8 @@
 
 After each generation the policy's own attention is measured over the completions and a strategy turns
 the scores into weights, which travel with the batch; when its loss is computed, they enter by the route
-that the canary found to work. Nothing of TRL is patched but three attributes of the one trainer object,
-so overrides of subclasses stay in force. Evaluation is left as it was.
+that the canary found to work. Nothing of TRL is patched but two methods of the one trainer object, so
+overrides of subclasses stay in force. Evaluation is left as it was.
 
 What is left to others: what is read of a trainer (trainers), scores (scoring), weights (credit), the
 ways into a loss (routes), and what goes into checkpoints (lifecycle).
@@ -97,12 +97,16 @@ def attach_credit(
     chosen: tuple[int, ...] = ()
     if needs & {"waad", "fai"}:
         chosen = choose_layers(trainer, layers, heads)
-    if heads is not None:
-        callback.keep(heads, None)
-        callback.fixed = True
-    route = choose_route(trainer, through)
     handle = CreditHandle(
-        trainer, credit, needs, route, layers=chosen, window=window, horizon=horizon, batch_size=batch_size
+        trainer,
+        credit,
+        needs,
+        choose_route(trainer, through),
+        heads=heads,
+        layers=chosen,
+        window=window,
+        horizon=horizon,
+        batch_size=batch_size,
     )
     handle._install(callback)
     return handle
@@ -124,6 +128,7 @@ class CreditHandle:
         needs: frozenset[str],
         route: str,
         *,
+        heads: HeadGroups | None,
         layers: tuple[int, ...],
         window: int,
         horizon: Horizon,
@@ -134,6 +139,7 @@ class CreditHandle:
         self.route = route
         self._trainer = trainer
         self._needs = needs
+        self._heads = heads
         self._measuring: dict[str, Any] = {"layers": layers, "window": window, "horizon": horizon}
         self._batch_size = batch_size
         self._before: dict[str, Any] = {}
@@ -143,7 +149,7 @@ class CreditHandle:
     def groups(self) -> HeadGroups | None:
         """The grouping of heads in use; None before the first rollout."""
         callback = self._callback()
-        return None if callback is None else callback.groups
+        return self._heads or (None if callback is None else callback.groups)
 
     def detach(self) -> None:
         """Take credit away: the trainer is what it was before; a second call does nothing.
@@ -215,7 +221,7 @@ class CreditHandle:
         advantages = output["advantages"].detach()
         weights = torch.ones(rollout.completion_ids.shape, device=rollout.completion_ids.device)
         gains = advantages > 0 if advantages.ndim == 1 else (advantages > 0).any(-1)
-        regroups = bool(self.layers) and self._lifecycle().is_due(trainer.state.global_step)
+        regroups = self._heads is None and bool(self.layers) and self._is_due()
         rows = torch.ones_like(gains) if regroups or is_sharded(trainer) else gains
         tally = _Tally()
         if bool(rows.any()):
@@ -236,26 +242,27 @@ class CreditHandle:
             statistics = measure_rollout(
                 policy_of(trainer), rollout, **self._measuring, span=regroups, batch_size=size, root=root
             )
-            groups = self._group(statistics) if regroups else self._lifecycle().groups
+            groups = self._group(statistics) if regroups else self.groups
         if "entropy" in self._needs:
             entropy = token_entropy(trainer, rollout, size)
         return score_rollout(None if groups is None else statistics, groups, rollout, entropy=entropy)
 
+    def _is_due(self) -> bool:
+        callback = self._callback()
+        if callback is None:
+            raise TrainerError("the callback of attach_credit was removed: call detach() to end credit")
+        return callback.is_due(self._trainer.state.global_step)
+
     def _group(self, statistics: HeadStatistics) -> HeadGroups | None:
         """Return a new grouping, by the responses of all processes."""
-        callback = self._lifecycle()
+        callback = self._callback()
+        assert callback is not None
         assert statistics.span is not None
         span = self._trainer.accelerator.gather(statistics.span.contiguous())
         # Of completions that are all masked nothing is known; the grouping stays due.
         if bool((~span.isnan()).any()):
             callback.keep(classify_heads(replace(statistics, span=span)), self._trainer.state.global_step)
         return callback.groups
-
-    def _lifecycle(self) -> CreditCallback:
-        callback = self._callback()
-        if callback is None:
-            raise TrainerError("the callback of attach_credit was removed: call detach() to end credit")
-        return callback
 
     def _log(self, tally: _Tally, seconds: float) -> None:
         """Put what was done into the trainer's own log, over all processes."""
