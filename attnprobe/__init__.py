@@ -25,6 +25,7 @@ from attnprobe.errors import (
     ParameterError,
     PatternError,
     ResultError,
+    TrainerError,
     UnsupportedModelError,
 )
 from attnprobe.factored import FactoredAttention
@@ -61,6 +62,7 @@ __all__ = [
     "Rhythm",
     "TokenBatch",
     "TokenScores",
+    "TrainerError",
     "UnsupportedModelError",
     "__version__",
     "adapter_for",

@@ -44,3 +44,7 @@ class ResultError(AttnprobeError, ValueError):
 
 class MissingDependencyError(AttnprobeError, ImportError):
     """An optional package that the requested feature needs."""
+
+
+class TrainerError(AttnprobeError, RuntimeError):
+    """A trainer that credit cannot be attached to, or detached from, with the reason."""

@@ -1,4 +1,71 @@
-"""Credit for trainers: per-token advantage weights from token scores. Empty in this version.
+"""Credit for trainers: per-token advantage weights from token scores.
 
-It will know scores, and neither attention nor models.
+    handle = attach_credit(trainer, CoupledRhythmCredit())   # a GRPOTrainer that you already have
+    trainer.train()
+    handle.detach()
+
+or, in a training loop of your own:
+
+    gamma = CoupledRhythmCredit(amplification=1.5)(scores)   # [batch, token]
+    advantages = apply_credit(advantages, gamma, mask)       # nonnegative ones only
+
+This package knows scores, and neither attention nor backends. Trainers load when they are used.
 """
+
+from typing import TYPE_CHECKING, Any
+
+from attnprobe.rl.advantage import apply_credit, credit_weights, gate_gradient
+from attnprobe.rl.credit import (
+    CoupledRhythmCredit,
+    Credit,
+    CreditStrategy,
+    EntropyCredit,
+    GlobalAnchorCredit,
+    LocalChunkCredit,
+    RandomCredit,
+    credit_of,
+    needs_of,
+)
+from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
+
+if TYPE_CHECKING:
+    from attnprobe.rl.lifecycle import CreditCallback
+    from attnprobe.rl.trl import CreditHandle, CreditMixin, attach_credit
+
+__all__ = [
+    "CoupledRhythmCredit",
+    "Credit",
+    "CreditCallback",
+    "CreditHandle",
+    "CreditMixin",
+    "CreditStrategy",
+    "EntropyCredit",
+    "GlobalAnchorCredit",
+    "LocalChunkCredit",
+    "RandomCredit",
+    "Rollout",
+    "apply_credit",
+    "attach_credit",
+    "credit_of",
+    "credit_weights",
+    "gate_gradient",
+    "measure_rollout",
+    "needs_of",
+    "score_rollout",
+]
+
+_LAZY = {
+    "CreditCallback": "attnprobe.rl.lifecycle",
+    "CreditHandle": "attnprobe.rl.trl",
+    "CreditMixin": "attnprobe.rl.trl",
+    "attach_credit": "attnprobe.rl.trl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs transformers only when it is asked for."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,149 @@
+"""Train a language model on Countdown by GRPO, with or without credit by its own attention.
+
+    python examples/grpo_countdown.py --model tiny --steps 5
+    python examples/grpo_countdown.py --credit coupled --steps 20
+    python examples/grpo_countdown.py --model Qwen/Qwen3-0.6B --steps 500 --completion-tokens 1024
+
+Countdown: combine all of the given numbers by + - * / so that they make the target. The problems and
+their verifier are reasoning-gym's. `--model smollm2` is the SmolLM2-135M-Instruct that attnprobe's tests
+use, which learns the format long before the arithmetic; `--model tiny` is a random model of a few
+thousand parameters, to see the script run. Needs: pip install 'attnprobe[trl,gguf]' reasoning-gym.
+
+The log (`log.jsonl` in the output folder) has a line for each step: TRL's own metrics, and with credit
+those that start with `credit/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import reasoning_gym
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from attnprobe.models import load_model
+from attnprobe.rl import (
+    CoupledRhythmCredit,
+    EntropyCredit,
+    GlobalAnchorCredit,
+    LocalChunkCredit,
+    RandomCredit,
+    attach_credit,
+)
+from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
+
+STRATEGIES = {
+    "coupled": CoupledRhythmCredit,
+    "local": LocalChunkCredit,
+    "global": GlobalAnchorCredit,
+    "entropy": EntropyCredit,
+    "random": RandomCredit,
+}
+SYSTEM = "Think step by step. Then write the expression, and nothing else, between <answer> and </answer>."
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2", help="smollm2, tiny, a folder, or a name on the hub")
+    parser.add_argument("--credit", default="coupled", choices=["none", *STRATEGIES])
+    parser.add_argument("--amplification", type=float, default=1.5, help="weight of the chosen tokens")
+    parser.add_argument("--quantile", type=float, default=0.4, help="share of the tokens that are chosen")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps")
+    parser.add_argument("--batch-size", type=int, default=8, help="completions in a step, on each device")
+    parser.add_argument("--group-size", type=int, default=4, help="completions of one problem")
+    parser.add_argument("--completion-tokens", type=int, default=96, help="the longest completion")
+    parser.add_argument("--learning-rate", type=float, default=1e-6)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("grpo-countdown"))
+    return parser.parse_args()
+
+
+def load_policy(name: str) -> tuple[Any, Any]:
+    """Return a model to train, in float32, and its tokenizer."""
+    if name == "tiny":
+        return tiny_model("llama", vocab_size=300, max_position_embeddings=2048), tiny_tokenizer()
+    loaded = load_model(None if name == "smollm2" else name, progress=True)
+    # A model read from a GGUF file counts as quantized: its weights go into a fresh one.
+    config = copy.deepcopy(loaded.model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.model.state_dict())
+    return model, loaded.tokenizer
+
+
+def countdown(size: int, seed: int) -> tuple[Dataset, Any]:
+    """Return problems as chat prompts, and the rewards that judge the completions."""
+    problems = reasoning_gym.create_dataset("countdown", size=size, seed=seed, min_numbers=3, max_numbers=4)
+    prompts = [
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": problem["question"]}]
+        for problem in problems
+    ]
+
+    def correct(completions: list[Any], problem: list[int], **_: Any) -> list[float]:
+        """Reward the right expression with 1, another that uses the numbers with a little."""
+        rewards = []
+        for completion, index in zip(completions, problem, strict=True):
+            found = ANSWER.search(completion[0]["content"])
+            answer = found.group(1).strip() if found else None
+            rewards.append(float(problems.score_answer(answer=answer, entry=problems[index])))
+        return rewards
+
+    def formatted(completions: list[Any], **_: Any) -> list[float]:
+        """Reward each of the two tags with a tenth."""
+        texts = [completion[0]["content"] for completion in completions]
+        return [0.1 * sum(text.count(tag) == 1 for tag in ("<answer>", "</answer>")) for text in texts]
+
+    return Dataset.from_dict({"prompt": prompts, "problem": list(range(size))}), [correct, formatted]
+
+
+def main() -> None:
+    """Train, and say what came of it."""
+    options = arguments()
+    set_seed(options.seed)
+    model, tokenizer = load_policy(options.model)
+    dataset, rewards = countdown(max(options.steps * options.batch_size, 64), options.seed)
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=rewards,
+        train_dataset=dataset,
+        args=GRPOConfig(
+            output_dir=str(options.output),
+            max_steps=options.steps,
+            per_device_train_batch_size=options.batch_size,
+            num_generations=options.group_size,
+            max_completion_length=options.completion_tokens,
+            learning_rate=options.learning_rate,
+            temperature=options.temperature,
+            beta=0.0,
+            logging_steps=1,
+            bf16=torch.cuda.is_available(),
+            save_strategy="no",
+            report_to=[],
+            seed=options.seed,
+        ),
+    )
+    if options.credit != "none":
+        strategy = STRATEGIES[options.credit]
+        attach_credit(trainer, strategy(amplification=options.amplification, quantile=options.quantile))
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "reward" in entry]
+    log = options.output / "log.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in steps))
+    print(f"reward {steps[0]['reward']:.3f} in the first step, {steps[-1]['reward']:.3f} in the last: {log}")
+
+
+if __name__ == "__main__":
+    main()

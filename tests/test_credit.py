@@ -1,0 +1,437 @@
+"""Strategies: token scores to weights, against a slow reference and against hand-computed examples."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnprobe import ParameterError, ResultError, TokenScores
+from attnprobe.rl import (
+    CoupledRhythmCredit,
+    CreditStrategy,
+    EntropyCredit,
+    GlobalAnchorCredit,
+    LocalChunkCredit,
+    RandomCredit,
+    apply_credit,
+    credit_of,
+    credit_weights,
+    gate_gradient,
+    needs_of,
+)
+from attnprobe.rl.advantage import response_mask_of
+
+NAN = math.nan
+
+
+def scores_of(waad, fai=None, entropy=None, mask=None) -> TokenScores:
+    waad = torch.tensor(waad, dtype=torch.float64)
+    fai = waad if fai is None else torch.tensor(fai, dtype=torch.float64)
+    entropy = None if entropy is None else torch.tensor(entropy, dtype=torch.float64)
+    mask = torch.ones(waad.shape, dtype=torch.bool) if mask is None else torch.tensor(mask).bool()
+    return TokenScores(waad, fai, entropy, mask)
+
+
+# ---- the slow reference: one response as a list of floats, by the words of the paper ------------
+
+
+def slow_top(values: list[float], quantile: float, bottom: bool = False) -> set[int]:
+    defined = [t for t, value in enumerate(values) if not math.isnan(value)]
+    count = math.ceil(quantile * len(defined) - 1e-9)
+    if defined:
+        count = max(count, 1)
+    return set(sorted(defined, key=lambda t: (values[t] if bottom else -values[t], t))[:count])
+
+
+def slow_delta(waad: list[float]) -> list[float]:
+    return [abs(waad[t] - waad[t + 1]) for t in range(len(waad) - 1)] + [NAN]
+
+
+def slow_median(values: list[float]) -> float:
+    defined = sorted(value for value in values if not math.isnan(value))
+    if not defined:
+        return NAN
+    half = len(defined) // 2
+    return defined[half] if len(defined) % 2 else (defined[half - 1] + defined[half]) / 2
+
+
+def slow_coupled(waad, fai, *, quantile, gain, alpha, lookback, waad_threshold, delta_threshold, bottom):
+    delta = slow_delta(waad)
+    low = slow_median(waad) if waad_threshold is None else waad_threshold
+    high = slow_median(delta) if delta_threshold is None else delta_threshold
+    anchors = slow_top(fai, quantile, bottom)
+    dominated, intro = set(), set()
+    for t in anchors:
+        before = [u for u in range(t - lookback, t) if u >= 0 and not math.isnan(delta[u])]
+        if not before:
+            continue
+        largest = max(delta[u] for u in before)
+        if waad[t] <= low and largest >= high:
+            dominated.add(t)
+            intro.add(max(u for u in before if delta[u] == largest))
+    return [
+        1
+        + (gain - 1) * (t in anchors - dominated)
+        + (1 - alpha) * (gain - 1) * (t in dominated)
+        + alpha * (gain - 1) * (t in intro)
+        for t in range(len(waad))
+    ]
+
+
+def padded(row: list[float], rows: int = 1) -> list[list[float]]:
+    return [[*row, NAN, NAN]] * rows
+
+
+# Few distinct values, so that ties are common.
+values = st.lists(st.integers(0, 6).map(lambda i: i / 2), min_size=1, max_size=24)
+quantiles = st.sampled_from([0.1, 0.2, 0.4, 0.6, 1.0])
+
+
+@given(values, quantiles, st.sampled_from(["top", "bottom"]), st.floats(0, 3))
+def test_local_chunk_credit_is_equation_13_and_14(row, quantile, select, gain) -> None:
+    credit = LocalChunkCredit(quantile=quantile, select=select, amplification=gain)
+    mask = [[True] * len(row) + [False] * 2]
+    got = credit(scores_of(padded(row), mask=mask))[0].tolist()
+    chosen = slow_top(slow_delta(row), quantile, select == "bottom")
+    assert got == pytest.approx([gain if t in chosen else 1.0 for t in range(len(row))] + [1.0, 1.0])
+
+
+@given(values, st.integers(0, 5), quantiles, st.sampled_from(["top", "bottom"]))
+def test_global_anchor_credit_is_equation_15_and_16(row, undefined, quantile, select) -> None:
+    row = row[: len(row) - undefined] + [NAN] * min(undefined, len(row))
+    got = GlobalAnchorCredit(quantile=quantile, select=select)(scores_of([row]))[0].tolist()
+    chosen = slow_top(row, quantile, select == "bottom")
+    assert got == [1.5 if t in chosen else 1.0 for t in range(len(row))]
+
+
+@given(
+    st.data(),
+    values,
+    quantiles,
+    st.floats(0.5, 3),
+    st.floats(0, 1),
+    st.integers(1, 4),
+    st.sampled_from([None, 0.0, 1.0]),
+    st.sampled_from([None, 0.5, 2.0]),
+    st.booleans(),
+)
+def test_coupled_credit_is_equation_17_and_18(
+    data, waad, quantile, gain, alpha, lookback, waad_threshold, delta_threshold, bottom
+) -> None:
+    fai = [data.draw(st.sampled_from([0.0, 0.5, 1.0, 1.5])) for _ in waad]
+    cut = data.draw(st.integers(0, len(fai)))
+    fai = fai[:cut] + [NAN] * (len(fai) - cut)
+    credit = CoupledRhythmCredit(
+        quantile=quantile,
+        amplification=gain,
+        alpha=alpha,
+        lookback=lookback,
+        waad_threshold=waad_threshold,
+        delta_threshold=delta_threshold,
+        select="bottom" if bottom else "top",
+    )
+    mask = [[True] * len(waad) + [False] * 2]
+    got = credit(scores_of(padded(waad), padded(fai), mask=mask))[0].tolist()
+    expected = slow_coupled(
+        waad,
+        fai,
+        quantile=quantile,
+        gain=gain,
+        alpha=alpha,
+        lookback=lookback,
+        waad_threshold=waad_threshold,
+        delta_threshold=delta_threshold,
+        bottom=bottom,
+    )
+    assert got == pytest.approx([*expected, 1.0, 1.0])
+
+
+@given(values, quantiles)
+def test_entropy_credit_takes_the_highest_entropies(row, quantile) -> None:
+    got = EntropyCredit(quantile=quantile)(scores_of([row], entropy=[row]))[0].tolist()
+    assert got == [1.5 if t in slow_top(row, quantile) else 1.0 for t in range(len(row))]
+
+
+@given(values, quantiles, st.integers(0, 3))
+def test_random_credit_draws_the_right_number_whatever_stands_beside(row, quantile, seed) -> None:
+    credit = RandomCredit(quantile=quantile, seed=seed)
+    mask = [[True] * len(row) + [False] * 2]
+    alone = credit(scores_of(padded(row), mask=mask))
+    beside = credit(scores_of(padded(row, 3), mask=mask * 3))
+    assert torch.equal(beside, alone.expand(3, -1))
+    assert int((alone == 1.5).sum()) == max(math.ceil(quantile * len(row) - 1e-9), 1)
+    assert alone[0, -2:].tolist() == [1.0, 1.0]
+
+
+def test_random_credit_differs_by_seed_and_by_response() -> None:
+    generator = torch.Generator().manual_seed(0)
+    waad = torch.rand(4, 60, generator=generator).tolist()
+    drawn = [RandomCredit(seed=seed)(scores_of(waad)) for seed in (0, 1)]
+    assert not torch.equal(*drawn)
+    assert len({tuple(row.tolist()) for row in drawn[0]}) == 4
+    # Every position is drawn about as often as every other.
+    many = torch.rand(400, 20, generator=generator).tolist()
+    share = (RandomCredit(quantile=0.5)(scores_of(many)) > 1).float().mean(0)
+    assert float((share - 0.5).abs().max()) < 0.12
+
+
+# ---- by hand ------------------------------------------------------------------------------------
+
+
+def test_local_chunk_credit_by_hand() -> None:
+    """delta = 3, 2, 0, 3, -: ceil(0.4 * 4) = 2 of 4 are the largest, 0 and 3."""
+    got = LocalChunkCredit(amplification=2.0)(scores_of([[1.0, 4.0, 2.0, 2.0, 5.0]]))
+    assert got.tolist() == [[2.0, 1.0, 1.0, 2.0, 1.0]]
+
+
+def test_coupled_credit_by_hand() -> None:
+    """Anchors 2, 4, 5 of 7 (q = 0.4: 3). WAAD's median is 2, delta = 4 4 3 1 4 3 -, its median 3.5.
+
+    2: WAAD 1 <= 2, largest delta before it is 4, at 0 and 1: dominated, introduced by 1, the latest.
+    4: WAAD 3 > 2: not dominated. 5: WAAD 7: not dominated.
+    """
+    waad = [[1.0, 5.0, 1.0, 4.0, 3.0, 7.0, 4.0]]
+    fai = [[0.1, 0.2, 0.9, 0.0, 0.8, 0.7, NAN]]
+    got = CoupledRhythmCredit(alpha=0.25, amplification=3.0, waad_threshold=2.0)(scores_of(waad, fai))
+    assert got.tolist() == [[1.0, 1.5, 2.5, 1.0, 3.0, 3.0, 1.0]]
+
+
+def test_an_anchor_that_introduces_another_gets_both_parts() -> None:
+    waad, fai = [[0.0, 0.0, 6.0, 0.0, 0.0]], [[0.0, 0.0, 0.9, 0.8, 0.0]]
+    got = CoupledRhythmCredit(quantile=0.4, waad_threshold=1.0)(scores_of(waad, fai))
+    assert got.tolist() == [[1.0, 1.0, 1.75, 1.25, 1.0]]
+
+
+def test_one_introduction_of_two_anchors_counts_once() -> None:
+    waad, fai = [[0.0, 6.0, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.9, 0.8, 0.0]]
+    got = CoupledRhythmCredit(waad_threshold=1.0, delta_threshold=5.0)(scores_of(waad, fai))
+    assert got.tolist() == [[1.0, 1.25, 1.25, 1.25, 1.0]]
+
+
+def test_alignment_with_predictions_shifts_waad_and_not_fai() -> None:
+    waad, fai = [[1.0, 4.0, 2.0, 2.0, 5.0]], [[0.0, 0.0, 0.9, 0.8, 0.0]]
+    by_row, by_prediction = (
+        LocalChunkCredit(quantile=0.25, align=align)(scores_of(waad)) for align in ("token", "prediction")
+    )
+    assert by_row.tolist() == [[1.5, 1.0, 1.0, 1.0, 1.0]]
+    assert by_prediction.tolist() == [[1.0, 1.5, 1.0, 1.0, 1.0]]
+    coupled = CoupledRhythmCredit(align="prediction", waad_threshold=-1.0)(scores_of(waad, fai))
+    assert coupled.tolist() == [[1.0, 1.0, 1.5, 1.5, 1.0]]
+
+
+def test_tokens_outside_the_response_are_neither_ranked_nor_weighted() -> None:
+    waad = [[9.0, 1.0, 3.0, 3.5, 9.0]]
+    mask = [[False, True, True, True, False]]
+    for credit in (LocalChunkCredit(quantile=0.5), GlobalAnchorCredit(quantile=0.3)):
+        weights = credit(scores_of(waad, mask=mask))
+        assert weights[0, 0] == weights[0, 4] == 1.0
+        assert int((weights > 1).sum()) == 1
+    # What WAAD changes to behind the response is not known.
+    assert LocalChunkCredit(quantile=1.0)(scores_of(waad, mask=mask)).tolist() == [[1, 1.5, 1.5, 1, 1]]
+
+
+def test_no_fai_leaves_weights_of_one_and_warns_once(caplog) -> None:
+    from attnprobe.rl.credit import _warn_once
+
+    _warn_once.cache_clear()
+    scores = scores_of([[1.0, 2.0]], [[NAN, NAN]])
+    with caplog.at_level(logging.WARNING, logger="attnprobe.rl.credit"):
+        for credit in (GlobalAnchorCredit(), CoupledRhythmCredit(), GlobalAnchorCredit()):
+            assert credit(scores).tolist() == [[1.0, 1.0]]
+    assert len(caplog.records) == 1
+    assert "too short" in caplog.text
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_very_short_responses(size) -> None:
+    row = [[1.0, 2.0][:size]]
+    scores = scores_of(row, [[NAN] * size], entropy=row)
+    assert LocalChunkCredit()(scores).tolist() == [[1.5, 1.0][:size] if size == 2 else [1.0]]
+    assert CoupledRhythmCredit()(scores).tolist() == [[1.0] * size]
+    assert float(EntropyCredit()(scores).sum()) == size + 0.5
+    assert float(RandomCredit()(scores).sum()) == size + 0.5
+
+
+@given(values, st.floats(0.5, 4))
+def test_normalized_weights_have_mean_one_over_the_response(row, gain) -> None:
+    mask = [[True] * len(row) + [False] * 2]
+    scores = scores_of(padded(row), padded(row), mask=mask)
+    for kind in (LocalChunkCredit, GlobalAnchorCredit, CoupledRhythmCredit, RandomCredit):
+        plain = kind(amplification=gain)(scores)
+        weights = kind(amplification=gain, normalize=True)(scores)
+        assert float(weights[0, : len(row)].mean()) == pytest.approx(1.0, abs=1e-12)
+        assert weights[0, len(row) :].tolist() == [1.0, 1.0]
+        ratio = weights[0, : len(row)] / plain[0, : len(row)]
+        assert torch.allclose(ratio, ratio[:1])
+
+
+def test_amplification_one_changes_nothing() -> None:
+    scores = scores_of([[1.0, 3.0, 2.0]], entropy=[[1.0, 3.0, 2.0]])
+    for kind in (LocalChunkCredit, GlobalAnchorCredit, CoupledRhythmCredit, EntropyCredit, RandomCredit):
+        assert torch.equal(kind(amplification=1.0)(scores), torch.ones(1, 3, dtype=torch.float64))
+        assert torch.equal(
+            kind(amplification=1.0, normalize=True)(scores), torch.ones(1, 3, dtype=torch.float64)
+        )
+
+
+def test_weights_of_half_precision_scores_are_single_precision() -> None:
+    waad = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.bfloat16)
+    scores = TokenScores(waad, waad, waad, torch.ones(1, 3, dtype=torch.bool))
+    for kind in (LocalChunkCredit, GlobalAnchorCredit, CoupledRhythmCredit, EntropyCredit, RandomCredit):
+        assert kind()(scores).dtype == torch.float32
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LocalChunkCredit(amplification=-1.0), "amplification is a weight, finite and not negative"),
+        (lambda: LocalChunkCredit(amplification=NAN), "got nan"),
+        (lambda: LocalChunkCredit(quantile=0.0), r"quantile must be in \(0, 1\], got 0.0"),
+        (lambda: RandomCredit(quantile=1.5), r"quantile must be in \(0, 1\], got 1.5"),
+        (lambda: GlobalAnchorCredit(select="middle"), 'select is "top" or "bottom", got \'middle\''),
+        (lambda: LocalChunkCredit(align="row"), 'align is "token" or "prediction"'),
+        (lambda: CoupledRhythmCredit(align="row"), 'align is "token" or "prediction"'),
+        (lambda: CoupledRhythmCredit(alpha=2.0), r"alpha is the part that is passed on, in \[0, 1\]"),
+        (lambda: CoupledRhythmCredit(lookback=0), "lookback is a whole number of tokens, at least 1; got 0"),
+        (lambda: CoupledRhythmCredit(amplification=0.1), "use an amplification of at least 0.333"),
+        (lambda: needs_of("coupled"), "a credit strategy is a callable"),
+        (lambda: needs_of(CoupledRhythmCredit), "such as CoupledRhythmCredit"),
+    ],
+)
+def test_parameters_that_make_no_sense(make, message, as_users_call) -> None:
+    with pytest.raises(ParameterError, match=message):
+        make()
+
+
+def test_smallest_amplification_that_is_accepted_gives_no_negative_weight() -> None:
+    credit = CoupledRhythmCredit(amplification=0.3334, waad_threshold=9.0, delta_threshold=0.0)
+    weights = credit(scores_of([[0.0, 0.0, 6.0, 0.0, 0.0]], [[0.0, 0.0, 0.9, 0.8, 0.0]]))
+    assert bool((weights >= 0).all())
+
+
+def test_scores_that_lack_what_is_needed() -> None:
+    with pytest.raises(ResultError, match="no entropy: measure"):
+        EntropyCredit()(scores_of([[1.0]]))
+    packed = TokenScores(
+        torch.ones(1, 2), torch.ones(1, 2), None, torch.ones(1, 2).bool(), segment_ids=torch.tensor([[0, 1]])
+    )
+    with pytest.raises(ParameterError, match="packed rows"):
+        LocalChunkCredit()(packed)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "message"),
+    [
+        (torch.ones(1, 2), r"must return weights \[1, 3\] like the scores, got \[1, 2\]"),
+        (torch.tensor([[1.0, -0.5, 1.0]]), "token 1 of row 0 the weight -0.5: weights must not be negative"),
+        (torch.tensor([[1.0, 1.0, NAN]]), "token 2 of row 0 the weight nan"),
+        (torch.ones(1, 3, dtype=torch.long), "must return a tensor of floats"),
+        ([1.0, 1.0, 1.0], "got list"),
+    ],
+)
+def test_a_strategy_that_returns_nonsense(gamma, message, as_users_call) -> None:
+    def mine(scores):
+        return gamma
+
+    with pytest.raises(ResultError, match=f"^mine .*{message}"):
+        credit_of(mine, scores_of([[1.0, 2.0, 3.0]]))
+
+
+def test_a_strategy_of_your_own() -> None:
+    def mine(scores):
+        return scores.waad
+
+    weights = credit_of(mine, scores_of([[2.0, NAN]], mask=[[True, False]]))
+    assert weights.tolist() == [[2.0, 1.0]]
+    assert needs_of(mine) == {"waad", "fai", "entropy"}
+    mine.needs = {"fai"}
+    assert needs_of(mine) == {"fai"}
+    mine.needs = {"attention"}
+    with pytest.raises(ParameterError, match=r"can need \['entropy', 'fai', 'waad'\], not \['attention'\]"):
+        needs_of(mine)
+    assert issubclass(LocalChunkCredit, CreditStrategy)
+
+
+# ---- advantages ---------------------------------------------------------------------------------
+
+
+def test_only_nonnegative_advantages_are_weighted() -> None:
+    gamma = torch.tensor([[1.5, 0.5, 9.0]]).expand(3, -1)
+    mask = torch.tensor([[1, 1, 0]]).expand(3, -1)
+    got = apply_credit(torch.tensor([2.0, -2.0, 0.0]), gamma, mask)
+    assert got.tolist() == [[3.0, 1.0, 2.0], [-2.0, -2.0, -2.0], [0.0, 0.0, 0.0]]
+
+
+def test_advantages_of_tokens_and_of_sequences_agree() -> None:
+    advantages = torch.tensor([1.0, -1.0])
+    gamma = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(2, 4)
+    spread = apply_credit(advantages[:, None].expand(-1, 4), gamma, mask)
+    assert torch.equal(apply_credit(advantages, gamma, mask), spread)
+    mixed = apply_credit(torch.tensor([[1.0, -1.0]]), torch.full((1, 2), 2.0), torch.ones(1, 2))
+    assert mixed.tolist() == [[2.0, -1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_advantages_keep_their_type_and_carry_no_gradient(dtype) -> None:
+    advantages = torch.tensor([1.0, -1.0], dtype=dtype, requires_grad=True)
+    gamma = torch.full((2, 3), 1.5, requires_grad=True)
+    got = apply_credit(advantages, gamma, torch.ones(2, 3))
+    assert got.dtype == dtype
+    assert not got.requires_grad
+    assert not credit_weights(advantages, gamma, torch.ones(2, 3)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("advantages", "gamma", "mask", "message"),
+    [
+        (
+            torch.ones(3),
+            torch.ones(2, 4),
+            torch.ones(2, 4),
+            r"\[2\] or \[2, 4\] to fit gamma, got \[3\]",
+        ),
+        (torch.ones(2), torch.ones(2, 4), torch.ones(2, 3), r"got \[2, 4\] and \[2, 3\]"),
+        (torch.ones(2), torch.ones(2), torch.ones(2), "must both be"),
+        (torch.ones(1), torch.tensor([[1.0, NAN]]), torch.ones(1, 2), "gamma is nan at token 1 of row 0"),
+        (torch.tensor([NAN]), torch.ones(1, 2), torch.ones(1, 2), "advantages is nan at token 0 of row 0"),
+        (torch.ones(1), torch.tensor([[1.0, -2.0]]), torch.ones(1, 2), "gamma is -2.0 at token 1"),
+    ],
+)
+def test_advantages_that_cannot_be_weighted(advantages, gamma, mask, message, as_users_call) -> None:
+    with pytest.raises(ParameterError, match=message):
+        apply_credit(advantages, gamma, mask)
+
+
+def test_nonsense_outside_the_mask_does_no_harm() -> None:
+    gamma = torch.tensor([[1.5, NAN, -3.0]])
+    got = apply_credit(torch.tensor([1.0]), gamma, torch.tensor([[1, 0, 0]]))
+    assert got.tolist() == [[1.5, 1.0, 1.0]]
+
+
+def test_the_gate_keeps_values_and_weights_gradients() -> None:
+    logps = torch.tensor([[-0.1, -700.25, -torch.inf]], requires_grad=True)
+    weights = torch.tensor([[0.0, 1.0, 2.5]])
+    gated = gate_gradient(logps, weights)
+    assert torch.equal(gated, logps)
+    (gradient,) = torch.autograd.grad(gated, logps, torch.tensor([[3.0, 3.0, 3.0]]))
+    assert gradient.tolist() == [[0.0, 3.0, 7.5]]
+
+
+def test_the_gate_wants_a_weight_for_each_value(as_users_call) -> None:
+    with pytest.raises(ParameterError, match=r"the values are \[1, 2\], their weights \[1, 3\]"):
+        gate_gradient(torch.ones(1, 2), torch.ones(1, 3))
+
+
+def test_tool_output_and_padding_are_no_response() -> None:
+    completion, tools = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[1, 0, 1, 1]])
+    assert response_mask_of(completion, tools).tolist() == [[True, False, True, False]]
+    assert response_mask_of(completion, None).tolist() == [[True, True, True, False]]

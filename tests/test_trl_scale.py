@@ -1,0 +1,90 @@
+"""Credit on several processes: each row is weighed as one process that holds all rows would.
+
+The runs are started by torchrun, with gloo on the CPU, as users start theirs; they assert how many
+processes there were, since a launcher that starts only one is easily overlooked.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import pad
+
+pytest.importorskip("trl")
+from attnprobe.rl import CoupledRhythmCredit, Rollout, credit_weights, measure_rollout, score_rollout
+from attnprobe.testing.tiny_models import tiny_model
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path(__file__).with_name("credited_run.py")
+
+
+def run_two_processes(kind: str, folder: Path) -> list[dict]:
+    """Run the script in two processes and return what each of them wrote."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(SCRIPT), kind, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def joined(outputs: list[dict], name: str, *, left: bool = False, value: float = 0) -> torch.Tensor:
+    """Return a tensor of both processes, padded to the same width."""
+    width = max(output[name].shape[1] for output in outputs)
+    missing = [width - output[name].shape[1] for output in outputs]
+    return torch.cat(
+        [
+            pad(output[name], (m, 0) if left else (0, m), value=value)
+            for output, m in zip(outputs, missing, strict=True)
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_each_row_is_weighed_as_in_a_run_of_one_process(kind, tmp_path) -> None:
+    ranks = run_two_processes(kind, tmp_path)
+    assert [rank["world"] for rank in ranks] == [2, 2]
+    # Under FSDP2 every parameter is sharded; otherwise each process has them all.
+    assert all((rank["sharded"] == rank["parameters"]) == (kind == "fsdp2") for rank in ranks)
+    weighted = 0
+    for step in range(3):
+        parts = [rank["records"][step] for rank in ranks]
+        outputs = [part["output"] for part in parts]
+        rollout = Rollout(
+            joined(outputs, "prompt_ids", left=True),
+            joined(outputs, "prompt_mask", left=True),
+            joined(outputs, "completion_ids"),
+            joined(outputs, "completion_mask"),
+        )
+        assert rollout.completion_ids.shape[0] == 8
+        assert not torch.equal(outputs[0]["completion_ids"], outputs[1]["completion_ids"])
+        for name, value in parts[0]["policy"].items():
+            assert torch.equal(value, parts[1]["policy"][name])
+        policy = tiny_model("llama", vocab_size=300)
+        policy.load_state_dict(parts[0]["policy"])
+        statistics = measure_rollout(policy, rollout, horizon=(1, 4))
+        gamma = CoupledRhythmCredit()(score_rollout(statistics, None, rollout))
+        advantages = torch.cat([output["advantages"] for output in outputs])
+        expected = credit_weights(advantages, gamma, rollout.response_mask)
+        expected[advantages == 0] = 1.0
+        assert torch.equal(joined(outputs, "credit_weights", value=1.0), expected)
+        weighted += int((expected != 1).sum())
+    assert weighted > 10
+    # The log is of both processes: they would not agree otherwise.
+    logged = ranks[0]["log"][0]
+    first = [rank["records"][0]["output"] for rank in ranks]
+    gains = torch.cat([output["advantages"] for output in first]) > 0
+    inside = (joined(first, "completion_mask") * gains[:, None]).bool()
+    mean = joined(first, "credit_weights", value=1.0)[inside].mean()
+    assert logged["credit/gamma_mean"] == pytest.approx(float(mean), abs=1e-6)
