@@ -15,25 +15,24 @@ import re
 
 # Articles, pronouns, prepositions, conjunctions, auxiliaries and other words of closed classes. "Not"
 # and number words are content: they change what a solution says.
-FUNCTION_WORDS = frozenset(
-    """
-    a an the this that these those each every some any such own same other another
-    i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself
-    she her hers herself it its itself they them their theirs themselves one's
-    who whom whose which what where when why how there here
-    of in on at by for with about against between into through during before after above below to from
-    up down out off over under again further then once per via upon within without toward towards
-    and or but nor so yet if because as until while than though although since unless whether either
-    neither both
-    am is are was were be been being have has had having do does did doing done can could will would
-    shall should may might must let ought
-    just only also too very more most less least much many few now still even ever already thus hence
-    therefore however
-    i'm you're we're they're it's that's let's there's i've you've we've they've i'd you'd he'd she'd
-    we'd they'd i'll you'll he'll she'll we'll they'll he's she's
-    s t d ll m re ve
-    """.split()
-)
+_FUNCTION_WORDS = """
+a an the this that these those each every some any such own same other another
+i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself
+she her hers herself it its itself they them their theirs themselves one's
+who whom whose which what where when why how there here
+of in on at by for with about against between into through during before after above below to from
+up down out off over under again further then once per via upon within without toward towards
+and or but nor so yet if because as until while than though although since unless whether either
+neither both
+am is are was were be been being have has had having do does did doing done can could will would
+shall should may might must let ought
+just only also too very more most less least much many few now still even ever already thus hence
+therefore however
+i'm you're we're they're it's that's let's there's i've you've we've they've i'd you'd he'd she'd
+we'd they'd i'll you'll he'll she'll we'll they'll he's she's
+s t d ll m re ve
+"""
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 
 _WORD = re.compile(r"\d[\d,]*(?:\.\d+)?|[^\W\d_]+(?:['’][^\W\d_]+)*")
 _COMMAND = re.compile(r"\\[A-Za-z]+")

@@ -177,16 +177,13 @@ def couplings(
             lookback or number of permutations below 1, packed rows, or no problem.
     """
     _check(align, peaks, baseline, lookback, permutations)
-    options = {"quantile": quantile, "lookback": lookback, "peaks": peaks, "align": align}
     permuting = _Permuting(baseline, permutations, torch.Generator().manual_seed(seed))
     found: dict[str, list[_Problem]] = {name: [] for name in NAMES}
     problems = 0
     for part in [scores] if isinstance(scores, TokenScores) else scores:
         problems += part.waad.shape[0]
         for name, (values, at, eligible) in _questions(part, align, quantile, lookback, peaks).items():
-            found[name] += [
-                permuting.ask(values[row], at[row], eligible[row]) for row in range(len(values))
-            ]
+            found[name] += [permuting.ask(values[row], at[row], eligible[row]) for row in range(len(values))]
     if problems == 0:
         raise ParameterError("there are no problems to measure couplings over")
     summary = {
@@ -195,8 +192,17 @@ def couplings(
     }
     anchors = summary.pop("anchor_after_preplan")
     assert anchors is not None
-    parameters = {**options, "baseline": baseline, "permutations": permutations, "seed": seed}
-    parameters |= {"resamples": resamples, "confidence": confidence}
+    parameters: dict[str, float | int | str] = {
+        "align": align,
+        "quantile": quantile,
+        "lookback": lookback,
+        "peaks": peaks,
+        "baseline": baseline,
+        "permutations": permutations,
+        "resamples": resamples,
+        "confidence": confidence,
+        "seed": seed,
+    }
     return Couplings(**summary, anchor_after_preplan=anchors, parameters=parameters)
 
 
@@ -215,9 +221,7 @@ def _check(align: str, peaks: str, baseline: str, lookback: int, permutations: i
         raise ParameterError(f"permutations must be at least 1, got {permutations}")
 
 
-Question = tuple[
-    Float[Tensor, "batch token"], Bool[Tensor, "batch token"], Bool[Tensor, "batch token"]
-]
+Question = tuple[Float[Tensor, "batch token"], Bool[Tensor, "batch token"], Bool[Tensor, "batch token"]]
 
 
 def _questions(

@@ -79,7 +79,8 @@ class Trial:
     def overlap(self, reference: Reference = "response") -> float:
         """Return the mean overlap over the rollouts of the other candidates."""
         name = "overlap" if reference == "response" else "greedy_overlap"
-        return sum(getattr(rollout, name) for rollout in self.rollouts) / len(self.rollouts)
+        total: float = sum(getattr(rollout, name) for rollout in self.rollouts)
+        return total / len(self.rollouts)
 
 
 @dataclass(frozen=True)
@@ -318,9 +319,7 @@ def _try(
     )
 
 
-def _check(
-    batch: TokenBatch, scores: TokenScores, counts: dict[str, int]
-) -> None:
+def _check(batch: TokenBatch, scores: TokenScores, counts: dict[str, int]) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ParameterError(f"{name} is a whole number, at least 1; got {value!r}")
@@ -363,9 +362,7 @@ def _trial(record: dict[str, Any]) -> Trial:
     return Trial(**record, own=Rollout(**own), rollouts=tuple(Rollout(**rollout) for rollout in rollouts))
 
 
-def _resume(
-    path: str | Path | None, parameters: dict[str, Any]
-) -> dict[tuple[int, str, int], Trial]:
+def _resume(path: str | Path | None, parameters: dict[str, Any]) -> dict[tuple[int, str, int], Trial]:
     """Return the trials that a file holds already, and leave it ready for more."""
     if path is None:
         return {}

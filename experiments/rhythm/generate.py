@@ -86,9 +86,7 @@ def generate(
 
 
 @torch.no_grad()
-def sample(
-    loaded: LoadedModel, prompts: Sequence[list[int]], problems: Sequence[Problem]
-) -> list[list[int]]:
+def sample(loaded: LoadedModel, prompts: Sequence[list[int]], problems: Sequence[Problem]) -> list[list[int]]:
     """Return an answer to each prompt, without the token that ended it."""
     width = max(len(prompt) for prompt in prompts)
     pad = loaded.tokenizer.pad_token_id or 0
