@@ -13,8 +13,11 @@ when they are used.
 
 from attnprobe import metrics
 from attnprobe.adapters import adapter_for
+from attnprobe.agreement import GroupAgreement, GroupStability, compare_groups, group_stability
 from attnprobe.attention import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
+from attnprobe.bootstrap import Estimate
+from attnprobe.couplings import Coupling, Couplings, couplings
 from attnprobe.errors import (
     AttnprobeError,
     BatchError,
@@ -30,10 +33,13 @@ from attnprobe.factored import FactoredAttention
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
 from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.measurement import GroupMaps, group_maps, measure
+from attnprobe.perturb import Perturbations, perturb
 from attnprobe.probe import Attachment, Probe, attach
+from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.report import Report
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
+from attnprobe.sentences import sentence_ids
 from attnprobe.version import __version__
 
 __all__ = [
@@ -41,9 +47,14 @@ __all__ = [
     "Attention",
     "AttnprobeError",
     "BatchError",
+    "Coupling",
+    "Couplings",
     "DenseAttention",
+    "Estimate",
     "FactoredAttention",
+    "GroupAgreement",
     "GroupMaps",
+    "GroupStability",
     "HeadGroups",
     "HeadStatistics",
     "HeadStatisticsProbe",
@@ -52,10 +63,12 @@ __all__ = [
     "ModelLoadError",
     "ParameterError",
     "PatternError",
+    "Perturbations",
     "Probe",
     "Report",
     "ResultError",
     "Rhythm",
+    "SentenceReceiverProbe",
     "TokenBatch",
     "TokenScores",
     "UnsupportedModelError",
@@ -63,9 +76,14 @@ __all__ = [
     "adapter_for",
     "attach",
     "classify_heads",
+    "compare_groups",
+    "couplings",
     "find_rhythm",
     "group_maps",
+    "group_stability",
     "measure",
     "metrics",
+    "perturb",
     "score_tokens",
+    "sentence_ids",
 ]

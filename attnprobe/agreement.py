@@ -163,7 +163,7 @@ def group_stability(
         again = grouped(drawn)
         agreement = compare_groups(whole, again)
         for name in names:
-            selected[name] += again.mask(name).double() / resamples
+            selected[name] += again.mask(name).double()
             overlaps[name].append(agreement.overlap[name])
         correlations.append(agreement.span_correlation)
 
@@ -172,7 +172,7 @@ def group_stability(
         return percentile_estimate(float(resampled.nanmean()), resampled, confidence)
 
     return GroupStability(
-        selected=selected,
+        selected={name: count / resamples for name, count in selected.items()},
         overlap={name: spread(values) for name, values in overlaps.items()},
         span_correlation=spread(correlations),
         responses=len(span),

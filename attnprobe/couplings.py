@@ -177,13 +177,18 @@ def couplings(
             lookback or number of permutations below 1, packed rows, or no problem.
     """
     _check(align, peaks, baseline, lookback, permutations)
-    permuting = _Permuting(baseline, permutations, torch.Generator().manual_seed(seed))
+    # A generator for each coupling: what is drawn for a problem does not depend on batches.
+    permuting = {
+        name: _Permuting(baseline, permutations, torch.Generator().manual_seed(seed)) for name in NAMES
+    }
     found: dict[str, list[_Problem]] = {name: [] for name in NAMES}
     problems = 0
     for part in [scores] if isinstance(scores, TokenScores) else scores:
         problems += part.waad.shape[0]
         for name, (values, at, eligible) in _questions(part, align, quantile, lookback, peaks).items():
-            found[name] += [permuting.ask(values[row], at[row], eligible[row]) for row in range(len(values))]
+            found[name] += [
+                permuting[name].ask(values[row], at[row], eligible[row]) for row in range(len(values))
+            ]
     if problems == 0:
         raise ParameterError("there are no problems to measure couplings over")
     summary = {

@@ -51,7 +51,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.rhythm", description=__doc__)
-    parser.add_argument("--model", help="a GGUF file or a folder; default: the packaged SmolLM2-135M-Instruct")
+    parser.add_argument("--model", help="a GGUF file or a folder; default: the packaged SmolLM2")
     parser.add_argument("--problems", type=int, default=100, help="how many problems are asked")
     parser.add_argument("--threads", type=int, default=1, help="how many processor cores may be used")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where small results go")
