@@ -41,10 +41,21 @@ class Problem:
 
 def make_problems(count: int) -> list[Problem]:
     """Return the first problems of reasoning-gym's `gsm_symbolic`."""
+    source = _source(SEED)
+    return [_split(index, source[index]) for index in range(count)]
+
+
+def training_problems(count: int) -> list[tuple[Problem, str]]:
+    """Return other problems of the same generator, from another seed, with their worked solutions."""
+    source = _source(SEED + 1)
+    entries = (source[index] for index in range(count))
+    return [(_split(index, entry), entry["metadata"]["answer_cot"]) for index, entry in enumerate(entries)]
+
+
+def _source(seed: int) -> Any:
     import reasoning_gym
 
-    source = reasoning_gym.create_dataset("gsm_symbolic", size=_SIZE, seed=SEED)
-    return [_split(index, source[index]) for index in range(count)]
+    return reasoning_gym.create_dataset("gsm_symbolic", size=_SIZE, seed=seed)
 
 
 def _split(index: int, entry: dict[str, Any]) -> Problem:
