@@ -12,7 +12,7 @@ when they are used.
 """
 
 from attnprobe import metrics
-from attnprobe.adapters import adapter_for
+from attnprobe.adapters import adapter_for, register_adapter
 from attnprobe.agreement import GroupAgreement, GroupStability, compare_groups, group_stability
 from attnprobe.attention import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
@@ -22,6 +22,7 @@ from attnprobe.errors import (
     AttnprobeError,
     BatchError,
     IncompleteRunError,
+    InterventionError,
     MissingDependencyError,
     ModelLoadError,
     ParameterError,
@@ -40,6 +41,7 @@ from attnprobe.report import Report
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.sentences import sentence_ids
+from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "HeadStatistics",
     "HeadStatisticsProbe",
     "IncompleteRunError",
+    "InterventionError",
     "MissingDependencyError",
     "ModelLoadError",
     "ParameterError",
@@ -84,6 +87,8 @@ __all__ = [
     "measure",
     "metrics",
     "perturb",
+    "register_adapter",
     "score_tokens",
     "sentence_ids",
+    "suppress_attention",
 ]

@@ -34,8 +34,11 @@ class Attention(ABC):
       query that may see nothing (a padding row) has a row of zeros. Rows sum to at most 1: less than
       1 where the model's softmax has a sink that is not a key.
     - Inputs are never modified, and nothing here carries gradients.
+    - Key index `s` stands for column `s + key_start` of the sequence: not 0 where a sliding cache has
+      dropped the first keys.
     """
 
+    key_start: int = 0
     batch_size: int
     head_count: int
     query_count: int
@@ -47,6 +50,14 @@ class Attention(ABC):
     def query_offset(self) -> int:
         """How many keys come before the first query."""
         return self.key_count - self.query_count
+
+    def key_fingerprint(self) -> Float[Tensor, "batch key"] | None:
+        """Return a number for each key that a later pass over the same cache gives again.
+
+        It tells whether a cache was reordered in between (beam search). None where only the pattern is
+        known.
+        """
+        return None
 
     @abstractmethod
     def attend(
@@ -129,7 +140,8 @@ class DenseAttention(Attention):
             [0.7500, 0.2500]])
     """
 
-    def __init__(self, pattern: Tensor) -> None:
+    def __init__(self, pattern: Tensor, *, key_start: int = 0) -> None:
+        self.key_start = key_start
         if pattern.ndim == 2:
             pattern = pattern[None, None]
         if pattern.ndim != 4:

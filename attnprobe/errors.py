@@ -34,6 +34,10 @@ class IncompleteRunError(AttnprobeError, RuntimeError):
     """A forward pass in which a layer was not seen exactly once, or read differently."""
 
 
+class InterventionError(AttnprobeError, ValueError):
+    """A replacement of a site's value, or a suppression of attention, that cannot be carried out."""
+
+
 class ResultError(AttnprobeError, ValueError):
     """A result that cannot be saved, loaded or combined."""
 

@@ -129,6 +129,7 @@ class FactoredAttention(Attention):
         sinks: `[head]` logits in the softmax's denominator that belong to no key (gpt-oss).
         bias: `[batch or 1, head or 1, query, key]`, added to the scores (ALiBi, relative position).
         visibility: what `mask` would say, where it is known already (the same mask serves all layers).
+        key_start: the column of the sequence that the first key stands for.
 
     Raises:
         PatternError: shapes that do not fit, a mask that is not causal, or non-finite inputs.
@@ -151,7 +152,9 @@ class FactoredAttention(Attention):
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
         visibility: Visibility | None = None,
+        key_start: int = 0,
     ) -> None:
+        self.key_start = key_start
         self.batch_size, self.head_count, self.query_count, head_size = query.shape
         self.key_count, self.key_head_count = key.shape[2], key.shape[1]
         if key.shape[0] != self.batch_size or key.shape[3] != head_size:
@@ -216,6 +219,10 @@ class FactoredAttention(Attention):
             return Visibility(first, last, None, plain=False)
         every = plain.block(slice(0, self.query_count), slice(0, self.key_count))
         return Visibility(plain.first, plain.last, every & kept[:, None, None], plain=False)
+
+    def key_fingerprint(self) -> Float[Tensor, "batch key"]:
+        """Return the sum of each key's numbers: the same again while its cache row stays in place."""
+        return self._key.to(self.dtype).sum((1, 3))
 
     # ---- the four questions -------------------------------------------------------------------
 

@@ -3,10 +3,10 @@
 `HeadStatistics` holds span, WAAD, FAI and, if asked for, receiver kurtosis of each head, with the
 entropy of each token. `HeadStatisticsProbe` collects them from the forward passes that it is shown.
 Everything is reduced while a layer's attention is at hand and kept per head, so that head groups can be
-chosen afterwards without a second pass.
+chosen afterwards without a second pass. Passes that continue a KV cache add to their sequence.
 
-What is left to others: the definitions (metrics), reading a model (adapters), running one over a batch
-(measurement), grouping (heads).
+What is left to others: the definitions (metrics), adding rows up (sequence_sums), reading a model
+(adapters), running one over a batch (measurement), grouping (heads).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.metrics import Horizon
 from attnprobe.probe import Probe
+from attnprobe.sequence_sums import LayerSums, add_rows
 from attnprobe.storage import import_pandas, load_result, save_result
 
 if TYPE_CHECKING:
@@ -200,11 +201,16 @@ def _indices(shape: torch.Size) -> tuple[Tensor, ...]:
 class HeadStatisticsProbe(Probe):
     """A probe that computes head statistics in every forward pass that it is shown.
 
+    A pass with a KV cache continues the sequence of the pass before, so that `generate` gives one result
+    for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of one pass
+    over the whole sequence. The last token that is generated is never run, and has no row.
+
     Args:
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
         receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
-        entropy: whether to compute token entropy from the logits.
+        entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
+            did not compute, as `generate` does not for those of the prompt.
 
     Raises:
         ParameterError: a window or horizon that makes no sense.
@@ -226,72 +232,129 @@ class HeadStatisticsProbe(Probe):
         self.horizon = metrics.check_horizon(horizon)
         self.receiver = receiver
         self.sites = frozenset({"attention", "logits"} if entropy else {"attention"})
-        self._layers: dict[int, dict[str, Tensor]] = {}
-        self._entropy: Tensor | None = None
+        self._sequence = _Sequence()
+        self._pass: dict[int, LayerSums] = {}
+        self._continues = False
+        self._distribution_entropy: Tensor | None = None
         self._finished: list[HeadStatistics] = []
 
     def begin(self, batch: TokenBatch) -> None:
-        """Forget what an earlier pass may have left."""
+        """Forget what a failed pass may have left."""
         self.abort()
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
         """Reduce one layer's attention, or the logits."""
-        if isinstance(value, Attention):
-            assert layer is not None
-            self._layers[layer] = self._reduce(value, batch)
-        else:
-            self._entropy = metrics.token_entropy(value, batch.response_mask)
-
-    def _reduce(self, attention: Attention, batch: TokenBatch) -> dict[str, Tensor]:
-        mask, segments = batch.response_mask, batch.segment_ids
-        reduced = {
-            "span": metrics.mean_attention_distance(attention, mask),
-            "waad": metrics.windowed_attention_distance(attention, self.window, mask),
-            "fai": metrics.future_attention_influence(attention, mask, self.horizon, segments),
-        }
-        if self.receiver:
-            reduced["receiver_kurtosis"] = metrics.receiver_kurtosis(attention, mask, segment_ids=segments)
-        return reduced
+        if not isinstance(value, Attention):
+            self._distribution_entropy = metrics.distribution_entropy(value)
+            return
+        assert layer is not None
+        self._continues = value.key_start + value.query_offset > 0
+        before = self._sequence.layers.get(layer) if self._continues else None
+        far = metrics.RECEIVER_HORIZON if self.receiver else None
+        self._pass[layer] = add_rows(before, value, batch.response_mask, self.window, self.horizon, far)
 
     def end(self, batch: TokenBatch) -> None:
-        """Keep the statistics of a complete pass."""
-        layers = sorted(self._layers)
-        heads = max(self._layers[layer]["span"].shape[1] for layer in layers)
+        """Add the complete pass to its sequence."""
+        if not self._continues:
+            self._finished += self._current()
+            self._sequence = _Sequence()
+        self._sequence = self._sequence.extended(self._pass, batch, self._distribution_entropy)
+        self.abort()
+
+    def abort(self) -> None:
+        """Forget the pass that is under way; finished ones are kept."""
+        self._pass, self._continues, self._distribution_entropy = {}, False, None
+
+    def result(self) -> HeadStatistics:
+        """Return the statistics of all sequences so far, joined along the batch axis.
+
+        Raises:
+            ResultError: no complete pass was observed.
+        """
+        return HeadStatistics.concatenate([*self._finished, *self._current()])
+
+    def reset(self) -> None:
+        """Forget all passes."""
+        self.abort()
+        self._sequence = _Sequence()
+        self._finished = []
+
+    def _current(self) -> list[HeadStatistics]:
+        """Return the statistics of the sequences that may still grow, if there are any."""
+        sequence = self._sequence
+        if not sequence.layers:
+            return []
+        assert sequence.response_mask is not None
+        mask, segments = sequence.response_mask, sequence.segment_ids
+        layers = sorted(sequence.layers)
+        reduced = [self._reduced(sequence.layers[layer], mask, segments) for layer in layers]
+        heads = max(values["span"].shape[1] for values in reduced)
         joined: dict[str, Any] = {"receiver_kurtosis": None}
-        for name in self._layers[layers[0]]:
-            joined[name] = torch.stack(
-                [_pad_heads(self._layers[layer][name], heads) for layer in layers], dim=1
-            )
-        self._finished.append(
+        for name in reduced[0]:
+            joined[name] = torch.stack([_pad_heads(values[name], heads) for values in reduced], dim=1)
+        return [
             HeadStatistics(
                 **joined,
-                entropy=self._entropy,
-                response_mask=batch.response_mask,
-                segment_ids=batch.segment_ids,
+                entropy=sequence.entropy,
+                response_mask=mask,
+                segment_ids=segments,
                 layers=tuple(layers),
                 window=self.window,
                 horizon=self.horizon,
                 receiver_level="token" if self.receiver else None,
             )
-        )
-        self.abort()
+        ]
 
-    def abort(self) -> None:
-        """Forget the pass that is under way; finished ones are kept."""
-        self._layers, self._entropy = {}, None
+    def _reduced(self, sums: LayerSums, mask: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
+        """Return a layer's statistics from its sums."""
+        count = mask.sum(-1, keepdim=True).to(sums.distance.dtype)
+        reduced = {
+            "span": sums.distance / count.masked_fill(count == 0, torch.nan),
+            "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
+            "fai": metrics.influence_of(sums.received, mask, self.horizon, segments),
+        }
+        if sums.received_far is not None:
+            far = metrics.influence_of(sums.received_far, mask, metrics.RECEIVER_HORIZON, segments)
+            reduced["receiver_kurtosis"] = metrics.kurtosis(far)
+        return reduced
 
-    def result(self) -> HeadStatistics:
-        """Return the statistics of all complete passes, joined along the batch axis.
 
-        Raises:
-            ResultError: no complete pass was observed.
+@dataclass(frozen=True)
+class _Sequence:
+    """The passes of one batch of sequences so far."""
+
+    layers: dict[int, LayerSums] = dataclasses.field(default_factory=dict)
+    response_mask: Bool[Tensor, "batch token"] | None = None
+    segment_ids: Int[Tensor, "batch token"] | None = None
+    entropy: Float[Tensor, "batch token"] | None = None
+    next_entropy: Float[Tensor, " batch"] | None = None
+
+    def extended(
+        self, layers: dict[int, LayerSums], batch: TokenBatch, distribution_entropy: Tensor | None
+    ) -> _Sequence:
+        """Return the sequence with one more complete pass.
+
+        `distribution_entropy` is `[batch, token]`, of the last tokens of the pass at least.
         """
-        return HeadStatistics.concatenate(self._finished)
-
-    def reset(self) -> None:
-        """Forget all passes."""
-        self.abort()
-        self._finished = []
+        mask, segments = batch.response_mask, batch.segment_ids
+        if self.response_mask is not None:
+            if segments is not None or self.segment_ids is not None:
+                raise ResultError("packed rows cannot be continued: run each sequence in a row of its own")
+            mask = torch.cat([self.response_mask, mask], dim=-1)
+        entropy, following = None, None
+        if distribution_entropy is not None:
+            rows, count = batch.input_ids.shape
+            # Row t says what token t + 1 was sampled from.
+            entropy = distribution_entropy.new_full((rows, count), torch.nan)
+            if self.next_entropy is not None:
+                entropy[:, 0] = self.next_entropy
+            known = min(distribution_entropy.shape[1], count)
+            entropy[:, count - known + 1 :] = distribution_entropy[:, -known:-1]
+            following = distribution_entropy[:, -1]
+            if self.entropy is not None:
+                entropy = torch.cat([self.entropy, entropy], dim=-1)
+            entropy = entropy.masked_fill(~mask, torch.nan)
+        return _Sequence(layers, mask, segments, entropy, following)
 
 
 def _pad_heads(values: Tensor, heads: int) -> Tensor:

@@ -19,6 +19,9 @@ from attnprobe.errors import ParameterError, PatternError
 
 Horizon = tuple[int, int | None]
 
+RECEIVER_HORIZON: Horizon = (10, None)
+"""The horizon of receiver kurtosis: near rows are left out."""
+
 # A horizon wider than this is summed by `receive`, whose cost does not grow with it, instead of from a
 # band, whose memory does.
 _WIDEST_BAND = 128
@@ -42,13 +45,7 @@ def mean_attention_distance(
     """
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
-    # Distance t - s as a difference of two reads. Positions are centred first: rounding is relative to
-    # the features' size.
-    position = torch.arange(attention.key_count, device=attention.device, dtype=attention.dtype)
-    position = position - (attention.key_count - 1) / 2
-    features = position[None, :, None].expand(attention.batch_size, -1, -1)
-    read = attention.attend(features)[..., 0]
-    distance = position * attention.row_mass() - read
+    distance = distance_by_row(attention)
     inside = mask[:, None].to(attention.dtype)
     count = inside.sum(-1)
     return (distance * inside).sum(-1) / count.masked_fill(count == 0, torch.nan)
@@ -73,12 +70,7 @@ def windowed_attention_distance(
     """
     check_window(window)
     attention = as_attention(attention)
-    distance = torch.arange(window, device=attention.device, dtype=attention.dtype)
-    # min(t - s, W) is W less what the near keys fall short of it: far keys need no look.
-    shortfall = attention.band(window) @ (window - distance)
-    waad = window * attention.row_mass() - shortfall
-    # Rounding can leave a first token, which sees itself alone, a hair below 0.
-    waad = waad.clamp(min=0.0)
+    waad = windowed_distance_by_row(attention, window)
     if response_mask is None:
         return waad
     return waad.masked_fill(~check_mask(attention, response_mask)[:, None], torch.nan)
@@ -108,27 +100,14 @@ def future_attention_influence(
     low, high = check_horizon(horizon)
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
-    rows = mask.to(attention.dtype)
-    if high is None or high - low >= _WIDEST_BAND:
-        stop = None if high is None else high + 1
-        received = attention.receive(rows[..., None], start=low, stop=stop)[..., 0]
-    else:
-        width = high - low + 1
-        band = attention.band(width, start=low) * rows[:, None, :, None]
-        received = band.new_zeros(band.shape[:3])
-        for j in range(min(width, attention.key_count - low)):
-            distance = low + j
-            received[..., : attention.key_count - distance] += band[..., distance:, j]
-    count = _rows_in_horizon(mask, low, high, segment_ids)
-    defined = mask & (count > 0)
-    influence = received / count.clamp(min=1)[:, None].to(attention.dtype)
-    return influence.masked_fill(~defined[:, None], torch.nan)
+    received = received_by_key(attention, mask, (low, high))
+    return influence_of(received, mask, (low, high), segment_ids)
 
 
 def receiver_kurtosis(
     attention: Attention | Tensor,
     response_mask: Bool[Tensor, "batch token"],
-    horizon: Horizon = (10, None),
+    horizon: Horizon = RECEIVER_HORIZON,
     segment_ids: Int[Tensor, "batch token"] | None = None,
 ) -> Float[Tensor, "batch head"]:
     """Return how selective each head's inbound attention is: the kurtosis of FAI over tokens.
@@ -210,6 +189,65 @@ def sentence_attention(
     pooled = torch.einsum("btr,bhts->bhrs", mean.nan_to_num(), read)
     missing = (length == 0)[:, None]
     return pooled.masked_fill(missing[..., None, :] | missing[..., :, None], torch.nan)
+
+
+# ---- the parts that can be added up over the steps of a KV cache ------------------------------
+
+
+def distance_by_row(attention: Attention) -> Float[Tensor, "batch head query"]:
+    """Return the mean backward distance of each row: the terms of Eq. 7, for any queries."""
+    # Distance t - s as a difference of two reads. Positions are centred first: rounding is relative to
+    # the features' size.
+    position = torch.arange(attention.key_count, device=attention.device, dtype=attention.dtype)
+    position = position - (attention.key_count - 1) / 2
+    features = position[None, :, None].expand(attention.batch_size, -1, -1)
+    read = attention.attend(features)[..., 0]
+    return position[attention.query_offset :] * attention.row_mass() - read
+
+
+def windowed_distance_by_row(attention: Attention, window: int) -> Float[Tensor, "batch head query"]:
+    """Return WAAD (Eq. 9) of each row, for any queries."""
+    distance = torch.arange(window, device=attention.device, dtype=attention.dtype)
+    # min(t - s, W) is W less what the near keys fall short of it: far keys need no look.
+    shortfall = attention.band(window) @ (window - distance)
+    # Rounding can leave a first token, which sees itself alone, a hair below 0.
+    return (window * attention.row_mass() - shortfall).clamp(min=0.0)
+
+
+def received_by_key(
+    attention: Attention, rows: Bool[Tensor, "batch query"], horizon: Horizon
+) -> Float[Tensor, "batch head key"]:
+    """Return what each key is given by the marked rows within the horizon: the numerator of Eq. 10."""
+    low, high = horizon
+    weights = rows.to(attention.dtype)
+    width = None if high is None else high - low + 1
+    # A band pays where there are more rows than distances; a cached step has one row.
+    if width is None or width > _WIDEST_BAND or attention.query_count < width:
+        stop = None if high is None else high + 1
+        return attention.receive(weights[..., None], start=low, stop=stop)[..., 0]
+    band = attention.band(width, start=low) * weights[:, None, :, None]
+    received = band.new_zeros(*band.shape[:2], attention.key_count)
+    offset = attention.query_offset
+    for j in range(width):
+        # Query t gives to key t + offset - distance; the first queries reach before the first key.
+        first = max(0, low + j - offset)
+        shift = offset - low - j
+        if first < attention.query_count:
+            received[..., first + shift : attention.query_count + shift] += band[..., first:, j]
+    return received
+
+
+def influence_of(
+    received: Float[Tensor, "batch head token"],
+    response_mask: Bool[Tensor, "batch token"],
+    horizon: Horizon,
+    segment_ids: Int[Tensor, "batch token"] | None = None,
+) -> Float[Tensor, "batch head token"]:
+    """Return FAI from what each token was given: Eq. 10 divides by the response rows in its horizon."""
+    count = _rows_in_horizon(response_mask, *horizon, segment_ids)
+    defined = response_mask & (count > 0)
+    influence = received / count.clamp(min=1)[:, None].to(received.dtype)
+    return influence.masked_fill(~defined[:, None], torch.nan)
 
 
 def kurtosis(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:

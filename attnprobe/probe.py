@@ -1,10 +1,11 @@
 """Probes, and `attach`: looking into a model's own forward pass, with a check that nothing is missed.
 
-A probe names the sites that it wants and is shown what happens there. `attach` connects probes to a
-model through its adapter for as long as a `with` block lasts, around whatever the user runs inside,
-and checks after every forward pass that each layer was seen exactly once: a hook that fires never, or
-twice, would otherwise give a wrong number in silence. What is left to others: how sites are read
-(adapters), and the probes that compute something (head_statistics).
+A probe names the sites that it wants, is shown what happens there, and may put another tensor in a
+site's place. `attach` connects probes to a model through its adapter for as long as a `with` block
+lasts, around whatever the user runs inside, and checks after every forward pass that each layer was
+seen exactly once: a hook that fires never, or twice, would otherwise give a wrong number in silence.
+What is left to others: how sites are read (adapters), and the probes that compute something
+(head_statistics).
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from attnprobe.adapters import SITES, Adapter, adapter_for
+from attnprobe.adapters import LAYER_SITES, SITES, Adapter, adapter_for
 from attnprobe.adapters.base import Value
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import IncompleteRunError, ParameterError
+from attnprobe.errors import IncompleteRunError, InterventionError, ParameterError, UnsupportedModelError
 
 Layers = Literal["all", "middle"] | Sequence[int]
 
@@ -33,6 +35,11 @@ class Probe:
     ...     heads = 0
     ...     def observe(self, site, layer, value, batch):
     ...         self.heads += value.head_count
+
+    >>> class WithoutFeedForward(Probe):
+    ...     sites = frozenset({"mlp_output"})
+    ...     def observe(self, site, layer, value, batch):
+    ...         return torch.zeros_like(value)
     """
 
     sites: frozenset[str] = frozenset({"attention"})
@@ -40,8 +47,13 @@ class Probe:
     def begin(self, batch: TokenBatch) -> None:
         """Take note that a forward pass over these tokens starts."""
 
-    def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
-        """Look at the value at a site: an `Attention` for "attention", a tensor for "logits"."""
+    def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> Tensor | None:
+        """Look at the value at a site: an `Attention` for "attention", else a tensor.
+
+        A tensor that is returned takes the place of the site's, in the model and for the probes after
+        this one: same shape, dtype and device, and finite. The tensor that is shown is the model's own:
+        do not change it in place, and clone what you keep.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not say what it observes")
 
     def end(self, batch: TokenBatch) -> None:
@@ -78,15 +90,18 @@ def attach(
         probes: who is shown what happens; several at once are fine.
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
         response_mask: `[batch, token]`, which of the tokens that you pass to the model are response;
-            default: all real ones.
+            default: all real ones. Where a KV cache is continued, as in `generate`, give the mask of
+            the first pass; tokens that come after it count as response.
 
     Raises:
         ParameterError: no probe, an unknown site, or layers that the model does not have.
-        UnsupportedModelError: a model whose attention cannot be read.
+        UnsupportedModelError: a model whose attention cannot be read, or a site that its family cannot
+            give with the meaning that it has everywhere.
         IncompleteRunError: on a forward pass in which some layer was not seen exactly once.
+        InterventionError: on a forward pass in which a probe returned what cannot take a site's place.
 
-    The model's own outputs do not change, and when the block ends, by whatever way, the model is as it
-    was before.
+    The model's own outputs do not change unless a probe replaces something, and when the block ends, by
+    whatever way, the model is as it was before.
     """
     if not probes:
         raise ParameterError("attach needs at least one probe")
@@ -95,8 +110,10 @@ def attach(
     if unknown:
         raise ParameterError(f"unknown sites {sorted(unknown)}; there are {', '.join(SITES)}")
     adapter = adapter_for(model)
+    for site in sorted(sites & set(adapter.refused_sites)):
+        raise UnsupportedModelError(f"there is no site {site} here: {adapter.refused_sites[site]}")
     chosen = resolve_layers(layers, adapter)
-    run = _Run(adapter, probes, chosen, "attention" in sites, response_mask)
+    run = _Run(adapter, probes, chosen, sites, response_mask)
     with adapter.observed(run, sorted(sites), chosen):
         yield Attachment(adapter, chosen)
 
@@ -142,49 +159,59 @@ class _Run:
         adapter: Adapter,
         probes: Sequence[Probe],
         layers: tuple[int, ...],
-        expects_attention: bool,
+        sites: set[str],
         response_mask: Tensor | None,
     ) -> None:
         self._adapter = adapter
         self._probes = probes
         self._layers = layers
-        self._expects_attention = expects_attention
+        self._sites = [site for site in LAYER_SITES if site in sites]
         self._response_mask = response_mask
-        self._seen: Counter[int] = Counter()
+        self._seen: Counter[tuple[str, int | None]] = Counter()
         self._batch: TokenBatch | None = None
 
-    def begin(self, batch: TokenBatch) -> None:
+    def begin(self, batch: TokenBatch, cached: int) -> None:
         if self._response_mask is not None:
-            mask = self._response_mask
-            if mask.shape != batch.input_ids.shape:
-                raise ParameterError(
-                    f"response_mask is {list(mask.shape)}, but the model was given tokens "
-                    f"{list(batch.input_ids.shape)}"
-                )
-            marked = mask.to(device=batch.input_ids.device).bool() & batch.attention_mask
+            marked = self._marked(batch, cached) & batch.attention_mask
             batch = replace(batch, response_mask=marked)
         self._batch = batch
         self._seen.clear()
         for probe in self._probes:
             probe.begin(batch)
 
-    def observe(self, site: str, layer: int | None, value: Value) -> None:
+    def _marked(self, batch: TokenBatch, cached: int) -> Tensor:
+        """Return which tokens of a pass are response: those marked, and those after the mask."""
+        mask = self._response_mask
+        assert mask is not None
+        rows, tokens = batch.input_ids.shape
+        if mask.shape[0] != rows or (cached == 0 and mask.shape[1] != tokens):
+            raise ParameterError(
+                f"response_mask is {list(mask.shape)}, but the model was given tokens "
+                f"{list(batch.input_ids.shape)}"
+            )
+        mask = mask.to(device=batch.input_ids.device).bool()[:, cached : cached + tokens]
+        return torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=True)
+
+    def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
         assert self._batch is not None
-        if site == "attention" and layer is not None:
-            self._seen[layer] += 1
+        self._seen[site, layer] += 1
+        replaced: Tensor | None = None
         for probe in self._probes:
             if site in probe.sites:
-                probe.observe(site, layer, value, self._batch)
+                given = probe.observe(site, layer, value, self._batch)
+                if given is not None:
+                    _check_replacement(probe, site, value, given)
+                    value = replaced = given
+        return replaced
 
     def end(self) -> None:
         assert self._batch is not None
         batch, self._batch = self._batch, None
-        if self._expects_attention:
-            try:
-                self._check_complete()
-            except IncompleteRunError:
-                self.abort()
-                raise
+        try:
+            self._check_complete()
+        except IncompleteRunError:
+            self.abort()
+            raise
         for probe in self._probes:
             probe.end(batch)
 
@@ -194,14 +221,37 @@ class _Run:
             probe.abort()
 
     def _check_complete(self) -> None:
-        silent = [layer for layer in self._layers if self._seen[layer] == 0]
-        repeated = [layer for layer in self._layers if self._seen[layer] > 1]
-        if not silent and not repeated:
-            return
-        told = [f"layers {silent} were silent"] if silent else []
-        told += [f"layers {repeated} spoke more than once"] if repeated else []
-        raise IncompleteRunError(
-            f"{' and '.join(told)} in a forward pass of {self._adapter.model_name} through "
-            f"{self._adapter.backend}; each layer must be seen exactly once, so nothing of this pass "
-            "is kept"
+        told = []
+        for site in self._sites:
+            at = "" if site == "attention" else f" at {site}"
+            silent = [layer for layer in self._layers if self._seen[site, layer] == 0]
+            repeated = [layer for layer in self._layers if self._seen[site, layer] > 1]
+            told += [f"layers {silent} were silent{at}"] if silent else []
+            told += [f"layers {repeated} spoke more than once{at}"] if repeated else []
+        if told:
+            raise IncompleteRunError(
+                f"{' and '.join(told)} in a forward pass of {self._adapter.model_name} "
+                f"({self._adapter.family}) through {self._adapter.backend}; each layer must be seen exactly "
+                "once, so nothing of this pass is kept"
+            )
+
+
+def _check_replacement(probe: Probe, site: str, value: Value, given: Any) -> None:
+    """Check that what a probe returned can take a site's place."""
+    who = f"{type(probe).__name__} returned"
+    if not isinstance(value, Tensor):
+        raise InterventionError(
+            f"{who} something for {site}, which can be read but not replaced: use suppress_attention"
         )
+    if not isinstance(given, Tensor):
+        raise InterventionError(
+            f"{who} a {type(given).__name__} for {site}: a tensor replaces it, None does not"
+        )
+    for name in ("shape", "dtype", "device"):
+        if getattr(given, name) != getattr(value, name):
+            found, expected = getattr(given, name), getattr(value, name)
+            if name == "shape":
+                found, expected = list(found), list(expected)
+            raise InterventionError(f"{who} {name} {found} for {site}, which has {name} {expected}")
+    if not bool(torch.isfinite(given.detach()).all()):
+        raise InterventionError(f"{who} NaN or infinity for {site}")

@@ -518,7 +518,7 @@ def test_attach_needs_probes_and_known_sites() -> None:
     with pytest.raises(ParameterError, match="at least one probe"), attnprobe.attach(model):
         pass
     with (
-        pytest.raises(ParameterError, match=r"unknown sites \['residual'\]; there are attention"),
+        pytest.raises(ParameterError, match=r"unknown sites \['residual'\]; there are layer_input"),
         attnprobe.attach(model, Elsewhere()),
     ):
         pass

@@ -1,22 +1,72 @@
 """Backend adapters: one hook interface over the ways in which a model can be run.
 
-`adapter_for` picks the adapter by the object's class. A backend that is not loaded cannot have made
-the object, so no backend is imported to find out.
+`adapter_for` picks the adapter by the names of the object's classes, in the order of inheritance: so no
+backend is imported to find out, and a module that moves within its package is found all the same.
+Adapters of others are added by `register_adapter`, or by an entry point in the group
+`attnprobe.adapters`, whose name is that of the class and whose object is the adapter.
 """
 
 from __future__ import annotations
 
-import sys
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
-from attnprobe.adapters.base import SITES, Adapter, Observer
-from attnprobe.errors import UnsupportedModelError
+from attnprobe.adapters.base import LAYER_SITES, SITES, Adapter, Observer
+from attnprobe.errors import AttnprobeError, ParameterError, UnsupportedModelError
 
-__all__ = ["SITES", "Adapter", "Observer", "adapter_for"]
+__all__ = ["LAYER_SITES", "SITES", "Adapter", "Observer", "adapter_for", "register_adapter"]
+
+ENTRY_POINT_GROUP = "attnprobe.adapters"
+
+AdapterFactory = Callable[[Any], Adapter]
+
+_adapters: dict[str, str | AdapterFactory] = {
+    "transformers.PreTrainedModel": "attnprobe.adapters.transformers:TransformersAdapter",
+    "transformer_lens.TransformerBridge": "attnprobe.adapters.transformer_lens:TransformerLensAdapter",
+    "transformer_lens.HookedTransformer": "attnprobe.adapters.transformer_lens:refuse_hooked_transformer",
+    "nnsight.Envoy": "attnprobe.adapters.nnsight:NNsightAdapter",
+}
+
+
+def register_adapter(model_class: str, adapter: str | AdapterFactory) -> None:
+    """Register an adapter for the models of a class, and of its subclasses.
+
+    Args:
+        model_class: `"package.ClassName"`: the top-level package that defines the class, and the
+            class's name. The package is not imported.
+        adapter: what makes an `Adapter` of such a model: a subclass of `Adapter` or any function, or
+            `"module:name"` to import it when it is first needed.
+
+    The last registration of a class counts. A package can do the same without being imported, by an
+    entry point: `[project.entry-points."attnprobe.adapters"]`, `"package.ClassName" = "module:name"`.
+
+    Raises:
+        ParameterError: names that are not of this form.
+
+    >>> register_adapter("my_backend.Wrapper", "my_package.adapters:MyAdapter")
+    """
+    package, _, name = model_class.partition(".")
+    if not package.isidentifier() or not name.isidentifier():
+        raise ParameterError(
+            f'model_class is "package.ClassName", with the top-level package only; got {model_class!r}'
+        )
+    if isinstance(adapter, str):
+        module, _, attribute = adapter.partition(":")
+        if not module or not attribute.isidentifier():
+            raise ParameterError(f'an adapter given by name is "module:name", got {adapter!r}')
+    elif not callable(adapter):
+        raise ParameterError(f"an adapter is a class, a function or a name, got {adapter!r}")
+    _adapters[model_class] = adapter
 
 
 def adapter_for(model: Any) -> Adapter:
-    """Return the adapter for a model: a transformers model, or an adapter, which is returned as is.
+    """Return the adapter for a model: one of those registered, or an adapter itself, as it is.
+
+    Known without registration: transformers models, `TransformerBridge` of TransformerLens, and the
+    wrappers of nnsight.
 
     Raises:
         UnsupportedModelError: an object that no adapter knows, or a model whose attention cannot be
@@ -24,12 +74,33 @@ def adapter_for(model: Any) -> Adapter:
     """
     if isinstance(model, Adapter):
         return model
-    transformers = sys.modules.get("transformers")
-    if transformers is not None and isinstance(model, transformers.PreTrainedModel):
-        from attnprobe.adapters.transformers import TransformersAdapter
-
-        return TransformersAdapter(model)
+    known = {**_entry_points(), **_adapters}
+    for base in type(model).__mro__:
+        found = known.get(f"{base.__module__.partition('.')[0]}.{base.__name__}")
+        if found is None:
+            continue
+        adapter = (_imported(found) if isinstance(found, str) else found)(model)
+        if not isinstance(adapter, Adapter):
+            raise AttnprobeError(
+                f"what is registered for {base.__name__} gave a {type(adapter).__name__}, not an Adapter"
+            )
+        return adapter
     raise UnsupportedModelError(
         f"no adapter knows {type(model).__module__}.{type(model).__qualname__}: pass a transformers "
-        "causal language model"
+        "causal language model, a TransformerBridge, an nnsight wrapper, or register_adapter your own"
     )
+
+
+@lru_cache(maxsize=1)
+def _entry_points() -> dict[str, str | AdapterFactory]:
+    """Return what installed packages offer: names only, nothing is imported."""
+    return {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _imported(name: str) -> AdapterFactory:
+    module, _, attribute = name.partition(":")
+    try:
+        factory: AdapterFactory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise AttnprobeError(f"the registered adapter {name} cannot be imported: {error}") from error
+    return factory

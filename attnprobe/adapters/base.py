@@ -10,9 +10,9 @@ left to others: what is done with the values (probes), and counting that all of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,9 +20,23 @@ from torch import Tensor
 
 from attnprobe.attention import Attention
 from attnprobe.batch import TokenBatch
+from attnprobe.errors import UnsupportedModelError
 
-SITES = ("attention", "logits")
-"""The sites that probes can observe: `attention` (an `Attention`, per layer) and `logits`."""
+if TYPE_CHECKING:
+    from attnprobe.suppression import Suppression
+
+LAYER_SITES = ("layer_input", "attention", "attention_output", "mlp_output", "layer_output")
+"""The sites that every layer has; all but `attention` are tensors `[batch, token, d_model]`."""
+
+SITES = (*LAYER_SITES, "logits")
+"""The sites that probes can observe:
+
+- `layer_input`, `layer_output`: the residual stream as it goes into a decoder layer and comes out.
+- `attention`: an `Attention`.
+- `attention_output`, `mlp_output`: what the layer's attention module and feed-forward module return:
+  after their output projection; before a norm, a scale or the sum that the layer applies to them.
+- `logits`: `[batch, token, vocabulary]`, of the last tokens only where the model computes no others.
+"""
 
 Value = Attention | Tensor
 
@@ -31,11 +45,14 @@ Value = Attention | Tensor
 class Observer(Protocol):
     """Who is told what happens in the forward passes of a model."""
 
-    def begin(self, batch: TokenBatch) -> None:
-        """Take note that a forward pass over these tokens starts."""
+    def begin(self, batch: TokenBatch, cached: int) -> None:
+        """Take note that a forward pass over these tokens starts, `cached` columns of keys before them."""
 
-    def observe(self, site: str, layer: int | None, value: Value) -> None:
-        """Look at the value at a site; `layer` is None where the site belongs to no layer."""
+    def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
+        """Look at the value at a site, and return a tensor to put in its place, or None.
+
+        `layer` is None where the site belongs to no layer.
+        """
 
     def end(self) -> None:
         """Take note that the forward pass has come to its end."""
@@ -49,9 +66,12 @@ class Adapter(ABC):
 
     Attributes:
         backend: the backend's name.
+        family: the model's class, for messages.
         model_name: what the model calls itself, for messages and metadata.
         layers: the layers with attention that can be read, in order.
         skipped_layers: the layers without (Mamba, linear attention).
+        refused_sites: the sites that this model cannot give with the meaning that they have
+            everywhere, and why.
         reads: "factored" (query and key: no map is stored) or "dense" (the model's own maps).
         vocabulary_size: ids below it are valid.
         context_length: how many tokens the model takes, None where there is no limit.
@@ -59,9 +79,11 @@ class Adapter(ABC):
     """
 
     backend: str
+    family: str
     model_name: str
     layers: tuple[int, ...]
     skipped_layers: tuple[int, ...]
+    refused_sites: Mapping[str, str]
     reads: str
     vocabulary_size: int
     context_length: int | None
@@ -82,3 +104,11 @@ class Adapter(ABC):
         Returns the logits at some positions; None where none are asked for, and then nothing is
         computed above the last layer that is observed.
         """
+
+    def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> AbstractContextManager[None]:
+        """Take attention out of every forward pass of the model while the context is open.
+
+        Raises:
+            UnsupportedModelError: the backend cannot.
+        """
+        raise UnsupportedModelError(f"the {self.backend} adapter cannot suppress attention")

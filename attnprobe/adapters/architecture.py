@@ -1,0 +1,176 @@
+"""Where the sites of a transformers model are: its layers, and their attention and feed-forward modules.
+
+A layer is found from its attention module: the module that calls the attention function of
+transformers, or, in families without one, that is named like attention. Wrappers that a backend put
+around a module (`_original_component`) are looked through: a layer's attention has an inner module,
+whose forward is the model's own, and an outer one, which the layer calls.
+
+A site is refused where a family's modules do not give what the site means everywhere, rather than
+something else under its name. What is left to others: hooks on these modules (reading).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from attnprobe.errors import UnsupportedModelError
+
+WRAPPED = "_original_component"
+"""The name under which a TransformerLens module holds the module that it stands for."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The modules of one decoder layer that has attention.
+
+    Attributes:
+        block: the layer itself, as the model calls it.
+        attention: the attention module, whose forward is the model's own.
+        attention_outer: the attention module as the layer calls it; the same where nothing wraps it.
+        feed_forward: the feed-forward module as the layer calls it; None where there is not one.
+    """
+
+    block: nn.Module
+    attention: nn.Module
+    attention_outer: nn.Module
+    feed_forward: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The layers with attention by number, how attention is read, and the sites that are refused."""
+
+    layers: dict[int, Layer]
+    reads: str
+    refused_sites: dict[str, str]
+
+
+def architecture_of(model: nn.Module) -> Architecture:
+    """Find the layers of a transformers causal language model.
+
+    Raises:
+        UnsupportedModelError: no attention layer, an encoder, or layers with several attention modules.
+    """
+    family = type(model).__name__
+    found = _attention_modules(model, calls_attention_function)
+    reads = "factored" if found else "dense"
+    if not found:
+        found = _attention_modules(model, _looks_like_attention)
+    if not found:
+        raise UnsupportedModelError(
+            f"{family} has no attention layer that can be found: there is nothing to read"
+        )
+    root = _decoder(model)
+    layers = {number: _layer(root, name, number) for number, name in sorted(found.items())}
+    if not any(getattr(layer.attention, "is_causal", True) for layer in layers.values()) or (
+        not _is_decoder(model)
+    ):
+        raise UnsupportedModelError(
+            f"{family} is an encoder: its attention looks at later tokens. attnprobe reads causal "
+            "language models"
+        )
+    return Architecture(layers, reads, _refused_sites(family, layers))
+
+
+def calls_attention_function(module: nn.Module) -> bool:
+    """Whether the module's forward looks up the attention function of transformers."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    # A wrapper's class is named after what it wraps.
+    return "attention" in name and "linear" not in name and WRAPPED not in module._modules
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    known: Any = model
+    decoder = known.get_decoder() if hasattr(known, "get_decoder") else None
+    root: nn.Module = decoder if decoder is not None else known.base_model
+    return root
+
+
+def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[int, str]:
+    """Return the names of the outermost wanted modules of the text decoder, by their layer's number."""
+    root = _decoder(model)
+    found: dict[int, str] = {}
+    inside: list[str] = []
+    for name, module in root.named_modules():
+        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        nested = any(name.startswith(outer + ".") for outer in inside)
+        if not numbers or nested or not wanted(module):
+            continue
+        if getattr(module, "is_cross_attention", False):
+            continue
+        inside.append(name)
+        if numbers[0] in found:
+            first = root.get_submodule(found[numbers[0]])
+            raise UnsupportedModelError(
+                f"layer {numbers[0]} of {type(model).__name__} has more than one attention module "
+                f"({type(first).__name__}, {type(module).__name__}): which to read is not known"
+            )
+        found[numbers[0]] = name
+    return found
+
+
+def _layer(root: nn.Module, attention_name: str, number: int) -> Layer:
+    """Return the modules of the layer that an attention module belongs to."""
+    parts = attention_name.split(".")
+    block_name = ".".join(parts[: parts.index(str(number)) + 1])
+    block = root.get_submodule(block_name)
+    outer_name = attention_name.removesuffix("." + WRAPPED)
+    outer = root.get_submodule(outer_name)
+    # The children of the layer itself, also where a wrapper stands in for it.
+    inner_name = f"{block_name}.{WRAPPED}" if WRAPPED in block._modules else block_name
+    others = [
+        child
+        for name, child in root.get_submodule(inner_name).named_children()
+        if not f"{outer_name}.".startswith(f"{inner_name}.{name}.") and _is_working(child)
+    ]
+    feed_forward = others[0] if len(others) == 1 else None
+    return Layer(block, root.get_submodule(attention_name), outer, feed_forward)
+
+
+def _is_working(module: nn.Module) -> bool:
+    """Whether a layer's child does more than normalise, drop out or activate."""
+    return "norm" not in type(module).__name__.lower() and any(True for _ in module.parameters())
+
+
+def _refused_sites(family: str, layers: dict[int, Layer]) -> dict[str, str]:
+    refused = {}
+    for layer in layers.values():
+        if layer.feed_forward is None:
+            refused["mlp_output"] = (
+                f"the layers of {family} have no single feed-forward module, whose output it would be"
+            )
+        elif _takes_residual(layer.feed_forward):
+            refused["mlp_output"] = (
+                f"the feed-forward module of {family} adds the residual stream to its output itself"
+            )
+        if _takes_residual(layer.attention):
+            refused["attention_output"] = (
+                f"the attention module of {family} adds the residual stream to its output itself"
+            )
+    return refused
+
+
+def _takes_residual(module: nn.Module) -> bool:
+    """Whether a module is given the residual stream, which then comes back in its output."""
+    module = module._modules.get(WRAPPED) or module
+    return "residual" in inspect.signature(type(module).forward).parameters
+
+
+def _is_decoder(model: nn.Module) -> bool:
+    """Whether the model is a causal one; some encoder classes can be configured to be."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config: Any = model.config
+    can_be_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    named_causal = any("CausalLM" in base.__name__ for base in type(model).__mro__)
+    return not can_be_encoder or named_causal or bool(getattr(config, "is_decoder", False))

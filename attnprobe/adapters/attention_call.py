@@ -1,0 +1,298 @@
+"""The attention call of transformers: seeing it, reading it, and keeping pairs out of it.
+
+Most causal language models hand query, key and mask to an attention function that is looked up by
+name. While someone watches, that name leads to ours, which calls the model's own implementation, so
+that outputs stay bitwise what they were, and then shows the call. The mask function of the same name is
+registered too: without it a model silently runs unmasked.
+
+`read_attention` makes a `FactoredAttention` of a call, and `check_against_output` compares it with the
+model's own output on sampled rows: an option of some family that is not known here cannot pass as a
+number. What is left to others: forward passes as a whole and the other sites (reading).
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from attnprobe.errors import IncompleteRunError, UnsupportedModelError
+from attnprobe.factored import FactoredAttention, Visibility, split_mask
+
+_PREFIX = "attnprobe_"
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """The inputs of one attention call, as the model's own function gets them, and its output."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    options: dict[str, Any]
+    output: Tensor | None = None
+
+
+Reader = Callable[[AttentionCall], None]
+"""Looks at an attention call that has been made."""
+
+Suppressor = Callable[[AttentionCall], Tensor]
+"""Says which pairs an attention call is to lose: `[batch or 1, head or 1, query, key]`, True where."""
+
+# Who watches an attention module, across nested contexts and threads.
+_readers: weakref.WeakKeyDictionary[nn.Module, list[Reader]] = weakref.WeakKeyDictionary()
+_suppressors: weakref.WeakKeyDictionary[nn.Module, list[Suppressor]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def reads_calls(module: nn.Module, reader: Reader) -> Iterator[None]:
+    """Show the module's calls to a reader while the context is open."""
+    _readers.setdefault(module, []).append(reader)
+    try:
+        yield
+    finally:
+        _readers[module].remove(reader)
+
+
+@contextmanager
+def suppresses_calls(module: nn.Module, suppressor: Suppressor) -> Iterator[None]:
+    """Let a suppressor take pairs out of the module's calls while the context is open."""
+    _suppressors.setdefault(module, []).append(suppressor)
+    try:
+        yield
+    finally:
+        _suppressors[module].remove(suppressor)
+
+
+# ---- the implementation's name ----------------------------------------------------------------
+
+# Per config whose implementation is changed: what it was, and how many contexts need the change.
+# Contexts of several threads may close in any order, so none may put back what it found by itself.
+_changed: dict[int, tuple[Any, str | None, int]] = {}
+_lock = threading.Lock()
+
+
+@contextmanager
+def implementation_changed(model: nn.Module, change: Callable[[str], str]) -> Iterator[None]:
+    """Change the attention implementation in every config of the model, and back again.
+
+    The implementation is set on the configs themselves: `set_attn_implementation` would also check
+    and adjust it, and cannot restore models whose parts have different ones.
+    """
+    configs: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            configs[id(config)] = config
+    entered: list[int] = []
+    try:
+        with _lock:
+            for key, config in configs.items():
+                _, before, count = _changed.get(key, (config, config._attn_implementation_internal, 0))
+                if count == 0:
+                    config._attn_implementation_internal = change(before or "eager")
+                _changed[key] = (config, before, count + 1)
+                entered.append(key)
+        yield
+    finally:
+        with _lock:
+            for key in entered:
+                config, before, count = _changed.pop(key)
+                if count > 1:
+                    _changed[key] = (config, before, count - 1)
+                else:
+                    config._attn_implementation_internal = before
+
+
+def watched_implementation(implementation: str) -> str:
+    """Register our function over an implementation, with that implementation's masks; return its name."""
+    name = _PREFIX + implementation
+    AttentionInterface.register(name, _attention_function)
+    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def _attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Call the model's own implementation, then show the call to who watches the module."""
+    config: Any = module.config
+    implementation = config._attn_implementation.removeprefix(_PREFIX)
+    # The names that the module's own forward would have looked up.
+    names = inspect.unwrap(type(module).forward).__globals__
+    own: Callable[..., Any] = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
+        implementation, names.get("eager_attention_forward")
+    )
+    call = AttentionCall(module, query, key, value, attention_mask, options)
+    blind = None
+    suppressors = tuple(_suppressors.get(module, ()))
+    if suppressors:
+        call, attention_mask, blind = _suppressed(call, suppressors, implementation)
+    output: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, *args, **options)
+    if blind is not None:
+        output = (output[0].masked_fill(blind.transpose(1, 2)[..., None], 0.0), *output[1:])
+    call = replace(call, output=output[0])
+    for reader in tuple(_readers.get(module, ())):
+        reader(call)
+    return output
+
+
+# ---- keeping pairs out ------------------------------------------------------------------------
+
+
+def _suppressed(
+    call: AttentionCall, suppressors: tuple[Suppressor, ...], implementation: str
+) -> tuple[AttentionCall, Tensor, Bool[Tensor, "#batch #head query"] | None]:
+    """Return the call with pairs taken out, the mask for the implementation, and the blind queries.
+
+    A blind query has lost every key that it saw. Implementations disagree on what such a row gives (NaN,
+    a uniform row), so they are given its old keys, and its output is set to zero after.
+    """
+    if implementation not in ("eager", "sdpa"):
+        raise UnsupportedModelError(
+            f"attention cannot be suppressed under the {implementation} implementation, which takes no "
+            'mask of pairs: call model.set_attn_implementation("sdpa") or "eager" first'
+        )
+    query_count, key_count = call.query.shape[2], call.key.shape[2]
+    mask = call.mask
+    if mask is None:
+        last = torch.arange(query_count, device=call.query.device)[:, None] + key_count - query_count
+        seen = (torch.arange(key_count, device=call.query.device) <= last)[None, None]
+    elif isinstance(mask, Tensor) and mask.ndim == 4:
+        mask = mask[..., :key_count]
+        seen, _ = split_mask(mask)
+    else:
+        raise UnsupportedModelError(f"cannot suppress attention under a mask of type {type(mask).__name__}")
+    removed = torch.zeros_like(seen)
+    for suppressor in suppressors:
+        removed = removed | suppressor(call)
+    kept = seen & ~removed
+    blind = seen.any(-1) & ~kept.any(-1)
+    allowed = kept | (seen & blind[..., None])
+    lowest = torch.finfo(call.query.dtype).min
+    if mask is None or mask.dtype == torch.bool:
+        shown: Tensor = kept
+        # Eager attention adds its mask to the scores: True would be one more, not "may see".
+        added = torch.zeros(allowed.shape, dtype=call.query.dtype, device=allowed.device)
+        given = allowed if implementation == "sdpa" else added.masked_fill(~allowed, lowest)
+    else:
+        full = mask.expand(torch.broadcast_shapes(mask.shape, kept.shape))
+        lowest = torch.finfo(mask.dtype).min
+        shown, given = full.masked_fill(~kept, lowest), full.masked_fill(~allowed, lowest)
+    return replace(call, mask=shown), given, (blind if bool(blind.any()) else None)
+
+
+# ---- reading a call ---------------------------------------------------------------------------
+
+
+class MaskMemory:
+    """What the mask of a forward pass says: one serves all layers of its kind."""
+
+    def __init__(self) -> None:
+        self._known: tuple[Tensor, int, Visibility, Tensor | None] | None = None
+
+    def read(self, mask: Tensor, key_count: int) -> tuple[Visibility, Tensor | None]:
+        """Return which keys a mask lets each query see, and what it adds to the scores."""
+        if self._known is None or self._known[0] is not mask or self._known[1] != key_count:
+            seen, bias = split_mask(mask[..., :key_count])
+            self._known = (mask, key_count, Visibility.from_mask(seen), bias)
+        return self._known[2:]
+
+
+def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cache: bool) -> FactoredAttention:
+    """Return the attention of a call, `cached` columns after the sequence's first.
+
+    Raises:
+        UnsupportedModelError: a call that looks at later tokens, or has a mask of an unknown form.
+    """
+    options, mask, query = call.options, call.mask, call.query
+    end = cached + query.shape[2]
+    # A cache of fixed size holds keys that are still to come, and a sliding one has dropped the first.
+    key = call.key[:, :, :end] if has_cache else call.key
+    key_count = key.shape[2]
+    if key_count > end or (not has_cache and key_count != query.shape[2]):
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} attends to {key_count} keys for {query.shape[2]} tokens without "
+            "a cache of theirs: which tokens the others stand for is not known"
+        )
+    causal = options.get("is_causal")
+    causal = getattr(call.module, "is_causal", True) if causal is None else causal
+    if not causal and query.shape[2] > 1 and mask is None:
+        raise UnsupportedModelError(
+            f"{type(call.module).__name__} looks at later tokens: attnprobe reads causal models only"
+        )
+    window = options.get("sliding_window")
+    bias = options.get("position_bias")
+    visibility = key_mask = None
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        visibility, mask_bias = masks.read(mask, key_count)
+        if mask_bias is not None:
+            bias = mask_bias if bias is None else bias + mask_bias
+    elif isinstance(mask, Tensor) and mask.ndim == 2:
+        key_mask = mask[:, -key_count:].bool()
+    elif mask is not None:
+        raise UnsupportedModelError(
+            f"cannot read a mask of type {type(mask).__name__}: use the sdpa or eager implementation"
+        )
+    return FactoredAttention(
+        query,
+        key,
+        scaling=options.get("scaling"),
+        key_mask=key_mask,
+        window=window if visibility is None else None,
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+        bias=bias,
+        visibility=visibility,
+        key_start=end - key_count,
+    )
+
+
+def check_against_output(attention: FactoredAttention, call: AttentionCall, where: str) -> None:
+    """Check that sampled rows of what was read give the model's own attention output.
+
+    Raises:
+        IncompleteRunError: they do not.
+    """
+    assert call.output is not None
+    count = attention.query_count
+    sampled = torch.tensor(sorted({count // 2, count - 1}), device=attention.device)
+    rows = attention.rows(sampled)
+    value = call.value[:, :, : attention.key_count]
+    groups = attention.head_count // value.shape[1]
+    values = value.detach().to(rows.dtype).repeat_interleave(groups, dim=1)
+    expected = rows @ values
+    actual = call.output.detach()[:, sampled].transpose(1, 2).to(rows.dtype)
+    if actual.shape != expected.shape:
+        difference = float("inf")
+    else:
+        # A padding query sees nothing; what the model gives for it has no meaning.
+        seeing = rows.sum(-1, keepdim=True) > 0
+        difference = float(((actual - expected) * seeing).abs().max())
+    scale = float(values.abs().max())
+    tolerance = 64 * torch.finfo(call.output.dtype).eps * max(scale, 1e-3)
+    if not difference <= tolerance:
+        raise IncompleteRunError(
+            f"{where} does something to its attention that was not understood: its output differs by "
+            f"{difference:.3g} from what its query, key and mask give (options of the call: "
+            f"{sorted(call.options)}). Nothing of this pass is kept"
+        )

@@ -1,0 +1,58 @@
+"""The adapter for nnsight: models inside `NNsight`, `TransformersModel` or `LanguageModel`.
+
+nnsight runs the wrapped transformers model in the user's own thread, with its interventions served
+from inside the modules' forward calls. So the sites are read where the transformers adapter reads them,
+in any trace of the user's as in ours: what a probe sees at a module's output is what the trace's
+interventions left there, and what a probe puts in its place is what the next module gets. Reading the
+inputs of the attention call by `attn.source` was rejected: it works only inside a trace that attnprobe
+itself writes, and rewrites the modules' forwards for good.
+
+Forward passes of ours go through the wrapper's own untraced call, so that edits stored by
+`wrapper.edit()` apply. What is left to others: everything inside the forward pass (transformers,
+reading).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+from torch import Tensor
+
+from attnprobe.adapters.transformers import TransformersAdapter
+from attnprobe.errors import UnsupportedModelError
+
+_NEEDED = "nnsight>=0.8,<0.9"
+
+
+class NNsightAdapter(TransformersAdapter):
+    """An nnsight wrapper around a transformers model.
+
+    Raises:
+        UnsupportedModelError: a wrapper around anything else, around a model that is not loaded yet,
+            or around one that cannot be read.
+    """
+
+    backend = "nnsight"
+
+    def __init__(self, wrapper: Any) -> None:
+        version = importlib.metadata.version("nnsight")
+        if not version.startswith("0.8."):
+            raise UnsupportedModelError(f"this wrapper is of nnsight {version}: attnprobe needs {_NEEDED}")
+        self._wrapper = wrapper
+        model = wrapper._module
+        if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+            raise UnsupportedModelError(
+                f"this wrapper holds a {type(model).__name__}, not a transformers model: pass the wrapper of "
+                "the whole model"
+            )
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise UnsupportedModelError(
+                "the wrapped model is not loaded yet: make the wrapper with dispatch=True, or call "
+                "wrapper.dispatch() first"
+            )
+        super().__init__(model)
+
+    def _logits(self, arguments: dict[str, Any]) -> Tensor:
+        logits: Tensor = self._wrapper.trace(**arguments, trace=False).logits
+        return logits

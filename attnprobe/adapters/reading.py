@@ -1,0 +1,392 @@
+"""Reading the sites of a transformers model in its forward passes, whoever runs them.
+
+`ForwardWatch` tells when a forward pass begins, ends or fails; `Reading` shows an observer what happens
+at the sites in between, and puts back what the observer returns. Both hang on hooks of the model's own
+modules, so that it makes no difference whether the pass was started by the user's call, by `generate`,
+through a wrapper of another library, or by an adapter. What is left to others: where the modules are
+(architecture), what an attention call says (attention_call), and what observers do with it
+(`attnprobe.probe`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnprobe.adapters.architecture import Architecture
+from attnprobe.adapters.attention_call import (
+    AttentionCall,
+    MaskMemory,
+    check_against_output,
+    read_attention,
+    reads_calls,
+)
+from attnprobe.adapters.base import Observer
+from attnprobe.attention import DenseAttention
+from attnprobe.batch import TokenBatch
+from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
+
+
+class LastLayerSeen(Exception):
+    """Ends a forward pass of ours once the last layer of interest has been seen."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+
+
+class ForwardWatch:
+    """Tells when a forward pass of a model begins, ends or fails. Subclass it and override those three.
+
+    Attributes:
+        cached: how many columns of cached keys come before the tokens of the pass under way.
+        has_cache: whether the pass has a cache.
+        error: what went wrong at the end of a pass that was stopped.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self._model = model
+        self._name = name
+        self._depth = 0
+        self._thread: int | None = None
+        self.cached = 0
+        self.has_cache = False
+        self.error: AttnprobeError | None = None
+
+    def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
+        """Take note that a pass begins, with these arguments; return arguments to add."""
+        return {}
+
+    def ended(self, output: Any) -> Any:
+        """Take note that a pass has ended, and return what is to take the output's place, or None."""
+
+    def failed(self) -> None:
+        """Take note that a pass has failed."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a forward pass is under way: gradient checkpointing runs layers again outside of one."""
+        return self._depth > 0
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Watch the model while the context is open."""
+        with ExitStack() as stack:
+            # The base model is watched too: a user may call it without the language-model head.
+            for module in {id(m): m for m in (self._model, self._model.base_model)}.values():
+                before = module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
+                stack.callback(before.remove)
+                after = module.register_forward_hook(self._after, always_call=True)
+                stack.callback(after.remove)
+            yield
+
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        thread = threading.get_ident()
+        if self._thread is not None and self._thread != thread:
+            raise AttnprobeError(
+                f"{self._name} runs in two threads while probes are attached: their layers would be "
+                "mixed. Use one model for each thread, or take turns, each with a block of its own"
+            )
+        if self._depth and module is self._model:
+            # The last pass was interrupted (Ctrl-C), which runs no hooks: it will not come back.
+            self._depth = 0
+            self.failed()
+        self._depth += 1
+        if self._depth > 1:
+            return None
+        self._thread = thread
+        try:
+            given = _arguments(module, args, kwargs)
+            self.cached, self.has_cache = _cached_columns(given)
+            added = self.began(_batch_of_call(given), given)
+        except BaseException:
+            self._depth = 0
+            raise
+        return (args, {**kwargs, **added}) if added else None
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self._depth == 0:
+            return None
+        self._depth -= 1
+        if self._depth:
+            return None
+        if output is not None:
+            return self.ended(output)
+        if not self.stopped():
+            self.failed()
+            return None
+        try:
+            self.ended(None)
+        except AttnprobeError as error:
+            # An exception is under way already, and torch would drop this one.
+            self.error = error
+        return None
+
+    def stopped(self) -> bool:
+        """Whether a pass without output was ended on purpose, and is complete as far as it went."""
+        return False
+
+
+class Reading(ForwardWatch):
+    """What one `observed` context does inside the model's forward passes."""
+
+    def __init__(
+        self, model: Any, architecture: Architecture, name: str, observer: Observer, sites: Sequence[str]
+    ) -> None:
+        super().__init__(model, name)
+        self._architecture = architecture
+        self._observer = observer
+        self._sites = frozenset(sites)
+        self._layer_of = {id(layer.attention): number for number, layer in architecture.layers.items()}
+        self._batch: TokenBatch | None = None
+        self._maps_by_hook = False
+        self._asked_for_maps = False
+        self._masks = MaskMemory()
+        self.stop_after: int | None = None
+
+    @contextmanager
+    def attached(self, layers: Sequence[int], maps_by_hook: bool) -> Iterator[None]:
+        """Watch the sites of these layers; `maps_by_hook` takes maps off what attention returns."""
+        self._maps_by_hook = maps_by_hook and "attention" in self._sites
+        with ExitStack() as stack:
+            for number in layers:
+                layer = self._architecture.layers[number]
+                if "attention" in self._sites:
+                    stack.enter_context(reads_calls(layer.attention, self._read_call))
+                    if self._maps_by_hook:
+                        stack.callback(layer.attention.register_forward_hook(self._read_map).remove)
+                for site, module in (
+                    ("attention_output", layer.attention_outer),
+                    ("mlp_output", layer.feed_forward),
+                    ("layer_output", layer.block),
+                ):
+                    if site in self._sites:
+                        assert module is not None
+                        hook = self._output_hook(site, number)
+                        stack.callback(module.register_forward_hook(hook).remove)
+                if "layer_input" in self._sites:
+                    hook = self._input_hook(number)
+                    handle = layer.block.register_forward_pre_hook(hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+            stack.enter_context(self.installed())
+            yield
+
+    # ---- the forward pass as a whole ----------------------------------------------------------
+
+    def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
+        """Tell the observer, and ask for maps where there is no other way."""
+        if "logits" in self._sites and isinstance(given.get("logits_to_keep"), Tensor):
+            self._logits_are_last = False
+        else:
+            self._logits_are_last = True
+        self._batch = batch
+        self._observer.begin(batch, self.cached)
+        if self._maps_by_hook:
+            self._asked_for_maps = not given.get("output_attentions")
+            return {"output_attentions": True}
+        return {}
+
+    def ended(self, output: Any) -> Any:
+        """Show the logits, tell the observer, and take off maps that the user did not ask for."""
+        self._masks = MaskMemory()
+        logits = getattr(output, "logits", None)
+        changed = None
+        if "logits" in self._sites and logits is not None and self._logits_are_last:
+            replaced = self._observe_tensor("logits", None, logits)
+            if replaced is not None:
+                changed = _with_logits(output, replaced)
+        self._observer.end()
+        if self._asked_for_maps and output is not None:
+            changed = _without_maps(output if changed is None else changed)
+        return changed
+
+    def failed(self) -> None:
+        """Tell the observer that the pass has failed."""
+        self._masks = MaskMemory()
+        self._observer.abort()
+
+    def stopped(self) -> bool:
+        """Whether this reading ended the pass after its last layer."""
+        error = sys.exc_info()[1]
+        return isinstance(error, LastLayerSeen) and error.reading is self
+
+    # ---- one layer ----------------------------------------------------------------------------
+
+    def _read_call(self, call: AttentionCall) -> None:
+        """Read the inputs of an attention call, and check them against its output."""
+        # Outside a forward pass the call is a recomputation of gradient checkpointing, seen already.
+        if not self.is_running:
+            return
+        layer = self._layer_of[id(call.module)]
+        with torch.no_grad():
+            attention = read_attention(call, self._masks, self.cached, self.has_cache)
+            dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
+            if not dropped:
+                check_against_output(attention, call, f"layer {layer} of {self._name}")
+            self._observer.observe("attention", layer, attention)
+        self._stop_if_last(layer)
+
+    def read_pattern(self, layer: int, pattern: Tensor) -> None:
+        """Show a map that the backend computed for a layer."""
+        if not self.is_running:
+            return
+        assert self._batch is not None
+        real = self._batch.attention_mask[:, None, :, None]
+        # The rows of padding queries, which may see nothing, are spread over all keys by eager masks.
+        with torch.no_grad():
+            pattern = pattern.detach()[..., : self.cached + pattern.shape[2]].masked_fill(~real, 0.0)
+            start = self.cached + pattern.shape[2] - pattern.shape[3]
+            self._observer.observe("attention", layer, DenseAttention(pattern, key_start=start))
+        self._stop_if_last(layer)
+
+    def _read_map(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Read the map that an eager attention module returns, and take it off its output."""
+        if not self.is_running:
+            return None
+        layer = self._layer_of[id(module)]
+        entries = output if isinstance(output, tuple) else (output,)
+        place = next((i for i, entry in enumerate(entries) if _is_map(entry)), None)
+        if place is None:
+            raise UnsupportedModelError(
+                f"layer {layer} of {self._name} ({type(module).__name__}) neither calls an attention "
+                "function nor returns its attention map: there is nothing to read"
+            )
+        if module.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in module.children()):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} returns its maps after dropout: call model.eval() first"
+            )
+        self.read_pattern(layer, entries[place])
+        return (*entries[:place], None, *entries[place + 1 :]) if self._asked_for_maps else None
+
+    def _stop_if_last(self, layer: int) -> None:
+        if self.stop_after == layer:
+            raise LastLayerSeen(self)
+
+    # ---- tensor sites -------------------------------------------------------------------------
+
+    def _output_hook(self, site: str, layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            value = output[0] if isinstance(output, tuple) else output
+            replaced = self._observe_tensor(site, layer, value)
+            if replaced is None:
+                return None
+            return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
+
+        return hook
+
+    def _input_hook(self, layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            value = args[0] if args else kwargs.get("hidden_states")
+            replaced = self._observe_tensor("layer_input", layer, value)
+            if replaced is None:
+                return None
+            return ((replaced, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": replaced})
+
+        return hook
+
+    def _observe_tensor(self, site: str, layer: int | None, value: Any) -> Tensor | None:
+        """Show a tensor to the observer, and return what it puts in the tensor's place, or None."""
+        if not self.is_running and site != "logits":
+            return None
+        assert self._batch is not None
+        where = f"{site} of {self._name}" if layer is None else f"{site} of layer {layer} of {self._name}"
+        tokens = self._batch.input_ids.shape
+        fits = isinstance(value, Tensor) and value.ndim == 3 and value.shape[0] == tokens[0]
+        if not fits or (site != "logits" and value.shape[1] != tokens[1]):
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UnsupportedModelError(f"{where} should be [batch, token, d_model], but is {found}")
+        version = None if value.is_inference() else value._version
+        replaced = self._observer.observe(site, layer, value)
+        if version is not None and value._version != version:
+            raise InterventionError(
+                f"a probe changed {where} in place: return a new tensor instead, which replaces it"
+            )
+        if (
+            replaced is not None
+            and self._model.training
+            and getattr(self._model, "is_gradient_checkpointing", False)
+        ):
+            raise InterventionError(
+                f"{where} cannot be replaced under gradient checkpointing: the backward pass computes the "
+                "layers again, without probes. Call model.gradient_checkpointing_disable() first"
+            )
+        return replaced
+
+
+# ---- a forward call ---------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(forward)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward call by name."""
+    # Of the class: a wrapper may have put another callable into the instance.
+    bound = _signature(type(module).forward).bind_partial(*args, **kwargs).arguments
+    return {**bound, **bound.get("kwargs", {})}
+
+
+def _cached_columns(given: dict[str, Any]) -> tuple[int, bool]:
+    """Return how many columns a call's cache holds already, and whether it has a cache."""
+    cache = given.get("past_key_values")
+    if cache is None:
+        return 0, False
+    if not hasattr(cache, "get_seq_length"):
+        raise UnsupportedModelError(
+            f"cannot tell how long a cache of type {type(cache).__name__} is: use a transformers Cache"
+        )
+    return int(cache.get_seq_length()), True
+
+
+def _batch_of_call(given: dict[str, Any]) -> TokenBatch:
+    """Return the tokens that a forward call of the user's is about."""
+    ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is None:
+        if embeddings is None:
+            raise AttnprobeError("the model was called with neither input_ids nor inputs_embeds")
+        ids = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.long)
+    mask = given.get("attention_mask")
+    real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        real = mask[:, -ids.shape[1] :].to(ids.device) != 0
+    segments = None
+    positions = given.get("position_ids")
+    if mask is None and isinstance(positions, Tensor) and positions.ndim == 2:
+        steps = positions[:, 1:] - positions[:, :-1]
+        if bool((steps != 1).any()):
+            starts = torch.nn.functional.pad((steps != 1).long(), (1, 0))
+            segments = starts.cumsum(-1).expand(ids.shape)
+    return TokenBatch(ids, real, real, segments)
+
+
+def _with_logits(output: Any, logits: Tensor) -> Any:
+    """Return a model's output with other logits."""
+    if getattr(output, "loss", None) is not None:
+        raise InterventionError(
+            "the logits cannot be replaced where the model computes the loss itself, which is of the old "
+            "ones: call it without labels"
+        )
+    return type(output)(**{**output, "logits": logits})
+
+
+def _without_maps(output: Any) -> Any:
+    """Return a model's output without its attentions, whose maps were taken off on the way."""
+    if isinstance(output, tuple):
+        return tuple(e for e in output if not (isinstance(e, tuple) and set(e) == {None}))
+    return type(output)(**{name: value for name, value in output.items() if name != "attentions"})
+
+
+def _is_map(entry: Any) -> bool:
+    return isinstance(entry, Tensor) and entry.ndim == 4 and entry.is_floating_point()

@@ -1,0 +1,124 @@
+"""The sums behind head statistics, while a sequence grows step by step under a KV cache.
+
+Each forward pass adds rows to the attention matrix. What the metrics need of a row can be added up:
+distances to the span, WAAD row by row, and what each token is given to FAI. A whole sequence in one
+pass is the case of one step. A step must continue the last one: the same rows of the batch, in their
+places, with as many columns before it as there have been. What is left to others: the definitions
+(metrics) and the results (head_statistics).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnprobe import metrics
+from attnprobe.attention import Attention
+from attnprobe.errors import PatternError
+from attnprobe.metrics import Horizon
+
+
+@dataclass(frozen=True)
+class LayerSums:
+    """What the rows of one layer's attention add up to so far, for all columns so far.
+
+    Attributes:
+        distance: sum of mean distances over response rows.
+        waad: of each row.
+        received: what each column was given within FAI's horizon.
+        received_far: what each column was given within the horizon of receiver kurtosis, if wanted.
+        fingerprint: of each column's key; None where only patterns are known.
+    """
+
+    distance: Float[Tensor, "batch head"]
+    waad: Float[Tensor, "batch head token"]
+    received: Float[Tensor, "batch head token"]
+    received_far: Float[Tensor, "batch head token"] | None
+    fingerprint: Float[Tensor, "batch token"] | None
+
+    @property
+    def column_count(self) -> int:
+        """How many columns the sequence has so far."""
+        return self.waad.shape[-1]
+
+
+def add_rows(
+    before: LayerSums | None,
+    attention: Attention,
+    response_mask: Bool[Tensor, "batch query"],
+    window: int,
+    horizon: Horizon,
+    far_horizon: Horizon | None,
+) -> LayerSums:
+    """Return the sums with the rows of one more pass added.
+
+    Raises:
+        PatternError: a pass that does not continue the one before.
+    """
+    start = attention.key_start + attention.query_offset
+    _check_continues(before, attention, start)
+    mask = metrics.check_mask(attention, response_mask)
+    columns = start + attention.query_count
+    distance = (metrics.distance_by_row(attention) * mask[:, None].to(attention.dtype)).sum(-1)
+    waad = metrics.windowed_distance_by_row(attention, window)
+
+    def placed(received: Tensor, earlier: Tensor | None) -> Tensor:
+        """Add what this pass's keys were given to what the columns had before."""
+        total = received.new_zeros(*received.shape[:2], columns)
+        if earlier is not None:
+            total[..., : earlier.shape[-1]] = earlier
+        total[..., attention.key_start :] += received
+        return total
+
+    received = placed(
+        metrics.received_by_key(attention, mask, horizon), None if before is None else before.received
+    )
+    received_far = None
+    if far_horizon is not None:
+        received_far = placed(
+            metrics.received_by_key(attention, mask, far_horizon),
+            None if before is None else before.received_far,
+        )
+    fingerprint = attention.key_fingerprint()
+    if before is not None:
+        distance = before.distance + distance
+        waad = torch.cat([before.waad, waad], dim=-1)
+        if fingerprint is not None and before.fingerprint is not None:
+            fingerprint = torch.cat([before.fingerprint[:, : attention.key_start], fingerprint], dim=-1)
+    return LayerSums(distance, waad, received, received_far, fingerprint)
+
+
+def _check_continues(before: LayerSums | None, attention: Attention, start: int) -> None:
+    if before is None:
+        if start != 0:
+            raise PatternError(
+                f"this pass has {start} columns of cached keys before it that were not observed: attach "
+                "before the first pass of the sequence, or measure the finished sequence"
+            )
+        return
+    if start != before.column_count or attention.batch_size != before.waad.shape[0]:
+        raise PatternError(
+            f"this pass continues a cache of {attention.batch_size} rows and {start} columns, but "
+            f"{before.waad.shape[0]} rows and {before.column_count} columns were observed before it: a "
+            "cache that is cropped or shared cannot be followed. Measure the finished sequence instead"
+        )
+    fingerprint = attention.key_fingerprint()
+    if fingerprint is None or before.fingerprint is None:
+        if attention.batch_size > 1:
+            raise PatternError(
+                "a cache of several rows cannot be followed where only attention maps are known, since "
+                "nothing tells whether its rows were reordered: measure the finished sequence instead"
+            )
+        return
+    # Columns that both know: a sliding cache has dropped the first.
+    now = fingerprint[:, : start - attention.key_start]
+    then = before.fingerprint[:, attention.key_start : start]
+    scale = float(then.abs().max()) if then.numel() else 1.0
+    if then.numel() and not bool(torch.allclose(now, then, rtol=1e-3, atol=1e-4 * scale)):
+        raise PatternError(
+            "the rows of the KV cache were reordered between two passes, as beam search does: what was "
+            "observed before belongs to other rows. Measure the finished sequences instead"
+        )
