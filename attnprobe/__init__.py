@@ -33,6 +33,7 @@ from attnprobe.errors import (
 from attnprobe.factored import FactoredAttention
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
 from attnprobe.heads import HeadGroups, classify_heads
+from attnprobe.knockout import knockout_divergence
 from attnprobe.measurement import GroupMaps, group_maps, measure
 from attnprobe.perturb import Perturbations, perturb
 from attnprobe.probe import Attachment, Probe, attach
@@ -84,6 +85,7 @@ __all__ = [
     "find_rhythm",
     "group_maps",
     "group_stability",
+    "knockout_divergence",
     "measure",
     "metrics",
     "perturb",
