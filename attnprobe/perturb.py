@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +58,7 @@ class Trial:
 
     Attributes:
         example: the row of the batch.
+        digest: of the row's token ids: what tells one text from another in a file of trials.
         kind: whether the position's FAI is among the highest or the lowest.
         position: where in the response, from 0.
         length: of the response, in tokens.
@@ -68,6 +69,7 @@ class Trial:
     """
 
     example: int
+    digest: str
     kind: Kind
     position: int
     length: int
@@ -214,8 +216,9 @@ def perturb(
         positions: how many positions of each kind a response gives; those of equal FAI: the earliest.
         max_new_tokens: rollouts are as long as the rest of the response, but no longer than this.
         min_remaining: positions with fewer response tokens after them are not chosen.
-        path: a JSON-lines file to which each trial is written when it is done. If it holds trials of an
-            interrupted run with the same parameters, these are not run again.
+        path: a JSON-lines file to which each trial is written when it is done. Trials that it holds
+            already, of the same model, parameters, text and position, are not run again: an interrupted
+            run goes on, and a batch may grow.
         progress: whether to show a progress bar.
 
     Greedy rollouts need no seed: the same call gives the same result.
@@ -232,7 +235,7 @@ def perturb(
         "min_remaining": min_remaining,
     }
     _check(batch, scores, counts)
-    parameters: dict[str, Any] = {**counts, "model": check_generates(model), "batch": _digest(batch)}
+    parameters: dict[str, Any] = {**counts, "model": check_generates(model)}
     chosen = [
         (row, kind, column)
         for row in range(batch.batch_size)
@@ -248,12 +251,12 @@ def perturb(
     with progress_bar("perturbing", len(chosen), shown=progress) as advance:
         for row, kind, column in chosen:
             start = int(batch.response_mask[row].nonzero()[0])
-            trial = done.get((row, kind, column - start))
+            trial = done.get((_digest(batch, row), kind, column - start))
             if trial is None:
                 trial = _try(model, tokenizer, batch, scores, (row, kind, column), parameters)
                 if path is not None:
                     _append(path, trial)
-            trials.append(trial)
+            trials.append(replace(trial, example=row))
             advance()
     return Perturbations(tuple(trials), parameters)
 
@@ -309,6 +312,7 @@ def _try(
     ]
     return Trial(
         example=row,
+        digest=_digest(batch, row),
         kind=kind,
         position=column - begin,
         length=end - begin,
@@ -362,7 +366,7 @@ def _trial(record: dict[str, Any]) -> Trial:
     return Trial(**record, own=Rollout(**own), rollouts=tuple(Rollout(**rollout) for rollout in rollouts))
 
 
-def _resume(path: str | Path | None, parameters: dict[str, Any]) -> dict[tuple[int, str, int], Trial]:
+def _resume(path: str | Path | None, parameters: dict[str, Any]) -> dict[tuple[str, str, int], Trial]:
     """Return the trials that a file holds already, and leave it ready for more."""
     if path is None:
         return {}
@@ -379,7 +383,7 @@ def _resume(path: str | Path | None, parameters: dict[str, Any]) -> dict[tuple[i
         )
     # Written anew, so that a line that was interrupted is gone.
     Perturbations(tuple(trials), theirs).save(path)
-    return {(trial.example, trial.kind, trial.position): trial for trial in trials}
+    return {(trial.digest, trial.kind, trial.position): trial for trial in trials}
 
 
 def _append(path: str | Path, trial: Trial) -> None:
@@ -387,7 +391,8 @@ def _append(path: str | Path, trial: Trial) -> None:
         stream.write(f"{json.dumps(asdict(trial))}\n")
 
 
-def _digest(batch: TokenBatch) -> str:
-    """Return what tells one batch from another."""
-    rows = [row[real].tolist() for row, real in zip(batch.input_ids, batch.attention_mask, strict=True)]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+def _digest(batch: TokenBatch, row: int) -> str:
+    """Return what tells one text from another."""
+    ids = batch.input_ids[row][batch.attention_mask[row]].tolist()
+    begin = int(batch.response_mask[row].sum())
+    return hashlib.sha256(json.dumps([ids, begin]).encode()).hexdigest()[:16]

@@ -243,9 +243,21 @@ def test_trials_made_otherwise_are_not_mixed(done: tuple, tmp_path: Path) -> Non
     path = result.save(tmp_path / "trials.jsonl")
     with pytest.raises(ResultError, match="choose another path"):
         perturb(model, TOKENIZER, batch, scores, path=path, **{**OPTIONS, "candidates": 2})
-    other = dataclasses.replace(batch, input_ids=batch.input_ids.roll(1, 0))
-    with pytest.raises(ResultError, match="choose another path"):
-        perturb(model, TOKENIZER, other, scores, path=path, **OPTIONS)
+
+
+def test_a_batch_may_grow(done: tuple, tmp_path: Path) -> None:
+    """Trials are found by their text, wherever it now stands."""
+    model, batch, scores, result = done
+    path = tmp_path / "trials.jsonl"
+    second = batch.select(slice(1, 2))
+    columns = second.token_count
+    of_second = TokenScores(
+        *(values[1:, :columns] for values in (scores.waad, scores.fai)), None, second.response_mask
+    )
+    alone = perturb(model, TOKENIZER, second, of_second, path=path, **OPTIONS)
+    assert [trial.example for trial in alone.trials] == [0, 0]
+    assert perturb(model, TOKENIZER, batch, scores, path=path, **OPTIONS) == result
+    assert len(Perturbations.load(path).trials) == 4
 
 
 @pytest.mark.parametrize(
@@ -279,7 +291,7 @@ def test_the_table_has_a_row_for_each_rollout(done: tuple) -> None:
 def trial(example: int, kind: str, overlaps: list[float]) -> Trial:
     own = Rollout(0, 1.0, "", 1.0, 1.0)
     rollouts = tuple(Rollout(1, 0.1, "", overlap, 1 - overlap) for overlap in overlaps)
-    return Trial(example, kind, 0, 10, 0.5, 0, own, rollouts)
+    return Trial(example, "", kind, 0, 10, 0.5, 0, own, rollouts)
 
 
 TRIALS = Perturbations(

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-import attnprobe
 from attnprobe.models import load_model
 from attnprobe.perturb import perturb
-from experiments.rhythm import generate, measure, problems
+from experiments.rhythm import generate, measure, problems, tables
 
 HERE = Path(__file__).parent
 
@@ -36,13 +35,13 @@ def main() -> None:
     chosen = measure.long_enough(records)
     measured = measure.measure(loaded, chosen, work / "statistics")
     print(f"statistics of {len(chosen)} answers: {time.monotonic() - began:.0f} s", flush=True)
-    statistics = measured.statistics["end"]
-    scores = attnprobe.score_tokens(statistics, attnprobe.classify_heads(statistics))
+    scores = tables.scores_for(measured)
+    perturbed = measured.batch.select(slice(options.perturbed))
     perturb(
         loaded.model,
         loaded.tokenizer,
-        measured.batch,
-        scores,
+        perturbed,
+        tables.first_rows(scores, perturbed),
         path=work / "perturbations.jsonl",
         progress=True,
     )
@@ -53,6 +52,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.rhythm", description=__doc__)
     parser.add_argument("--model", help="a GGUF file or a folder; default: the packaged SmolLM2")
     parser.add_argument("--problems", type=int, default=100, help="how many problems are asked")
+    parser.add_argument("--perturbed", type=int, default=75, help="how many answers are perturbed")
     parser.add_argument("--threads", type=int, default=1, help="how many processor cores may be used")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where small results go")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="where large, unfinished ones go")

@@ -7,7 +7,7 @@ measurements (measure, attnprobe.couplings, attnprobe.perturb) and how tables lo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,14 +57,26 @@ def scores_for(
     return attnprobe.score_tokens(statistics, heads)
 
 
+def first_rows(scores: attnprobe.TokenScores, batch: attnprobe.TokenBatch) -> attnprobe.TokenScores:
+    """Return the scores of a batch that is the first rows of a larger one, without its last columns."""
+    rows, columns = batch.input_ids.shape
+    return _each(scores, lambda values: values[:rows, :columns])
+
+
 def reversed_in_time(scores: attnprobe.TokenScores) -> attnprobe.TokenScores:
     """Return scores with every row read backwards: what followed now comes before."""
-    flipped = {
-        field.name: value.flip(-1)
+    return _each(scores, lambda values: values.flip(-1))
+
+
+def _each(
+    scores: attnprobe.TokenScores, change: Callable[[torch.Tensor], torch.Tensor]
+) -> attnprobe.TokenScores:
+    changed = {
+        field.name: change(value)
         for field in dataclasses.fields(scores)
         if (value := getattr(scores, field.name)) is not None
     }
-    return attnprobe.TokenScores(**flipped)
+    return attnprobe.TokenScores(**changed)
 
 
 def coupling_tables(measured: Measured, model: Any) -> dict[str, dict[str, Any]]:
