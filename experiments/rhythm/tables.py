@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import attnprobe
+from attnprobe.agreement import rank_correlation
 from attnprobe.bootstrap import bootstrap_weights, percentile_estimate, ratio_estimate
 from attnprobe.couplings import NAMES
 from attnprobe.probe import resolve_layers
@@ -185,6 +186,62 @@ def _at_equal_position(perturbations: attnprobe.Perturbations, reference: str) -
     resampled = [intercept(weights) for weights in bootstrap_weights(len(rows))]
     whole = intercept(torch.ones(len(rows), dtype=torch.float64))
     return list(percentile_estimate(whole, torch.tensor(resampled, dtype=torch.float64)))
+
+
+def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean divergence without the token of highest and of lowest FAI, answer by answer.
+
+    With it: over all tokens measured, the rank correlation of FAI and divergence, and the same of their
+    ranks with what the position says of both taken out.
+    """
+    rows = [{token["kind"]: token["divergence"] for token in record["tokens"]} for record in records]
+    highest, lowest = (
+        torch.tensor([row[kind] for row in rows], dtype=torch.float64) for kind in ("highest", "lowest")
+    )
+    ones = torch.ones_like(highest)
+    table: dict[str, Any] = {
+        "highest": list(ratio_estimate(highest, ones)),
+        "lowest": list(ratio_estimate(lowest, ones)),
+        "ratio": list(ratio_estimate(highest, lowest)),
+        "higher_share": list(ratio_estimate((highest > lowest).double(), ones)),
+        "answers": len(rows),
+    }
+    drawn = [
+        (token["fai"], token["divergence"], token["position"])
+        for record in records
+        for token in record["tokens"]
+        if token["kind"] == "drawn"
+    ]
+    fai, divergence, position = torch.tensor(drawn, dtype=torch.float64).unbind(-1)
+    raw, by_fai, by_divergence = (
+        rank_correlation(*pair) for pair in ((fai, divergence), (fai, position), (divergence, position))
+    )
+    table["rank_correlation"] = raw
+    table["rank_correlation_without_position"] = (raw - by_fai * by_divergence) / (
+        (1 - by_fai**2) * (1 - by_divergence**2)
+    ) ** 0.5
+    table["drawn_tokens"] = len(drawn)
+    return table
+
+
+def following_without_coincidence(measured: Measured, lookback: int = 3) -> dict[str, Any]:
+    """Return how many anchors that coincide with no preplan follow one, observed and shuffled."""
+    scores = scores_for(measured)
+    near, same = (attnprobe.couplings(scores, lookback=k).anchor_after_preplan for k in (lookback, 0))
+    parts = {
+        "observed": (near.observed_sum - same.observed_sum, same.peaks - same.observed_sum),
+        "random": (near.random_sum - same.random_sum, same.peaks - same.random_sum),
+    }
+    weights = bootstrap_weights(len(same.peaks))
+    shares = {name: float(above.sum() / below.sum()) for name, (above, below) in parts.items()}
+    drawn = {name: (weights @ above) / (weights @ below) for name, (above, below) in parts.items()}
+    lift = shares["observed"] / shares["random"] - 1
+    observed = percentile_estimate(shares["observed"], drawn["observed"])
+    return {
+        "random": shares["random"],
+        "observed": list(observed),
+        "lift": list(percentile_estimate(lift, drawn["observed"] / drawn["random"] - 1)),
+    }
 
 
 def grouping_table(measured: Measured) -> dict[str, Any]:
