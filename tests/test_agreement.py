@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from attnprobe import (
     HeadGroups,
+    HeadStatistics,
     ParameterError,
     ResultError,
     classify_heads,
@@ -20,10 +21,27 @@ from attnprobe import (
 from attnprobe.agreement import rank_correlation
 from attnprobe.bootstrap import Estimate, bootstrap_weights, percentile_estimate, ratio_estimate
 from attnprobe.heads import group_heads
-from tests.test_heads import statistics_of
 
 NAN = math.nan
 SPANS = st.lists(st.floats(0, 50, width=16), min_size=4, max_size=24)
+
+
+def statistics_of(
+    span: object, kurtosis: object = None, layers: tuple[int, ...] | None = None, model_name: str = ""
+) -> HeadStatistics:
+    """Statistics whose spans and kurtosis are given; nothing else of them matters here."""
+    spans = torch.as_tensor(span)
+    per_token = torch.zeros(*spans.shape, 2)
+    return HeadStatistics(
+        span=spans,
+        waad=per_token,
+        fai=per_token,
+        entropy=None,
+        receiver_kurtosis=None if kurtosis is None else torch.as_tensor(kurtosis),
+        response_mask=torch.ones(len(spans), 2, dtype=torch.bool),
+        layers=tuple(range(spans.shape[1])) if layers is None else layers,
+        model_name=model_name,
+    )
 
 
 def grouping(span: list[float], kurtosis: list[float] | None = None, quantile: float = 0.3) -> HeadGroups:

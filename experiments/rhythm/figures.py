@@ -70,7 +70,7 @@ def figure_2(
 
 
 def figure_8(
-    texts: Sequence[str], scores: attnprobe.TokenScores, row: int, path: Path, width: int = 100
+    texts: Sequence[str], scores: attnprobe.TokenScores, row: int, path: Path, width: int = 150
 ) -> None:
     """Draw an answer's text twice, each token's background coloured by FAI and by WAAD."""
     inside = scores.response_mask[row]
@@ -91,12 +91,12 @@ def _write_text(axis: Any, texts: Sequence[str], strength: Sequence[float], colo
     """Write tokens in a fixed-width font, one cell a character, on their colours."""
     column, line = 0, 0
     for text, value in zip(texts[:260], strength, strict=False):
-        printable = text.replace("\n", "¶").replace("$", r"\$")
-        cells = len(text.replace("\n", "¶"))
+        shown = "".join(c if c.isprintable() else "·" for c in text.replace("\n", "¶"))
+        printable, cells = shown.replace("$", r"\$"), len(shown)
         if column + cells > width:
             column, line = 0, line + 1
         box = {"facecolor": colours(0.7 * value), "edgecolor": "none", "pad": 0.6}
-        axis.text(column, -line, printable, family="monospace", fontsize=7, bbox=box, va="top")
+        axis.text(column, -line, printable, family="monospace", fontsize=8, bbox=box, va="top")
         column += cells
         if text.endswith("\n"):
             column, line = 0, line + 1

@@ -15,6 +15,7 @@ SEED = 0
 
 # Far more than are ever asked for: the generator's own size must not change the problems.
 _SIZE = 100_000
+_HELD_OUT = 300
 _INSTRUCTION = "Give the result as your final answer."
 
 
@@ -46,10 +47,21 @@ def make_problems(count: int) -> list[Problem]:
 
 
 def training_problems(count: int) -> list[tuple[Problem, str]]:
-    """Return other problems of the same generator, from another seed, with their worked solutions."""
+    """Return other problems of the same generator, from another seed, with their worked solutions.
+
+    The generator has few templates, so that a problem may come twice: those that are asked are left out.
+    """
+    asked = {problem.plain_prompt for problem in make_problems(_HELD_OUT)}
     source = _source(SEED + 1)
-    entries = (source[index] for index in range(count))
-    return [(_split(index, entry), entry["metadata"]["answer_cot"]) for index, entry in enumerate(entries)]
+    found: list[tuple[Problem, str]] = []
+    index = 0
+    while len(found) < count:
+        entry = source[index]
+        problem = _split(index, entry)
+        if problem.plain_prompt not in asked:
+            found.append((problem, entry["metadata"]["answer_cot"]))
+        index += 1
+    return found
 
 
 def _source(seed: int) -> Any:

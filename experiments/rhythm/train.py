@@ -47,7 +47,7 @@ def make_tokenizer(texts: list[str], vocabulary: int = 1024) -> Any:
 
 
 def make_model(vocabulary: int, seed: int = 0) -> Any:
-    """Return a new model: eight layers of four heads, about 1.7 million parameters."""
+    """Return a new model: six layers of four heads, about 1.3 million parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -56,7 +56,7 @@ def make_model(vocabulary: int, seed: int = 0) -> Any:
             vocab_size=vocabulary,
             hidden_size=128,
             intermediate_size=352,
-            num_hidden_layers=8,
+            num_hidden_layers=6,
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=1024,
@@ -105,7 +105,7 @@ def train(model: Any, sequences: list[list[int]], *, steps: int, size: int, rate
             optimizer.step()
             losses.append(float(loss.detach()))
             advance()
-            if step % 100 == 99:
+            if step % 50 == 49:
                 print(f"step {step + 1}: loss {sum(losses[-50:]) / 50:.3f}", flush=True)
     tail = losses[-max(1, steps // 10) :]
     return sum(tail) / len(tail)
@@ -115,16 +115,16 @@ def main() -> None:
     """Train and save the tiny model with its tokenizer."""
     parser = argparse.ArgumentParser(prog="python -m experiments.rhythm.train", description=__doc__)
     parser.add_argument("--output", type=Path, default=HERE / "work" / "tiny-llama")
-    parser.add_argument("--problems", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--problems", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     began = time.monotonic()
     texts = [text_of(problem, solution) for problem, solution in training_problems(options.problems)]
     tokenizer = make_tokenizer(texts)
-    sequences = [tokenizer(text)["input_ids"][:400] for text in texts]
+    sequences = [tokenizer(text)["input_ids"][:320] for text in texts]
     model = make_model(len(tokenizer))
     loss = train(model, sequences, steps=options.steps, size=options.batch_size, rate=3e-3)
     model.eval().save_pretrained(options.output)
