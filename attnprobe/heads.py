@@ -201,20 +201,18 @@ class _RunningMean:
     def __init__(self) -> None:
         self._total: Tensor | None = None
         self._count: Tensor | None = None
+        self._dtype = torch.float32
 
     def add(self, values: Float[Tensor, "batch layer head"]) -> None:
-        total, count = values.double().nansum(0), (~values.isnan()).sum(0)
+        self._dtype = values.dtype
+        total, count = values.double().nansum(0), (~values.isnan()).double().sum(0)
         self._total = total if self._total is None else self._total + total
         self._count = count if self._count is None else self._count + count
 
     def mean(self) -> Float[Tensor, "layer head"]:
         assert self._total is not None
         assert self._count is not None
-        return (
-            (self._total / self._count.masked_fill(self._count == 0, 1))
-            .masked_fill(self._count == 0, torch.nan)
-            .float()
-        )
+        return (self._total / self._count.masked_fill(self._count == 0, torch.nan)).to(self._dtype)
 
 
 def _check_same(first: HeadStatistics, part: HeadStatistics) -> None:

@@ -104,6 +104,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(loaded: LoadedModel, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_one_command_makes_everything_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

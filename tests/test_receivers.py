@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnprobe
-from attnprobe import BatchError, ParameterError, ResultError, TokenBatch, metrics
+from attnprobe import (
+    BatchError,
+    HeadGroups,
+    HeadStatistics,
+    ParameterError,
+    ResultError,
+    TokenBatch,
+    metrics,
+)
 from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.sentences import sentence_ids
 from attnprobe.testing.strategies import patterns
@@ -143,7 +152,7 @@ def batch_of(side: str) -> TokenBatch:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("size", [None, 1])
-def test_measure_finds_receivers_by_sentence(side: str, size: int | None) -> None:
+def test_measure_finds_receivers_by_sentence(side: str, size: int | None, tmp_path: Path) -> None:
     """Whatever the padding and the batch size, as from the maps of each response alone."""
     model = tiny_model("llama", vocab_size=300)
     batch = batch_of(side)
@@ -161,6 +170,9 @@ def test_measure_finds_receivers_by_sentence(side: str, size: int | None) -> Non
     heads = attnprobe.classify_heads(statistics, receivers=3)
     assert heads.receiver_level == "sentence"
     assert int(heads.receiver_heads.sum()) == 3
+    assert HeadGroups.load(heads.save(tmp_path / "heads.safetensors")).receiver_level == "sentence"
+    saved = statistics.save(tmp_path / "statistics.safetensors")
+    assert HeadStatistics.load(saved).receiver_level == "sentence"
 
 
 def test_the_probe_works_in_ones_own_forward_pass() -> None:

@@ -44,7 +44,7 @@ def figure_2(
     grid = figure.add_gridspec(4, 2, width_ratios=[1, 1.6])
     for place, (name, values) in enumerate((("global", maps.global_map), ("local", maps.local_map))):
         axis = figure.add_subplot(grid[2 * place : 2 * place + 2, 0])
-        axis.imshow(values[:count, :count].sqrt(), cmap="viridis", interpolation="nearest")
+        axis.imshow(values[:count, :count].sqrt().numpy(), cmap="viridis", interpolation="nearest")
         axis.set_title(f"mean map of the {name} heads (square root)", fontsize=9)
         axis.set_xlabel("key: response token", fontsize=8)
         axis.set_ylabel("query", fontsize=8)
@@ -59,10 +59,10 @@ def figure_2(
     for place, (name, values, peaks) in enumerate(curves):
         axis = figure.add_subplot(grid[place, 1])
         shown = values[row, inside][:count]
-        axis.plot(shown, linewidth=1, color="0.3")
+        axis.plot(shown.numpy(), linewidth=1, color="0.3")
         if peaks is not None:
             at = peaks[row, inside][:count].nonzero()[:, 0]
-            axis.plot(at, shown[at], "o", markersize=4, color="crimson")
+            axis.plot(at.numpy(), shown[at].numpy(), "o", markersize=4, color="crimson")
         axis.set_title(name, fontsize=9, loc="left")
         axis.set_xlim(0, count)
     axis.set_xlabel("response token", fontsize=8)
