@@ -116,7 +116,7 @@ def test_one_command_makes_everything_and_goes_on_where_it_stopped(
     folder = tmp_path / "tiny"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    arguments = ["--model", str(folder), "--problems", "4", "--perturbed", "2"]
+    arguments = ["--model", str(folder), "--problems", "4", "--intervened", "2"]
     arguments += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     main(arguments)
     results = tmp_path / "results" / "tiny"

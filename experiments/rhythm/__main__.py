@@ -53,11 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores = {name: tables.scores_for(measured, setting=name) for name in measure.SETTINGS}
     if "suppress" not in options.without:
         path = results / "suppression.jsonl"
-        suppressed = suppress.suppress(loaded, chosen, scores["end"], measured.batch, path)
+        intervened = chosen[: options.intervened]
+        suppressed = suppress.suppress(loaded, intervened, scores["end"], measured.batch, path)
         summary["suppression"] = tables.suppression_table(suppressed)
         clock.tell("suppression")
     if "perturb" not in options.without:
-        rows = measured.batch.select(slice(options.perturbed))
+        rows = measured.batch.select(slice(options.intervened))
         perturbations = perturb(
             loaded.model,
             loaded.tokenizer,
@@ -111,7 +112,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.rhythm", description=__doc__)
     parser.add_argument("--model", help="a GGUF file or a folder; default: the packaged SmolLM2")
     parser.add_argument("--problems", type=int, default=100, help="how many problems are asked")
-    parser.add_argument("--perturbed", type=int, default=75, help="how many answers are perturbed")
+    parser.add_argument("--intervened", type=int, default=75, help="how many answers are intervened on")
     parser.add_argument("--without", nargs="*", choices=STEPS, default=[], help="steps to leave out")
     parser.add_argument("--threads", type=int, default=1, help="how many processor cores may be used")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where small results go")

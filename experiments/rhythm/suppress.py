@@ -1,7 +1,7 @@
 """A cheaper causal measure beside the perturbation: what later predictions lose without a token.
 
-For the highest and lowest FAI position of each answer, and two positions drawn from a seed, attention to
-the token is suppressed and the divergence of all later predictions is measured. What is left to others:
+For the highest and lowest FAI position of an answer, and one drawn from a seed, attention to the token is
+suppressed and the divergence of all later predictions is measured. What is left to others:
 the measure (attnprobe.knockout) and its table (tables).
 """
 
@@ -20,7 +20,7 @@ from attnprobe.progress import progress_bar
 from experiments.rhythm.measure import batch_of
 from experiments.rhythm.records import append_record, read_records
 
-DRAWN = 2
+DRAWN = 1
 MIN_REMAINING = 10
 
 
