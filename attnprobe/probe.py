@@ -51,8 +51,8 @@ class Probe:
         """Look at the value at a site: an `Attention` for "attention", else a tensor.
 
         A tensor that is returned takes the place of the site's, in the model and for the probes after
-        this one: same shape, dtype and device, and finite. The tensor that is shown is the model's own:
-        do not change it in place, and clone what you keep.
+        this one: same shape, dtype and device, and finite. A tensor that is shown may be kept; changing
+        it in place is an error, since it would have no effect.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what it observes")
 
@@ -230,9 +230,9 @@ class _Run:
             told += [f"layers {repeated} spoke more than once{at}"] if repeated else []
         if told:
             raise IncompleteRunError(
-                f"{' and '.join(told)} in a forward pass of {self._adapter.model_name} "
-                f"({self._adapter.family}) through {self._adapter.backend}; each layer must be seen exactly "
-                "once, so nothing of this pass is kept"
+                f"{' and '.join(told)} in a forward pass of {self._adapter.full_name} through "
+                f"{self._adapter.backend}; each layer must be seen exactly once, so nothing of this pass is "
+                "kept"
             )
 
 

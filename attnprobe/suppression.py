@@ -37,7 +37,7 @@ class Suppression:
 
     heads: Mapping[int, tuple[int, ...] | None]
     pairs: Int[Tensor, "pair 2"] | None
-    queries: Bool[Tensor, "#batch column"] | None
+    queries: Bool[Tensor, "#batch asking"] | None
     keys: Bool[Tensor, "#batch column"] | None
     everything: bool
 

@@ -84,6 +84,11 @@ def calls_attention_function(module: nn.Module) -> bool:
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
+    """Whether the module is the innermost one that is named like attention."""
+    return _named_attention(module) and not any(_named_attention(part) for part in list(module.modules())[1:])
+
+
+def _named_attention(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     # A wrapper's class is named after what it wraps.
     return "attention" in name and "linear" not in name and WRAPPED not in module._modules

@@ -175,7 +175,10 @@ def _suppressed(
     query_count, key_count = call.query.shape[2], call.key.shape[2]
     mask = call.mask
     if mask is None:
-        last = torch.arange(query_count, device=call.query.device)[:, None] + key_count - query_count
+        # What sdpa does without a mask: one query sees all keys, several start at the first key, also
+        # where a cache of fixed size has room for more.
+        last = torch.arange(query_count, device=call.query.device)[:, None]
+        last = last if query_count > 1 else last + key_count - 1
         seen = (torch.arange(key_count, device=call.query.device) <= last)[None, None]
     elif isinstance(mask, Tensor) and mask.ndim == 4:
         mask = mask[..., :key_count]

@@ -89,6 +89,11 @@ class Adapter(ABC):
     context_length: int | None
     device: torch.device
 
+    @property
+    def full_name(self) -> str:
+        """The model's name, with its family where that says more."""
+        return self.family if self.model_name == self.family else f"{self.model_name} ({self.family})"
+
     @abstractmethod
     def observed(
         self, observer: Observer, sites: Sequence[str], layers: Sequence[int]

@@ -229,10 +229,12 @@ class Reading(ForwardWatch):
         layer = self._layer_of[id(call.module)]
         with torch.no_grad():
             attention = read_attention(call, self._masks, self.cached, self.has_cache)
+            self._observer.observe("attention", layer, attention)
+            # After the observer: what it asks for first, as a rule, brings the sums of the rows along
+            # that the check needs. If the check fails, the whole pass is forgotten.
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
                 check_against_output(attention, call, f"layer {layer} of {self._name}")
-            self._observer.observe("attention", layer, attention)
         self._stop_if_last(layer)
 
     def read_pattern(self, layer: int, pattern: Tensor) -> None:
@@ -276,9 +278,15 @@ class Reading(ForwardWatch):
     def _output_hook(self, site: str, layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             value = output[0] if isinstance(output, tuple) else output
+            output_shape = value.shape
+            if len(output_shape) == 2 and self.is_running:
+                # Mixtures of experts look at tokens one by one, and some return them in one row.
+                assert self._batch is not None
+                value = value.unflatten(0, self._batch.input_ids.shape)
             replaced = self._observe_tensor(site, layer, value)
             if replaced is None:
                 return None
+            replaced = replaced.reshape(output_shape)
             return (replaced, *output[1:]) if isinstance(output, tuple) else replaced
 
         return hook
@@ -304,9 +312,12 @@ class Reading(ForwardWatch):
         if not fits or (site != "logits" and value.shape[1] != tokens[1]):
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UnsupportedModelError(f"{where} should be [batch, token, d_model], but is {found}")
-        version = None if value.is_inference() else value._version
-        replaced = self._observer.observe(site, layer, value)
-        if version is not None and value._version != version:
+        # Some families go on to add to this very tensor in place (Falcon), which would change what a
+        # probe keeps; logits are large, and the end of the model.
+        shown = value if site == "logits" else value.clone()
+        version = None if shown.is_inference() else shown._version
+        replaced = self._observer.observe(site, layer, shown)
+        if version is not None and shown._version != version:
             raise InterventionError(
                 f"a probe changed {where} in place: return a new tensor instead, which replaces it"
             )

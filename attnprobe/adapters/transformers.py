@@ -102,8 +102,7 @@ class TransformersAdapter(Adapter):
     @contextmanager
     def observed(self, observer: Observer, sites: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
         """Tell the observer of every forward pass while the context is open."""
-        name = f"{self.model_name} ({self.family})" if self.model_name != self.family else self.family
-        reading = Reading(self.model, self._architecture, name, observer, sites)
+        reading = Reading(self.model, self._architecture, self.full_name, observer, sites)
         before = self._last_reading
         with ExitStack() as stack:
             if "attention" in sites:
@@ -167,7 +166,7 @@ class TransformersAdapter(Adapter):
                 f"{self.family} does not look up its attention function: its attention can be read, but "
                 "not suppressed"
             )
-        suppressing = _Suppressing(self.model, self.family, suppression, layers)
+        suppressing = _Suppressing(self.model, self.full_name, suppression, layers)
         with ExitStack() as stack:
             stack.enter_context(self._ready(None, layers))
             for layer in layers:

@@ -22,6 +22,7 @@ _LLAMA_LIKE: dict[str, Any] = {
     "max_position_embeddings": 256,
 }
 _ROUTED: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 _GPT2_LIKE: dict[str, Any] = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -76,11 +77,123 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 8,
         "v_head_dim": 8,
     },
+    "phi": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    },
+    "cohere2": {**_LLAMA_LIKE, "sliding_window": 7, "layer_types": _ALTERNATING},
+    "glm4": {**_LLAMA_LIKE, "pad_token_id": 0},
+    "olmoe": {**_LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {
+        **_LLAMA_LIKE,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "attention_chunk_size": 7,
+        "intermediate_size_mlp": 48,
+    },
+    "qwen3_next": {
+        **_LLAMA_LIKE,
+        "num_hidden_layers": 4,
+        "linear_num_value_heads": 2,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "jamba": {
+        **_LLAMA_LIKE,
+        "num_hidden_layers": 4,
+        "attn_layer_offset": 1,
+        "attn_layer_period": 2,
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 4,
+    },
+    "falcon_h1": {
+        **_LLAMA_LIKE,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "lfm2": {**_LLAMA_LIKE, "layer_types": ["conv", "full_attention", "conv"]},
+    "minimax": {**_LLAMA_LIKE, "num_local_experts": 2, "num_experts_per_tok": 1},
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
     "falcon": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
     "gptj": {**_GPT2_LIKE, "rotary_dim": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 256},
+    "gpt_neo": {
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 7,
+        "max_position_embeddings": 256,
+    },
 }
 """Families, by their transformers `model_type`, and what makes them tiny."""
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "diffllama": _LLAMA_LIKE,
+    "openai-gpt": _GPT2_LIKE,
+    "bert": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "is_decoder": False,
+    },
+}
+"""Families that cannot be read, for the reasons that the errors give."""
+
+TRAITS: dict[str, str] = {
+    "llama": "rotary, grouped queries",
+    "mistral": "sliding window",
+    "qwen2": "query and key bias, one key head",
+    "qwen3": "query and key norm",
+    "gemma2": "soft cap, alternating windows, post-norms",
+    "gemma3_text": "query and key norm, alternating windows, post-norms",
+    "gpt_oss": "sinks, alternating windows, mixture of experts",
+    "phi3": "joint projections",
+    "olmo2": "norms after the modules",
+    "cohere": "parallel blocks",
+    "granite": "scaled residuals and attention",
+    "stablelm": "partial rotary",
+    "starcoder2": "biases",
+    "mixtral": "mixture of experts",
+    "smollm3": "some layers without positions",
+    "gpt2": "learned positions",
+    "gpt_neox": "parallel blocks, partial rotary",
+    "opt": "learned positions, feed-forward without a module",
+    "gpt_bigcode": "multi-query",
+    "deepseek_v3": "latent attention, mixture of experts",
+    "phi": "parallel blocks, partial rotary",
+    "cohere2": "parallel blocks, alternating windows",
+    "glm4": "partial rotary, post-norms",
+    "olmoe": "mixture of experts, query and key norm",
+    "llama4_text": "chunked attention, mixture of experts",
+    "qwen3_next": "hybrid: linear attention, gated attention",
+    "jamba": "hybrid: Mamba",
+    "falcon_h1": "attention beside Mamba in each layer",
+    "lfm2": "hybrid: short convolutions",
+    "minimax": "hybrid: lightning attention",
+    "bloom": "ALiBi",
+    "falcon": "multi-query, parallel blocks",
+    "gptj": "parallel blocks, partial rotary",
+    "mpt": "ALiBi",
+    "gpt_neo": "learned positions, alternating windows",
+}
+"""What is particular about a family's attention or layers."""
 
 
 def tiny_model(family: str, *, implementation: str | None = None, seed: int = 0, **changes: Any) -> Any:
@@ -95,7 +208,8 @@ def tiny_model(family: str, *, implementation: str | None = None, seed: int = 0,
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], "vocab_size": VOCABULARY, **changes})
+    settings = FAMILIES.get(family) or REFUSED[family]
+    config = AutoConfig.for_model(family, **{**settings, "vocab_size": VOCABULARY, **changes})
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)
