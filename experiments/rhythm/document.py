@@ -79,8 +79,16 @@ def _tables(summary: dict[str, Any]) -> list[str]:
         lines += ["## Table 1", "", *_table_1(summary["perturbation"]), ""]
     if "suppression" in summary:
         lines += ["## Knock-out", "", *_suppression(summary["suppression"]), ""]
-    lines += ["## Groups", "", "```json", json.dumps(summary["groups"], indent=1), "```"]
+    lines += ["## Groups of heads", ""]
+    for name, value in summary["groups"].items():
+        parts = value if isinstance(value, dict) else {"": value}
+        told = (f"{part} {_plain(number)}".strip() for part, number in parts.items())
+        lines.append(f"- {name}: {', '.join(told)}")
     return lines
+
+
+def _plain(value: float | Sequence[float]) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else _number(value)
 
 
 def _table_2(tables: dict[str, Any]) -> list[str]:
