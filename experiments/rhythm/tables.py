@@ -222,9 +222,11 @@ def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rank_correlation(*pair) for pair in ((fai, divergence), (fai, position), (divergence, position))
     )
     table["rank_correlation"] = raw
-    table["rank_correlation_without_position"] = (raw - by_fai * by_divergence) / (
-        (1 - by_fai**2) * (1 - by_divergence**2)
-    ) ** 0.5
+    left = (1 - by_fai**2) * (1 - by_divergence**2)
+    # Where position says it all, as of two tokens, nothing is left to correlate.
+    table["rank_correlation_without_position"] = (
+        (raw - by_fai * by_divergence) / left**0.5 if left > 0 else None
+    )
     table["drawn_tokens"] = len(drawn)
     return table
 
