@@ -177,6 +177,30 @@ def test_a_failing_hook_leaves_the_bridge_as_it_was(family: str) -> None:
     assert bridge.training is False
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_training_mode_comes_back(family: str) -> None:
+    """Our own passes run in evaluation mode, without the dropout of GPT-2."""
+    bridge, ids = bridge_of(family), tokens()
+    batch = attnprobe.TokenBatch.from_ids(ids)
+    expected = attnprobe.measure(bridge, batch)
+    bridge.train()
+    before = model_state(bridge.original_model)
+    measured = attnprobe.measure(bridge, batch)
+    assert torch.equal(measured.waad, expected.waad)
+    assert_same_state(before, model_state(bridge.original_model))
+    assert bridge.training
+
+
+def test_hooks_on_patterns_after_dropout_are_refused() -> None:
+    bridge, ids = bridge_of("gpt2"), tokens()
+    bridge.train()
+    with (
+        pytest.raises(UnsupportedModelError, match=r"hook_pattern comes after dropout: call bridge\.eval"),
+        attnprobe.attach(bridge, Patterns()),
+    ):
+        bridge.run_with_cache(ids)
+
+
 def test_generation_through_the_bridge_adds_up() -> None:
     """The bridge's own generation loop, with its cache: the numbers of one full forward."""
     bridge, ids = bridge_of("llama"), tokens(1, 6)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -58,9 +59,8 @@ class TransformerLensAdapter(TransformersAdapter):
             )
         super().__init__(model)
 
-    @property
-    def _root(self) -> Any:
-        return self._bridge
+    def _all_modules(self) -> Iterator[nn.Module]:
+        return chain(self._bridge.modules(), self.model.modules())
 
     @property
     def _maps_by_hook(self) -> bool:
