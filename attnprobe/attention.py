@@ -127,15 +127,6 @@ def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def centred_positions(count: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "1 token 1"]:
-    """Return token positions around 0, as a feature: rounding is relative to a feature's size.
-
-    >>> centred_positions(3, torch.float32, torch.device("cpu")).flatten()
-    tensor([-1.,  0.,  1.])
-    """
-    return (torch.arange(count, device=device, dtype=dtype) - (count - 1) / 2)[None, :, None]
-
-
 class DenseAttention(Attention):
     """Attention given as a pattern `[batch, head, query, key]`, or `[query, key]` for a single head.
 

@@ -114,21 +114,6 @@ def split_mask(mask: Tensor) -> tuple[Bool[Tensor, "..."], Tensor | None]:
     return seen, (bias if bool((bias != 0).any()) else None)
 
 
-@dataclass(frozen=True)
-class KnownRead:
-    """What a flash kernel gave along with the model's own output.
-
-    Attributes:
-        features: what the keys carried.
-        read: what each query read of it.
-        log_sum_exp: of each row's scores, sinks left out.
-    """
-
-    features: Float[Tensor, "1 key feature"]
-    read: Float[Tensor, "batch head query feature"]
-    log_sum_exp: Float[Tensor, "batch head query"]
-
-
 class FactoredAttention(Attention):
     """Attention given as `softmax(cap(scaling * q @ k.T) + bias)` over the visible keys.
 
@@ -145,7 +130,6 @@ class FactoredAttention(Attention):
         bias: `[batch or 1, head or 1, query, key]`, added to the scores (ALiBi, relative position).
         visibility: what `mask` would say, where it is known already (the same mask serves all layers).
         key_start: the column of the sequence that the first key stands for.
-        known: what has been read already, of plain causal attention without sinks.
 
     Raises:
         PatternError: shapes that do not fit, a mask that is not causal, or non-finite inputs.
@@ -169,7 +153,6 @@ class FactoredAttention(Attention):
         bias: Tensor | None = None,
         visibility: Visibility | None = None,
         key_start: int = 0,
-        known: KnownRead | None = None,
     ) -> None:
         self.key_start = key_start
         self.batch_size, self.head_count, self.query_count, head_size = query.shape
@@ -205,10 +188,6 @@ class FactoredAttention(Attention):
         self._visibility = visibility or self._causal_visibility(window, key_mask)
         self._log_sum_exp: Tensor | None = None
         self._mass: Tensor | None = None
-        self._known = known
-        if known is not None:
-            self._check_inputs_finite(self._query, self._key)
-            self._keep_log_sum_exp(known.log_sum_exp)
 
     def _check_pairs(self, tensor: Tensor, name: str) -> None:
         """Check that a tensor over query-key pairs can be broadcast against the scores."""
@@ -252,11 +231,6 @@ class FactoredAttention(Attention):
     ) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`."""
         features = self._check_features(features, "key", self.key_count)
-        known = self._known
-        if known is not None and features.shape[2] == known.features.shape[2]:
-            same = torch.equal(features, known.features.expand_as(features))
-            if same:
-                return known.read
         if self._has_flash_kernel:
             return self._attend_by_kernel(features)
         shape = (self.batch_size, self.head_count, self.query_count, features.shape[-1])
@@ -356,7 +330,9 @@ class FactoredAttention(Attention):
         """
         query, key = self._query.to(self.dtype), self._key.to(self.dtype)
         if self._log_sum_exp is None:
-            self._check_inputs_finite(query, key)
+            # The kernel's maximum passes over NaN: a NaN score would come out as a finite number.
+            for name, tensor in (("query", query), ("key", key)):
+                self._check_finite(tensor.sum(-1), f"the {name}", "token")
         size, count = query.shape[-1], features.shape[-1]
         pieces = []
         for begin in range(0, count, size):
@@ -381,11 +357,6 @@ class FactoredAttention(Attention):
             total = torch.logaddexp(raw, self._sinks[:, None])
         self._mass = torch.where(empty, 0.0, (raw - total).exp())
         self._log_sum_exp = total.masked_fill(empty, 0.0)
-
-    def _check_inputs_finite(self, query: Tensor, key: Tensor) -> None:
-        # The kernel's maximum passes over NaN: a NaN score would come out as a finite number.
-        for name, tensor in (("query", query), ("key", key)):
-            self._check_finite(tensor.sum(-1), f"the {name}", "token")
 
     def _check_finite(self, values: Tensor, name: str, axis: str) -> None:
         wrong = ~torch.isfinite(values)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.attention import Attention, DenseAttention, centred_positions
+from attnprobe.attention import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
 
 Horizon = tuple[int, int | None]
@@ -133,10 +133,13 @@ def receiver_kurtosis(
 
 def distance_by_row(attention: Attention) -> Float[Tensor, "batch head query"]:
     """Return the mean backward distance of each row: the terms of Eq. 7, for any queries."""
-    # Distance t - s as a difference of two reads.
-    position = centred_positions(attention.key_count, attention.dtype, attention.device)
-    read = attention.attend(position.expand(attention.batch_size, -1, -1))[..., 0]
-    return position[0, attention.query_offset :, 0] * attention.row_mass() - read
+    # Distance t - s as a difference of two reads. Positions are centred first: rounding is relative to
+    # the features' size.
+    position = torch.arange(attention.key_count, device=attention.device, dtype=attention.dtype)
+    position = position - (attention.key_count - 1) / 2
+    features = position[None, :, None].expand(attention.batch_size, -1, -1)
+    read = attention.attend(features)[..., 0]
+    return position[attention.query_offset :] * attention.row_mass() - read
 
 
 def windowed_distance_by_row(attention: Attention, window: int) -> Float[Tensor, "batch head query"]:

@@ -292,40 +292,6 @@ def test_gradient_checkpointing_is_counted_once() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_our_own_passes_ride_on_the_models_kernel() -> None:
-    """There the values carry positions along: same layers, same statistics, to rounding."""
-    model = tiny_model("llama")
-    ids = torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(8))
-    batch = attnprobe.TokenBatch.from_ids(ids, response_start=6)
-    adapter = adapter_for(model)
-    known = []
-
-    class Outputs(attnprobe.Probe):
-        sites = frozenset({"attention", "layer_output"})
-
-        def __init__(self) -> None:
-            self.outputs = {}
-
-        def observe(self, site, layer, value, batch) -> None:
-            if site == "attention":
-                known.append(value._known is not None)
-            else:
-                self.outputs[layer] = value
-
-    ridden, plain, statistics = Outputs(), Outputs(), attnprobe.HeadStatisticsProbe(entropy=False)
-    with torch.no_grad():
-        with attnprobe.attach(adapter, ridden):
-            adapter.forward(batch)
-        with attnprobe.attach(adapter, plain, statistics):
-            model(ids)
-    assert known == [True] * 3 + [False] * 3
-    for layer, output in plain.outputs.items():
-        torch.testing.assert_close(ridden.outputs[layer], output, rtol=1e-5, atol=1e-5)
-    measured = attnprobe.measure(model, attnprobe.TokenBatch.from_ids(ids), entropy=False)
-    torch.testing.assert_close(measured.span, statistics.result().span, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(measured.waad, statistics.result().waad, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
 def test_the_base_model_can_be_called_alone() -> None:
     model = tiny_model("llama")
     probe = CollectPatterns()

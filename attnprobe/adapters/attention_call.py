@@ -26,9 +26,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from attnprobe.attention import centred_positions
 from attnprobe.errors import IncompleteRunError, UnsupportedModelError
-from attnprobe.factored import FactoredAttention, KnownRead, Visibility, split_mask
+from attnprobe.factored import FactoredAttention, Visibility, split_mask
 
 _PREFIX = "attnprobe_"
 
@@ -44,7 +43,6 @@ class AttentionCall:
     mask: Any
     options: dict[str, Any]
     output: Tensor | None = None
-    known: KnownRead | None = None
 
 
 Reader = Callable[[AttentionCall], None]
@@ -149,78 +147,13 @@ def _attention_function(
     suppressors = tuple(_suppressors.get(module, ()))
     if suppressors:
         call, attention_mask, blind = _suppressed(call, suppressors, implementation)
-    readers = tuple(_readers.get(module, ()))
-    if readers and getattr(_own_passes, "running", False) and _can_ride(call, implementation):
-        call = _ridden(call)
-        output: tuple[Tensor, Tensor | None] = (call.output, None)  # type: ignore[assignment]
-    else:
-        output = own(module, query, key, value, attention_mask, *args, **options)
+    output: tuple[Tensor, Tensor | None] = own(module, query, key, value, attention_mask, *args, **options)
     if blind is not None:
         output = (output[0].masked_fill(blind.transpose(1, 2)[..., None], 0.0), *output[1:])
     call = replace(call, output=output[0])
-    for reader in readers:
+    for reader in tuple(_readers.get(module, ())):
         reader(call)
     return output
-
-
-# ---- riding on the model's own kernel ---------------------------------------------------------
-
-_own_passes = threading.local()
-
-
-@contextmanager
-def own_pass() -> Iterator[None]:
-    """Let readers ride on the flash kernel while the context is open.
-
-    For passes whose output no user sees: it is the model's to the last bit only as far as the kernel
-    does not mind one more column, which depends on the machine.
-    """
-    before = getattr(_own_passes, "running", False)
-    _own_passes.running = True
-    try:
-        yield
-    finally:
-        _own_passes.running = before
-
-
-def _can_ride(call: AttentionCall, implementation: str) -> bool:
-    """Whether sdpa would run the CPU flash kernel for this call, causally and with nothing added."""
-    query, key, options = call.query, call.key, call.options
-    causal = options.get("is_causal")
-    causal = getattr(call.module, "is_causal", True) if causal is None else causal
-    return (
-        implementation == "sdpa"
-        and call.mask is None
-        and bool(causal)
-        and query.device.type == "cpu"
-        and query.dtype == torch.float32
-        and key.shape == call.value.shape
-        and 1 < query.shape[2] == key.shape[2]
-        and not torch.is_grad_enabled()
-        and not float(options.get("dropout") or 0.0)
-        and all(options.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
-    )
-
-
-def _ridden(call: AttentionCall) -> AttentionCall:
-    """Return the call with its output, from a kernel run in which the values carry the positions too.
-
-    One more column, of zeros in query and key and of positions in the values, gives the mean distance and
-    the rows' sums for a few per cent of the attention's time; a run of their own would double it.
-    """
-    query, key, value = call.query, call.key, call.value
-    position = centred_positions(key.shape[2], key.dtype, key.device)
-    scaling = call.options.get("scaling")
-    answer, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        torch.nn.functional.pad(query, (0, 1)),
-        torch.nn.functional.pad(key, (0, 1)),
-        torch.cat([value, position[None].expand(*value.shape[:3], 1)], dim=-1),
-        0.0,
-        True,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-    )
-    output = answer[..., :-1].transpose(1, 2).contiguous()
-    return replace(call, output=output, known=KnownRead(position, answer[..., -1:], log_sum_exp))
 
 
 # ---- keeping pairs out ------------------------------------------------------------------------
@@ -334,7 +267,6 @@ def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cach
         bias=bias,
         visibility=visibility,
         key_start=end - key_count,
-        known=call.known,
     )
 
 

@@ -26,7 +26,6 @@ from attnprobe.adapters.architecture import architecture_of
 from attnprobe.adapters.attention_call import (
     AttentionCall,
     implementation_changed,
-    own_pass,
     suppresses_calls,
     watched_implementation,
 )
@@ -139,11 +138,10 @@ class TransformersAdapter(Adapter):
         for module in was_training:
             module.training = False
         try:
-            with own_pass():
-                if logits_at is None:
-                    self._run_to_last_layer(arguments)
-                    return None
-                logits = self._logits(arguments)
+            if logits_at is None:
+                self._run_to_last_layer(arguments)
+                return None
+            logits = self._logits(arguments)
             return logits if keeps else logits[:, logits_at.to(logits.device)]
         finally:
             for module in was_training:
