@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -107,18 +108,22 @@ class _Handover:
         ends = {outer.hook_in, outer.hook_out}
         # The hooks that fire in the bridge's own attention only.
         self._own_hooks = [
-            (name, module)
-            for name, module in outer.named_modules()
+            module
+            for module in outer.modules()
             if hasattr(module, "has_hooks") and module not in inside and module not in ends
         ]
         self._delegates = delegates and _has_weights_of(outer, inner)
+        self._before: Any = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Stand in for the module's forward while the context is open."""
         # Into the instance's dictionary: the module's own __setattr__ ignores the assignment.
         attributes = self._outer.__dict__
-        before = attributes.get("forward")
+        before = self._before = attributes.get("forward")
+        if before is not None and not isinstance(getattr(before, "__self__", None), _Handover):
+            # Someone else stands in for the module already, and is not to be passed over.
+            self._delegates = False
         attributes["forward"] = self._forward
         try:
             yield
@@ -129,7 +134,7 @@ class _Handover:
                 attributes["forward"] = before
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._delegates and not any(hook.has_hooks() for _, hook in self._own_hooks):
+        if self._delegates and not any(hook.has_hooks() for hook in self._own_hooks):
             return self._delegated(*args, **kwargs)
         return self._read_pattern(*args, **kwargs)
 
@@ -167,10 +172,11 @@ class _Handover:
                     reading.read_pattern(self._number, pattern)
 
             handles.append(self._outer.hook_pattern.register_forward_hook(read))
-        forward = type(self._outer).forward
+        # An outer block's stand-in reads the pattern too.
+        forward = self._before or partial(type(self._outer).forward, self._outer)
         try:
             with reads_calls(self._inner, calls.append):
-                return forward(self._outer, *args, **kwargs)
+                return forward(*args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
