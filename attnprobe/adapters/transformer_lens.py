@@ -105,11 +105,11 @@ class _Handover:
         self._inner = inner
         self._reading = reading
         inside = set(inner.modules())
-        ends = {outer.hook_in, outer.hook_out}
+        ends = {self._outer.hook_in, self._outer.hook_out}
         # The hooks that fire in the bridge's own attention only.
         self._own_hooks = [
             module
-            for module in outer.modules()
+            for module in self._outer.modules()
             if hasattr(module, "has_hooks") and module not in inside and module not in ends
         ]
         self._delegates = delegates and _has_weights_of(outer, inner)
