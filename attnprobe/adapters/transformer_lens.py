@@ -19,7 +19,6 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -107,7 +106,7 @@ class _Handover:
         inside = set(inner.modules())
         ends = {self._outer.hook_in, self._outer.hook_out}
         # The hooks that fire in the bridge's own attention only.
-        self._own_hooks = [
+        self._own_hooks: list[Any] = [
             module
             for module in self._outer.modules()
             if hasattr(module, "has_hooks") and module not in inside and module not in ends
@@ -172,14 +171,19 @@ class _Handover:
                     reading.read_pattern(self._number, pattern)
 
             handles.append(self._outer.hook_pattern.register_forward_hook(read))
-        # An outer block's stand-in reads the pattern too.
-        forward = self._before or partial(type(self._outer).forward, self._outer)
+        forward = self._forward_before
         try:
             with reads_calls(self._inner, calls.append):
-                return forward(*args, **kwargs)
+                return forward(self._outer, *args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _forward_before(self, outer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, or who stands in for it: an outer block, which reads it too."""
+        if self._before is None:
+            return type(outer).forward(outer, *args, **kwargs)
+        return self._before(*args, **kwargs)
 
 
 def _has_weights_of(outer: Any, inner: nn.Module) -> bool:
