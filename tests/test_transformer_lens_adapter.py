@@ -126,6 +126,39 @@ def test_compatibility_mode_is_read_right(family: str) -> None:
         )
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_nested_blocks_see_the_same(family: str) -> None:
+    """Handed over or read at the hook, every open block is shown every layer."""
+    bridge, ids = bridge_of(family), tokens()
+    for run in (bridge, bridge.run_with_cache):
+        outer, inner = Patterns(), Patterns()
+        with torch.no_grad(), attnprobe.attach(bridge, outer), attnprobe.attach(bridge, inner, layers=[1, 2]):
+            run(ids)
+        assert sorted(outer.patterns) == [0, 1, 2]
+        assert sorted(inner.patterns) == [1, 2]
+        assert all(torch.equal(inner.patterns[i], outer.patterns[i]) for i in (1, 2))
+    assert all("forward" not in vars(block.attn) for block in bridge.blocks)
+
+
+def test_another_stand_in_is_not_passed_over() -> None:
+    """Who replaced an attention module's forward finds it called, and its pattern read."""
+    bridge, ids = bridge_of("llama"), tokens()
+    attention = bridge.blocks[1].attn
+    calls = []
+
+    def standing_in(*args, **kwargs):
+        calls.append(len(args))
+        return type(attention).forward(attention, *args, **kwargs)
+
+    attention.__dict__["forward"] = standing_in
+    probe = Patterns()
+    with torch.no_grad(), attnprobe.attach(bridge, probe):
+        bridge(ids)
+    assert len(calls) == 1
+    assert probe.kinds == ["FactoredAttention", "DenseAttention", "FactoredAttention"]
+    assert attention.__dict__["forward"] is standing_in
+
+
 def test_weights_edited_in_the_bridge_count() -> None:
     """GPT-2 keeps query, key and value in one matrix, of which the bridge has split copies to edit."""
     bridge, ids = bridge_of("gpt2"), tokens()
@@ -175,6 +208,30 @@ def test_a_failing_hook_leaves_the_bridge_as_it_was(family: str) -> None:
         assert_same_state(before, model_state(bridge.original_model))
         assert torch.equal(bridge(ids), expected)
     assert bridge.training is False
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_training_mode_comes_back(family: str) -> None:
+    """Our own passes run in evaluation mode, without the dropout of GPT-2."""
+    bridge, ids = bridge_of(family), tokens()
+    batch = attnprobe.TokenBatch.from_ids(ids)
+    expected = attnprobe.measure(bridge, batch)
+    bridge.train()
+    before = model_state(bridge.original_model)
+    measured = attnprobe.measure(bridge, batch)
+    assert torch.equal(measured.waad, expected.waad)
+    assert_same_state(before, model_state(bridge.original_model))
+    assert bridge.training
+
+
+def test_hooks_on_patterns_after_dropout_are_refused() -> None:
+    bridge, ids = bridge_of("gpt2"), tokens()
+    bridge.train()
+    with (
+        pytest.raises(UnsupportedModelError, match=r"hook_pattern comes after dropout: call bridge\.eval"),
+        attnprobe.attach(bridge, Patterns()),
+    ):
+        bridge.run_with_cache(ids)
 
 
 def test_generation_through_the_bridge_adds_up() -> None:

@@ -35,7 +35,8 @@ SITES = (*LAYER_SITES, "logits")
 - `attention`: an `Attention`.
 - `attention_output`, `mlp_output`: what the layer's attention module and feed-forward module return:
   after their output projection; before a norm, a scale or the sum that the layer applies to them.
-- `logits`: `[batch, token, vocabulary]`, of the last tokens only where the model computes no others.
+- `logits`: `[batch, token, vocabulary]`, of the last tokens only where the model computes no others;
+  not shown where the caller picks positions by a tensor, since which they are is then not known.
 """
 
 Value = Attention | Tensor

@@ -149,6 +149,7 @@ class Reading(ForwardWatch):
         self._sites = frozenset(sites)
         self._layer_of = {id(layer.attention): number for number, layer in architecture.layers.items()}
         self._batch: TokenBatch | None = None
+        self._logits_are_last = True
         self._maps_by_hook = False
         self._asked_for_maps = False
         self._masks = MaskMemory()
@@ -188,10 +189,7 @@ class Reading(ForwardWatch):
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Tell the observer, and ask for maps where there is no other way."""
-        if "logits" in self._sites and isinstance(given.get("logits_to_keep"), Tensor):
-            self._logits_are_last = False
-        else:
-            self._logits_are_last = True
+        self._logits_are_last = not isinstance(given.get("logits_to_keep"), Tensor)
         self._batch = batch
         self._observer.begin(batch, self.cached)
         if self._maps_by_hook:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -59,9 +60,8 @@ class TransformerLensAdapter(TransformersAdapter):
             )
         super().__init__(model)
 
-    @property
-    def _root(self) -> Any:
-        return self._bridge
+    def _all_modules(self) -> Iterator[nn.Module]:
+        return chain(self._bridge.modules(), self.model.modules())
 
     @property
     def _maps_by_hook(self) -> bool:
@@ -105,21 +105,25 @@ class _Handover:
         self._inner = inner
         self._reading = reading
         inside = set(inner.modules())
-        ends = {outer.hook_in, outer.hook_out}
+        ends = {self._outer.hook_in, self._outer.hook_out}
         # The hooks that fire in the bridge's own attention only.
-        self._own_hooks = [
-            (name, module)
-            for name, module in outer.named_modules()
+        self._own_hooks: list[Any] = [
+            module
+            for module in self._outer.modules()
             if hasattr(module, "has_hooks") and module not in inside and module not in ends
         ]
         self._delegates = delegates and _has_weights_of(outer, inner)
+        self._before: Any = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Stand in for the module's forward while the context is open."""
         # Into the instance's dictionary: the module's own __setattr__ ignores the assignment.
         attributes = self._outer.__dict__
-        before = attributes.get("forward")
+        before = self._before = attributes.get("forward")
+        if before is not None and not isinstance(getattr(before, "__self__", None), _Handover):
+            # Someone else stands in for the module already, and is not to be passed over.
+            self._delegates = False
         attributes["forward"] = self._forward
         try:
             yield
@@ -130,7 +134,7 @@ class _Handover:
                 attributes["forward"] = before
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._delegates and not any(hook.has_hooks() for _, hook in self._own_hooks):
+        if self._delegates and not any(hook.has_hooks() for hook in self._own_hooks):
             return self._delegated(*args, **kwargs)
         return self._read_pattern(*args, **kwargs)
 
@@ -168,13 +172,19 @@ class _Handover:
                     reading.read_pattern(self._number, pattern)
 
             handles.append(self._outer.hook_pattern.register_forward_hook(read))
-        forward = type(self._outer).forward
+        forward = self._forward_before
         try:
             with reads_calls(self._inner, Reader(calls.append)):
                 return forward(self._outer, *args, **kwargs)
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _forward_before(self, outer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own forward, or who stands in for it: an outer block, which reads it too."""
+        if self._before is None:
+            return type(outer).forward(outer, *args, **kwargs)
+        return self._before(*args, **kwargs)
 
 
 def _has_weights_of(outer: Any, inner: nn.Module) -> bool:

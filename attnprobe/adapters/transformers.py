@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnprobe.adapters.architecture import architecture_of
 from attnprobe.adapters.attention_call import (
@@ -72,10 +72,9 @@ class TransformersAdapter(Adapter):
 
     # ---- what other backends do otherwise -----------------------------------------------------
 
-    @property
-    def _root(self) -> Any:
-        """The module that holds all others, whose training mode is switched for our own passes."""
-        return self.model
+    def _all_modules(self) -> Iterator[nn.Module]:
+        """Yield every module whose training mode is switched for our own passes."""
+        return self.model.modules()  # type: ignore[no-any-return]
 
     @contextmanager
     def _ready(self, reading: Reading | None, layers: Sequence[int]) -> Iterator[None]:
@@ -136,7 +135,7 @@ class TransformersAdapter(Adapter):
         keeps = "logits_to_keep" in accepted
         if keeps:
             arguments["logits_to_keep"] = 1 if logits_at is None else logits_at.to(self.device)
-        was_training = [module for module in self._root.modules() if module.training]
+        was_training = [module for module in self._all_modules() if module.training]
         for module in was_training:
             module.training = False
         reading = None if self._last_reading is None else self._last_reading[0]
