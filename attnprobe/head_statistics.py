@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,7 +25,7 @@ from attnprobe import metrics
 from attnprobe.adapters.base import Value
 from attnprobe.attention import Attention
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import ResultError
+from attnprobe.errors import ParameterError, ResultError
 from attnprobe.metrics import Horizon
 from attnprobe.probe import Probe
 from attnprobe.sequence_sums import LayerSums, add_rows
@@ -33,6 +33,8 @@ from attnprobe.storage import import_pandas, load_result, save_result
 
 if TYPE_CHECKING:
     import pandas
+
+ReceiverLevel = Literal["token", "sentence"]
 
 _PER_TOKEN = ("waad", "fai", "entropy", "response_mask", "segment_ids")
 
@@ -54,6 +56,7 @@ class HeadStatistics:
         window, horizon: the parameters of WAAD and FAI.
         model_name: the model, as it calls itself.
         segment_ids: in packed rows, which sequence of the row a token belongs to; else None.
+        receiver_level: whether the kurtosis is over tokens or over sentences; None if not measured.
     """
 
     span: Float[Tensor, "batch layer head"] | None
@@ -68,6 +71,7 @@ class HeadStatistics:
     horizon: Horizon = (10, 50)
     model_name: str = ""
     segment_ids: Int[Tensor, "batch token"] | None = None
+    receiver_level: ReceiverLevel | None = None
 
     def save(self, path: str | Path) -> Path:
         """Save as one safetensors file with JSON metadata, and return its path.
@@ -101,6 +105,35 @@ class HeadStatistics:
             window=metadata["window"],
             horizon=(low, high),
             model_name=metadata["model_name"],
+            receiver_level=metadata["receiver_level"],
+        )
+
+    def select(self, rows: slice) -> HeadStatistics:
+        """Return the statistics of some responses: `select(slice(0, 1))` of the first."""
+        chosen = {name: value[rows] for name in _TENSORS if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(self, **chosen)
+
+    def at_layers(self, layers: Sequence[int]) -> HeadStatistics:
+        """Return the statistics of some of the layers, as if only these had been measured.
+
+        Raises:
+            ParameterError: no layers, or layers that were not measured.
+        """
+        chosen = tuple(sorted(set(layers)))
+        missing = [layer for layer in chosen if layer not in self.layers]
+        if missing or not chosen:
+            raise ParameterError(
+                f"layers {missing or list(layers)} were not measured; there are {list(self.layers)}"
+            )
+        index = [self.layers.index(layer) for layer in chosen]
+        kurtosis = self.receiver_kurtosis
+        return dataclasses.replace(
+            self,
+            span=None if self.span is None else self.span[:, index],
+            waad=self.waad[:, index],
+            fai=self.fai[:, index],
+            receiver_kurtosis=None if kurtosis is None else kurtosis[:, index],
+            layers=chosen,
         )
 
     def to_pandas(self) -> pandas.DataFrame:
@@ -280,6 +313,7 @@ class HeadStatisticsProbe(Probe):
                 layers=tuple(layers),
                 window=self.window,
                 horizon=self.horizon,
+                receiver_level="token" if self.receiver else None,
             )
         ]
 
@@ -331,10 +365,19 @@ class _Sequence:
             known = min(distribution_entropy.shape[1], count)
             entropy[:, count - known + 1 :] = distribution_entropy[:, -known:-1]
             following = distribution_entropy[:, -1]
+            entropy = entropy.masked_fill(~self._has_token_before(batch), torch.nan)
             if self.entropy is not None:
                 entropy = torch.cat([self.entropy, entropy], dim=-1)
             entropy = entropy.masked_fill(~mask, torch.nan)
         return _Sequence(layers, mask, segments, entropy, following)
+
+    def _has_token_before(self, batch: TokenBatch) -> Bool[Tensor, "batch token"]:
+        """Return which tokens follow one of their own sequence: a first token was sampled from nothing."""
+        real, segments = batch.attention_mask, batch.segment_ids
+        follows = real[:, :-1]
+        if segments is not None:
+            follows = follows & (segments[:, 1:] == segments[:, :-1])
+        return torch.nn.functional.pad(follows, (1, 0), value=self.next_entropy is not None)
 
 
 def _pad_heads(values: Tensor, heads: int) -> Tensor:

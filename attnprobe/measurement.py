@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,11 +22,13 @@ from attnprobe.adapters.base import Value
 from attnprobe.attention import Attention
 from attnprobe.batch import RowLayout, TokenBatch
 from attnprobe.errors import BatchError, ParameterError
-from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
+from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe, ReceiverLevel
 from attnprobe.heads import HeadGroups
 from attnprobe.metrics import Horizon
 from attnprobe.probe import Layers, Probe, attach, resolve_layers
 from attnprobe.progress import Advance, progress_bar
+from attnprobe.receivers import SentenceReceiverProbe
+from attnprobe.sentences import sentence_ids
 
 MEMORY_BUDGET = 2 * 2**30
 """The default of `measure`'s memory budget, in bytes."""
@@ -40,7 +42,7 @@ def measure(
     window: int = 10,
     horizon: Horizon = (10, 50),
     span: bool = True,
-    receiver: bool = False,
+    receiver: bool | ReceiverLevel = False,
     entropy: bool = True,
     batch_size: int | None = None,
     memory_budget: int = MEMORY_BUDGET,
@@ -55,7 +57,8 @@ def measure(
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
-        receiver: whether to compute receiver kurtosis too (one more pass over the attention).
+        receiver: whether to compute receiver kurtosis too (one more pass over the attention): of
+            tokens ("token" or True), or of sentences ("sentence"), for which the batch needs texts.
         entropy: whether to compute token entropy; without it nothing above the last layer is run.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
             Results do not depend on it.
@@ -64,27 +67,40 @@ def measure(
         progress: whether to show a progress bar.
 
     Raises:
-        BatchError: ids out of the vocabulary, or sequences longer than the model's context.
-        ParameterError: layers, window or horizon that make no sense.
+        BatchError: ids out of the vocabulary, sequences longer than the model's context, or sentences
+            wanted of a batch without texts.
+        ParameterError: layers, window, horizon or receiver that make no sense.
         UnsupportedModelError: a model whose attention cannot be read.
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
     """
-    probe = HeadStatisticsProbe(window=window, horizon=horizon, span=span, receiver=receiver, entropy=False)
     if memory_budget < 1:
         raise ParameterError(f"memory_budget is a number of bytes, at least 1; got {memory_budget}")
+    level = _receiver_level(receiver)
+    probe = HeadStatisticsProbe(
+        window=window, horizon=horizon, span=span, receiver=level == "token", entropy=False
+    )
     run = _Run.prepare(model, batch, layers, batch_size, memory_budget, entropy)
+    probes: list[Probe] = [probe]
+    by_sentence: SentenceReceiverProbe | None = None
+    if level == "sentence":
+        sentences = sentence_ids(run.rows)
+        by_sentence = SentenceReceiverProbe(sentences)
+        probes.append(by_sentence)
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
-        for part in run.parts():
-            with attach(run.adapter, probe, ticking, layers=run.layers, response_mask=part.response_mask):
+        for number, part in enumerate(run.parts()):
+            if by_sentence is not None:
+                rows = slice(number * run.size, (number + 1) * run.size)
+                by_sentence.sentence_ids = sentences[rows, : part.token_count]
+            with attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask):
                 if entropy:
                     entropies.append(_run_for_entropy(run.adapter, part, run.width))
                 else:
                     run.adapter.forward(part)
     statistics = probe.result()
     layout = run.layout
-    kurtosis = statistics.receiver_kurtosis
+    kurtosis = statistics.receiver_kurtosis if by_sentence is None else by_sentence.result()
     # Several packed responses of one of the caller's rows: Eq. 7 is a mean over all their tokens.
     weights = statistics.response_mask.sum(-1)
     return replace(
@@ -94,11 +110,20 @@ def measure(
         fai=layout.tokens(statistics.fai),
         entropy=layout.tokens(torch.cat(entropies)) if entropies else None,
         receiver_kurtosis=None if kurtosis is None else layout.responses(kurtosis, weights),
+        receiver_level=level,
         response_mask=batch.response_mask.to(run.adapter.device),
         segment_ids=batch.segment_ids,
         skipped_layers=run.adapter.skipped_layers,
         model_name=run.adapter.model_name,
     )
+
+
+def _receiver_level(receiver: bool | ReceiverLevel) -> ReceiverLevel | None:
+    if isinstance(receiver, bool):
+        return "token" if receiver else None
+    if receiver in get_args(ReceiverLevel):
+        return receiver
+    raise ParameterError(f'receiver is "token", "sentence" or a truth value, got {receiver!r}')
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,69 @@ def receiver_kurtosis(
     return selectivity_of(received, mask, horizon, segment_ids, minimum_rows)
 
 
+def sentence_receiver_kurtosis(
+    attention: Attention | Tensor,
+    sentence_ids: Int[Tensor, "batch token"],
+    min_distance: int = 4,
+) -> Float[Tensor, "batch head"]:
+    """Return how selective each head's inbound attention is, sentence by sentence.
+
+    The variant of Thought Anchors (arXiv 2506.19143): attention is pooled to a mean for each pair of
+    sentences; a sentence's vertical score is the mean of what the sentences at least `min_distance`
+    after it give it; the result is Fisher's kurtosis (biased) of these scores, at least -2. NaN where it
+    is undefined: fewer than two sentences with a score (so fewer than `min_distance + 2` in all), or all
+    scores equal.
+
+    `sentence_ids` counts the sentences of a response from 0, with -1 outside it.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: ids or a distance that do not fit.
+    """
+    if isinstance(min_distance, bool) or not isinstance(min_distance, int) or min_distance < 1:
+        raise ParameterError(f"min_distance is a number of sentences, at least 1; got {min_distance!r}")
+    pooled = sentence_attention(attention, sentence_ids)
+    count = pooled.shape[-1]
+    near = torch.ones(count, count, dtype=torch.bool, device=pooled.device).triu(1 - min_distance)
+    return kurtosis(pooled.masked_fill(near, torch.nan).nanmean(-2))
+
+
+def sentence_attention(
+    attention: Attention | Tensor, sentence_ids: Int[Tensor, "batch token"]
+) -> Float[Tensor, "batch head sentence sentence"]:
+    """Return the mean attention between sentences: rows are the later ones, columns what they read.
+
+    The mean of `A[t, s]` over the tokens t of one sentence and s of another, in `[0, 1]`; NaN for
+    sentences that a response does not have. No map of tokens is stored.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: ids that do not fit.
+
+    >>> pattern = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.25, 0.25]])
+    >>> sentence_attention(pattern, torch.tensor([[0, 0, 1]]))[0, 0]
+    tensor([[0.5000, 0.0000],
+            [0.3750, 0.2500]])
+    """
+    attention = as_attention(attention)
+    expected = (attention.batch_size, attention.query_count)
+    if sentence_ids.shape != expected or sentence_ids.is_floating_point():
+        raise ParameterError(
+            f"sentence_ids must be whole numbers {list(expected)}, got {sentence_ids.dtype} "
+            f"{list(sentence_ids.shape)}"
+        )
+    ids = sentence_ids.to(attention.device)
+    sentence = torch.arange(max(1, int(ids.max()) + 1), device=attention.device)
+    member = (ids[..., None] == sentence).to(attention.dtype)
+    length = member.sum(1)
+    mean = member / length.masked_fill(length == 0, torch.nan)[:, None]
+    # Undefined sentences must not reach the operator: NaN times 0 would spread over every token.
+    read = attention.attend(mean.nan_to_num())
+    pooled = torch.einsum("btr,bhts->bhrs", mean.nan_to_num(), read)
+    missing = (length == 0)[:, None]
+    return pooled.masked_fill(missing[..., None, :] | missing[..., :, None], torch.nan)
+
+
 # ---- the parts that can be added up over the steps of a KV cache ------------------------------
 
 
@@ -253,15 +316,13 @@ def distribution_entropy(logits: Float[Tensor, "*axes vocabulary"]) -> Float[Ten
     """
     flat = logits.detach().flatten(0, -2)
     entropy = torch.empty(flat.shape[0], device=logits.device)
-    size = max(1, 2**24 // flat.shape[-1])
+    size = max(1, 2**22 // flat.shape[-1])
     for begin in range(0, flat.shape[0], size):
-        log_probability = flat[begin : begin + size].float().log_softmax(-1)
-        probability = log_probability.exp()
-        # A logit of minus infinity has probability 0 and adds nothing; 0 * -inf would be NaN.
-        term = torch.where(probability > 0, probability * log_probability, 0.0)
-        entropy[begin : begin + size] = -term.sum(-1)
-        if bool(log_probability.isnan().any()):
-            raise PatternError("the model's logits hold NaN: entropy is undefined")
+        # entr is -p log p, and 0 for the probability 0 of a logit of minus infinity.
+        term = torch.special.entr(flat[begin : begin + size].float().softmax(-1))
+        entropy[begin : begin + size] = term.sum(-1)
+    if bool(entropy.isnan().any()):
+        raise PatternError("the model's logits hold NaN: entropy is undefined")
     return entropy.clamp_(min=0.0).view(logits.shape[:-1])
 
 

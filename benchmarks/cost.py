@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.cost_model import counted_ratio
 from benchmarks.subjects import SUBJECTS, build_model
 
 FOLDER = Path(__file__).parent / "results"
@@ -174,15 +175,27 @@ def save(records: list[dict[str, Any]], folder: Path) -> None:
 def table(records: list[dict[str, Any]]) -> Table:
     """Return the records as a table."""
     shown = Table(title="Ratios to the plain forward pass", title_justify="left")
-    for name in ("tokens", "layers", "subject", "seconds", "time", "range", "peak", "above the model"):
+    for name in (
+        "tokens",
+        "layers",
+        "subject",
+        "seconds",
+        "counted",
+        "time",
+        "range",
+        "peak",
+        "above the model",
+    ):
         shown.add_column(name, justify="left" if name == "subject" else "right")
     for record in records:
         low, high = record["time_ratio_range"]
+        counted = counted_ratio(record["subject"], record["tokens"], record["layers"])
         shown.add_row(
             str(record["tokens"]),
             str(record["layers"]),
             record["subject"],
             f"{record['seconds']:.3g}",
+            "" if counted is None else f"{counted:.3f}x",
             f"{record['time_ratio']:.3f}x",
             f"{low:.2f} to {high:.2f}",
             f"{record['peak_ratio']:.2f}x",

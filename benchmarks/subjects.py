@@ -15,7 +15,7 @@ import torch
 import attnprobe
 
 # SmolLM2-135M's own numbers; the context is stretched, so that long sequences can be run.
-_SHAPE = {
+SHAPE = {
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_attention_heads": 9,
@@ -33,7 +33,7 @@ def build_model(layers: int, implementation: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(num_hidden_layers=layers, attn_implementation=implementation, **_SHAPE)
+    config = LlamaConfig(num_hidden_layers=layers, attn_implementation=implementation, **SHAPE)
     return LlamaForCausalLM(config).eval()
 
 

@@ -92,6 +92,20 @@ def test_waad_grows_row_by_row() -> None:
     assert all(torch.equal(row, rows[-1][..., : row.shape[-1]]) for row in rows)
 
 
+def test_first_tokens_have_no_entropy() -> None:
+    """What stands before them, padding or another sequence, did not produce them."""
+    model = tiny_model("llama")
+    ids, mask = prompt()
+    probe = probe_of()
+    with torch.no_grad(), attnprobe.attach(model, probe):
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    assert probe.result().entropy.isnan().int().tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [1] + [0] * 7]
+    packed = probe_of()
+    with torch.no_grad(), attnprobe.attach(model, packed):
+        model(ids[:1], position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), use_cache=False)
+    assert packed.result().entropy.isnan().int().tolist() == [[1, 0, 0, 1, 0, 0, 0, 0]]
+
+
 def test_generation_without_a_cache_is_one_result_for_each_pass() -> None:
     """MPT runs the whole sequence again for every token: nothing is continued."""
     model = tiny_model("mpt")
@@ -120,7 +134,7 @@ def test_beam_search_is_refused() -> None:
     ids, mask = prompt()
     with (
         attnprobe.attach(model, probe_of()),
-        pytest.raises(PatternError, match="rows of the KV cache were reordered .* beam search"),
+        pytest.raises(PatternError, match=r"rows of the KV cache were reordered .* beam search"),
     ):
         model.generate(ids, attention_mask=mask, num_beams=4, max_new_tokens=20, pad_token_id=0)
 

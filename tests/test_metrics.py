@@ -241,6 +241,19 @@ def test_the_length_of_the_prompt_does_not_matter_to_a_head_that_cannot_see_it(p
     torch.testing.assert_close(fai, expected, equal_nan=True)
 
 
+@given(pattern=patterns(), factor=st.integers(2, 4))
+def test_a_common_stretch_of_distances_leaves_the_order_of_spans(pattern: torch.Tensor, factor: int) -> None:
+    """Every token moved to `factor` times its place: every span is `factor` times as long."""
+    batch, heads, tokens, _ = pattern.shape
+    stretched = torch.eye(factor * tokens, dtype=torch.float64).expand(batch, heads, -1, -1).clone()
+    stretched[..., ::factor, :] = 0
+    stretched[..., ::factor, ::factor] = pattern
+    mask = (torch.arange(factor * tokens) % factor == 0).expand(batch, -1)
+    before = metrics.mean_attention_distance(pattern, torch.ones(batch, tokens, dtype=torch.bool))
+    after = metrics.mean_attention_distance(stretched, mask)
+    torch.testing.assert_close(after, factor * before, rtol=0, atol=1e-9)
+
+
 # ---- closed forms ------------------------------------------------------------------------------
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from attnprobe import DenseAttention, FactoredAttention, PatternError
 from attnprobe.attention import Attention
 from attnprobe.errors import ParameterError
-from attnprobe.factored import Visibility
+from attnprobe.flash import listen
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import CallInputs, call_inputs, patterns
+from attnprobe.visibility import Visibility
 
 
 def factored(inputs: CallInputs) -> FactoredAttention:
@@ -36,8 +37,10 @@ def answers(attention: Attention, seed: int, width: int, start: int) -> dict[str
         "receive from afar": attention.receive(weights, start=start),
         "receive within": attention.receive(weights, start=start, stop=start + width),
         "band": attention.band(width, start),
+        "band within the band": attention.band(max(width // 2, 1), start + width // 4),
         "rows": attention.rows(torch.tensor([queries - 1, 0])),
         "row_mass": attention.row_mass(),
+        "mean_distance": attention.mean_distance(),
     }
 
 
@@ -60,7 +63,9 @@ def test_factored_equals_dense_in_float32(inputs: CallInputs, seed: int, width: 
     expected, actual = answers(dense, seed, width, start), answers(factored(inputs), seed, width, start)
     for question, answer in expected.items():
         assert actual[question].dtype == torch.float32
-        torch.testing.assert_close(actual[question].double(), answer, rtol=1e-5, atol=1e-5)
+        # A distance is a difference of positions, whose rounding is relative to their size.
+        size = dense.key_count if question == "mean_distance" else 1
+        torch.testing.assert_close(actual[question].double(), answer, rtol=1e-5, atol=1e-5 * size)
 
 
 @given(inputs=call_inputs())
@@ -108,6 +113,43 @@ def test_long_rows_go_by_blocks() -> None:
         expected, actual = answers(dense, 0, 41, 10), answers(attention, 0, 41, 10)
         for question, answer in expected.items():
             torch.testing.assert_close(actual[question], answer, rtol=0, atol=1e-9)
+
+
+def _many_pairs(kind: str, queries: int, keys: int) -> dict:
+    """Options of a call whose scores take several tiles."""
+    generator = torch.Generator().manual_seed(1)
+    padded = torch.ones(2, keys, dtype=torch.bool)
+    padded[0, :300] = False
+    if kind == "padded window":
+        return {"key_mask": padded, "window": 400}
+    if kind == "holes":
+        return {"key_mask": torch.rand(2, keys, generator=generator) > 0.3}
+    if kind == "bias and cap":
+        bias = torch.randn(1, 4, queries, keys, generator=generator, dtype=torch.float64)
+        return {"bias": bias, "softcap": 3.0, "sinks": torch.zeros(4)}
+    return {}
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded window", "holes", "bias and cap"])
+@pytest.mark.parametrize("cached", [0, 200])
+def test_many_tiles_equal_one_map(kind: str, cached: int) -> None:
+    """More queries and keys than a tile holds, so that every border between tiles is crossed."""
+    keys = 1100
+    queries = keys - cached
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, queries, 8, generator=generator, dtype=torch.float64)
+    key = torch.randn(2, 2, keys, 8, generator=generator, dtype=torch.float64)
+    options = _many_pairs(kind, queries, keys)
+    actual = answers(FactoredAttention(query, key, **options), 0, 60, 10)
+    expected = answers(DenseAttention(dense_pattern(query, key, **options)), 0, 60, 10)
+    far = FactoredAttention(query, key, **options).receive(torch.ones(2, queries, 1), 600, 900)
+    torch.testing.assert_close(
+        far, DenseAttention(dense_pattern(query, key, **options)).receive(torch.ones(2, queries, 1), 600, 900)
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=0, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_factored_never_stores_a_map() -> None:
@@ -226,3 +268,122 @@ def test_questions_that_make_no_sense_are_refused(question, message: str) -> Non
     for attention in (FactoredAttention(*inputs), DenseAttention(dense_pattern(*inputs))):
         with pytest.raises(ParameterError, match=message):
             question(attention)
+
+
+# ---- the flash kernel ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_sum_exp_equals_the_reference(options: dict, dtype: torch.dtype) -> None:
+    """Kernels in the wild have been off by log 2, or gave zeros: it is checked, not trusted."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 300, 16, generator=generator).to(dtype)
+    key = torch.randn(2, 2, 300, 16, generator=generator).to(dtype)
+    score = query.double() @ key.double().repeat_interleave(2, dim=1).mT / 4
+    if "softcap" in options:
+        score = 2 * torch.tanh(score / 2)
+    expected = score.masked_fill(torch.ones(300, 300).triu(1).bool(), -torch.inf).logsumexp(-1)
+    if "sinks" in options:
+        expected = torch.logaddexp(expected, options["sinks"].double()[:, None].expand_as(expected))
+    actual = FactoredAttention(query, key, **options).log_sum_exp()
+    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sequences_keep_their_accuracy(dtype: torch.dtype) -> None:
+    """At 32768 tokens, against float64 on sampled rows: 1e-4 relative."""
+    tokens = 32768
+    generator = torch.Generator().manual_seed(0)
+    query = (torch.randn(1, 1, tokens, 16, generator=generator) * 2).to(dtype)
+    key = (torch.randn(1, 1, tokens, 16, generator=generator) * 2).to(dtype)
+    rows = torch.tensor([0, 1, 100, 4095, 20000, tokens - 2, tokens - 1])
+    score = query[0, 0, rows].double() @ key[0, 0].double().mT / 4
+    score = score.masked_fill(torch.arange(tokens) > rows[:, None], -torch.inf)
+    pattern = score.softmax(-1)
+    attention = FactoredAttention(query, key)
+    distance = (rows[:, None] - torch.arange(tokens)).double()
+    expected = (pattern * distance).sum(-1)
+    actual = attention.mean_distance()[0, 0, rows].double()
+    # Positions are centred: the first row's rounding is that of half the length.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-2)
+    for j, near in enumerate(attention.band(51)[0, 0, rows].double().unbind(-1)):
+        inside = rows >= j
+        wanted = pattern.gather(-1, (rows - j).clamp(min=0)[:, None])[:, 0]
+        torch.testing.assert_close(near[inside], wanted[inside], rtol=1e-4, atol=1e-12)
+    marked = torch.zeros(1, tokens, 1)
+    marked[0, rows] = 1.0
+    torch.testing.assert_close(
+        attention.receive(marked)[0, 0, :, 0].double(), pattern.sum(0), rtol=1e-4, atol=1e-9
+    )
+
+
+def test_listening_changes_no_bit_and_hears_the_log_sum_exp() -> None:
+    """Every form of the call that PyTorch answers with the flash kernel, and none that it does not."""
+    generator = torch.Generator().manual_seed(0)
+    query, value = (torch.randn(2, 4, 40, 16, generator=generator) for _ in range(2))
+    key = torch.randn(2, 4, 40, 16, generator=generator)
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    call = torch.nn.functional.scaled_dot_product_attention
+    heard: list[tuple[dict, tuple]] = [
+        ({"is_causal": True}, (query, key, value)),
+        ({"attn_mask": mask}, (query, key, value)),
+        ({"attn_mask": torch.zeros(1, 1, 40, 40).masked_fill(~mask, -torch.inf)}, (query, key, value)),
+        ({"is_causal": True, "enable_gqa": True, "scale": 0.2}, (query, key[:, :2], value[:, :2])),
+        ({"is_causal": True}, (query.bfloat16(), key.bfloat16(), value.bfloat16())),
+        ({}, (query[:, :, -1:], key, value)),
+    ]
+    for options, inputs in heard:
+        expected = call(*inputs, **options)
+        with listen() as listening:
+            actual = call(*inputs, **options)
+        assert torch.equal(actual, expected)
+        assert listening.result is not None
+        scaling = options.get("scale", 0.25)
+        groups = 4 // inputs[1].shape[1]
+        score = inputs[0].double() @ inputs[1].double().repeat_interleave(groups, 1).mT * scaling
+        if options:
+            score = score.masked_fill(~mask, -torch.inf)
+        # In bfloat16 the kernel sums rounded exponentials: 6e-5, a hundredth of that dtype's own rounding.
+        error = 1e-4 if inputs[0].dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(
+            listening.result.log_sum_exp.double(), score.logsumexp(-1), rtol=0, atol=error
+        )
+    unheard: list[tuple[dict, tuple]] = [
+        ({"is_causal": True, "dropout_p": 0.1}, (query, key, value)),
+        ({"is_causal": True}, (query.clone().requires_grad_(), key, value)),
+        ({"is_causal": True}, (query, key, value[..., :8])),
+    ]
+    for options, inputs in unheard:
+        torch.manual_seed(0)
+        expected = call(*inputs, **options)
+        torch.manual_seed(0)
+        with listen() as listening:
+            actual = call(*inputs, **options)
+        assert torch.equal(actual, expected)
+        assert listening.result is None
+
+
+def test_two_calls_cannot_be_heard_as_one() -> None:
+    query = torch.randn(1, 1, 4, 8)
+    with listen() as listening:
+        for _ in range(2):
+            torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    assert listening.result is None
+
+
+def test_features_are_read_along_the_way() -> None:
+    """The output keeps its width and values, and the extra columns are attended to."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 50, 8, generator=generator) for _ in range(3))
+    features = torch.arange(50.0)[:, None]
+    with listen(features) as listening:
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    pattern = dense_pattern(query, key)
+    assert listening.result is not None
+    assert listening.result.read is not None
+    torch.testing.assert_close(output.double(), pattern @ value.double(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        listening.result.read.double(), pattern @ features.double(), rtol=1e-5, atol=1e-4
+    )

@@ -204,7 +204,7 @@ def test_a_change_in_place_is_refused() -> None:
     model = tiny_model("llama")
     with (
         torch.no_grad(),
-        pytest.raises(InterventionError, match="changed layer_output of layer 1 .* in place: return a new"),
+        pytest.raises(InterventionError, match=r"changed layer_output of layer 1 .* in place: return a new"),
         attnprobe.attach(model, Change("layer_output", 1, lambda value: (value.zero_(), None)[1])),
     ):
         model(IDS)

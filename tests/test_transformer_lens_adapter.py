@@ -222,6 +222,12 @@ def test_hooked_transformer_is_refused_with_the_version_needed() -> None:
         adapter_for(old())
 
 
+def test_the_model_inside_a_bridge_is_refused() -> None:
+    bridge = bridge_of("llama")
+    with pytest.raises(UnsupportedModelError, match=r"inside a TransformerBridge, .* pass the bridge itself"):
+        attnprobe.measure(bridge.original_model, attnprobe.TokenBatch.from_ids([[1, 2, 3]]))
+
+
 def test_a_bridge_over_no_transformers_model_is_refused() -> None:
     from transformer_lens.model_bridge import TransformerBridge
 

@@ -296,6 +296,36 @@ def test_gradient_checkpointing_is_counted_once() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def test_our_own_passes_ride_on_the_models_kernel() -> None:
+    """There the values carry positions along, if asked for: the same statistics, to rounding."""
+    model = tiny_model("llama", implementation="sdpa")
+    ids = torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(8))
+    batch = attnprobe.TokenBatch.from_ids(ids)
+    known: list[tuple[bool, bool]] = []
+
+    class Known(attnprobe.Probe):
+        def observe(self, site, layer, value, batch) -> None:
+            known.append((value._log_sum_exp is not None, value._mean_position is not None))
+
+    def pass_of_ours(*probes: attnprobe.Probe) -> None:
+        known.clear()
+        with attnprobe.attach(model, Known(), *probes) as attached:
+            attached.adapter.forward(batch)
+
+    statistics = attnprobe.HeadStatisticsProbe(entropy=False)
+    with attnprobe.attach(model, Known(), statistics), torch.no_grad():
+        model(ids)
+    # A user's output is not to change by a bit: the log-sum-exp comes along, the positions do not.
+    assert known == [(True, False)] * 3
+    pass_of_ours()
+    assert known == [(True, False)] * 3
+    pass_of_ours(attnprobe.HeadStatisticsProbe(entropy=False))
+    assert known == [(True, True)] * 3
+    measured = attnprobe.measure(model, batch, entropy=False)
+    torch.testing.assert_close(measured.span, statistics.result().span, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(measured.waad, statistics.result().waad, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_the_base_model_can_be_called_alone() -> None:
     model = tiny_model("llama")
     probe = CollectPatterns()
@@ -550,6 +580,6 @@ def test_cached_steps_of_an_unseen_beginning_are_refused() -> None:
         probe = attnprobe.HeadStatisticsProbe(entropy=False)
         with (
             attnprobe.attach(model, probe),
-            pytest.raises(attnprobe.PatternError, match="3 columns of cached keys .* not observed"),
+            pytest.raises(attnprobe.PatternError, match=r"3 columns of cached keys .* not observed"),
         ):
             model(torch.tensor([[4]]), past_key_values=cache)

@@ -233,10 +233,12 @@ class Reading(ForwardWatch):
         layer = self._layer_of[id(call.module)]
         with torch.no_grad():
             attention = read_attention(call, self._masks, self.cached, self.has_cache)
+            self._observer.observe("attention", layer, attention)
+            # After the observer: what it asks for first, as a rule, brings the sums of the rows along
+            # that the check needs. If the check fails, the whole pass is forgotten.
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
                 check_against_output(attention, call, f"layer {layer} of {self._name}")
-            self._observer.observe("attention", layer, attention)
         self._stop_if_last(layer)
 
     def _wants_positions(self) -> bool:

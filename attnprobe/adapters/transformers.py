@@ -80,6 +80,11 @@ class TransformersAdapter(Adapter):
     @contextmanager
     def _ready(self, reading: Reading | None, layers: Sequence[int]) -> Iterator[None]:
         """Make the model's attention visible: to a reading, or to a suppression if there is none."""
+        if any(layer.attention_outer is not layer.attention for layer in self._architecture.layers.values()):
+            raise UnsupportedModelError(
+                f"this {self.family} is inside a TransformerBridge, which computes its attention: pass the "
+                "bridge itself"
+            )
         if self.reads == "factored":
             with implementation_changed(self.model, watched_implementation):
                 yield

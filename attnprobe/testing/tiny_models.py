@@ -142,6 +142,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Families, by their transformers `model_type`, and what makes them tiny."""
 
+REFUSED: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "diffllama": _LLAMA_LIKE,
+    "openai-gpt": _GPT2_LIKE,
+    "bert": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "is_decoder": False,
+    },
+}
+"""Families that cannot be read, for the reasons that the errors give."""
+
 TRAITS: dict[str, str] = {
     "llama": "rotary, grouped queries",
     "mistral": "sliding window",
@@ -194,7 +208,8 @@ def tiny_model(family: str, *, implementation: str | None = None, seed: int = 0,
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], "vocab_size": VOCABULARY, **changes})
+    settings = FAMILIES.get(family) or REFUSED[family]
+    config = AutoConfig.for_model(family, **{**settings, "vocab_size": VOCABULARY, **changes})
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)

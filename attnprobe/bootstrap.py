@@ -1,0 +1,94 @@
+"""Bootstrap intervals over problems: how far an estimate would move with other problems.
+
+Units (problems, responses) are drawn with replacement, as often as there are, and the estimate is made
+again. The draw is handed out as weights, how often each unit was drawn, since every estimate here is a
+mean or a ratio of sums over units. What is left to others: the estimates (couplings, perturb, agreement).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnprobe.errors import ParameterError
+
+
+class Estimate(NamedTuple):
+    """A number with the limits of its interval; NaN where undefined."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def bootstrap_weights(units: int, resamples: int = 2000, seed: int = 0) -> Float[Tensor, "resample unit"]:
+    """Return how often each unit is drawn in each resample; every row sums to `units`.
+
+    Raises:
+        ParameterError: no units or no resamples.
+
+    >>> bootstrap_weights(5, resamples=2).sum(-1)
+    tensor([5., 5.], dtype=torch.float64)
+    """
+    if units < 1 or resamples < 1:
+        raise ParameterError(f"a bootstrap needs units and resamples, got {units} and {resamples}")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(units, (resamples, units), generator=generator)
+    weights = torch.zeros(resamples, units, dtype=torch.float64)
+    return weights.scatter_add_(1, drawn, torch.ones_like(weights))
+
+
+def percentile_estimate(
+    value: float, resampled: Float[Tensor, " resample"], confidence: float = 0.95
+) -> Estimate:
+    """Return a value with the percentile interval of its resampled values; undefined ones are left out.
+
+    Raises:
+        ParameterError: a confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ParameterError(f"confidence must be in (0, 1), got {confidence}")
+    defined = resampled[~resampled.isnan()].double()
+    if len(defined) == 0:
+        return Estimate(value, float("nan"), float("nan"))
+    tail = (1 - confidence) / 2
+    limits = defined.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Estimate(value, float(limits[0]), float(limits[1]))
+
+
+def ratio_estimate(
+    numerator: Float[Tensor, " unit"],
+    denominator: Float[Tensor, " unit"],
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Return the ratio of two sums over units, with its bootstrap interval.
+
+    A mean is the ratio to ones. NaN where the denominator sums to 0.
+
+    Raises:
+        ParameterError: no units, no resamples, or a confidence outside (0, 1).
+
+    >>> ratio_estimate(torch.tensor([2.0, 4.0]), torch.tensor([1.0, 1.0])).value
+    3.0
+    """
+    weights = bootstrap_weights(len(numerator), resamples, seed)
+    above, below = numerator.double(), denominator.double()
+    return percentile_estimate(
+        float(divide(above.sum(), below.sum())),
+        divide(weights @ above, weights @ below),
+        confidence,
+    )
+
+
+def divide(above: Tensor, below: Tensor) -> Tensor:
+    """Return a quotient that is NaN where the divisor is 0."""
+    return above / below.masked_fill(below == 0, torch.nan)

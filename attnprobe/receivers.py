@@ -1,0 +1,75 @@
+"""Receiver heads by sentence: the variant of Thought Anchors (arXiv 2506.19143).
+
+The token-level variant comes with `HeadStatisticsProbe`; this probe computes the sentence-level one,
+for which the sentences of each response must be known. What is left to others: sentences (sentences),
+the definition (metrics), and ranking heads (heads).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnprobe import metrics
+from attnprobe.adapters.base import Value
+from attnprobe.attention import Attention
+from attnprobe.batch import TokenBatch
+from attnprobe.errors import ParameterError, ResultError
+from attnprobe.probe import Probe
+
+
+class SentenceReceiverProbe(Probe):
+    """A probe that computes sentence-level receiver kurtosis in the forward passes that it is shown.
+
+    Args:
+        sentence_ids: the sentence of each token, from 0 in each response, -1 outside: for the batch
+            of the next pass, aligned with it. Set the attribute anew for another batch.
+        min_distance: pairs of sentences nearer than this are left out.
+    """
+
+    def __init__(self, sentence_ids: Int[Tensor, "batch token"], *, min_distance: int = 4) -> None:
+        self.sentence_ids = sentence_ids
+        self.min_distance = min_distance
+        self._layers: dict[int, Tensor] = {}
+        self._finished: list[Tensor] = []
+
+    def begin(self, batch: TokenBatch) -> None:
+        """Check that the sentences are those of this batch."""
+        self.abort()
+        if self.sentence_ids.shape != batch.input_ids.shape:
+            raise ParameterError(
+                f"sentence_ids are {list(self.sentence_ids.shape)}, but the model was given tokens "
+                f"{list(batch.input_ids.shape)}"
+            )
+
+    def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
+        """Reduce one layer's attention."""
+        assert isinstance(value, Attention)
+        assert layer is not None
+        self._layers[layer] = metrics.sentence_receiver_kurtosis(value, self.sentence_ids, self.min_distance)
+
+    def end(self, batch: TokenBatch) -> None:
+        """Keep the result of a complete pass."""
+        layers = [self._layers[layer] for layer in sorted(self._layers)]
+        heads = max(layer.shape[1] for layer in layers)
+        # Layers may differ in their number of heads: NaN stands for a head that a layer does not have.
+        padded = [
+            torch.nn.functional.pad(layer, (0, heads - layer.shape[1]), value=torch.nan) for layer in layers
+        ]
+        self._finished.append(torch.stack(padded, dim=1))
+        self.abort()
+
+    def abort(self) -> None:
+        """Forget the pass that is under way."""
+        self._layers = {}
+
+    def result(self) -> Float[Tensor, "batch layer head"]:
+        """Return the kurtosis of each response and head, of all complete passes.
+
+        Raises:
+            ResultError: no complete pass was observed.
+        """
+        if not self._finished:
+            raise ResultError("there is no receiver kurtosis yet: no forward pass was observed")
+        return torch.cat(self._finished)

@@ -1,0 +1,166 @@
+r"""Sentences of a response: where a text that reasons, with numbers and LaTeX in it, comes to a stop.
+
+`split_sentences` cuts a text, and `sentence_ids` says of each token which sentence it belongs to. The
+rules are those that mathematical text needs: "3.14", "e.g.", "1. First", `\boxed{3. 5}` and `$x. y$` are
+not cut; lines are. What is left to others: what sentences give each other (metrics, receivers).
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from attnprobe.batch import TokenBatch
+from attnprobe.errors import BatchError
+
+_NEVER_LAST = "e.g i.e cf vs viz mr mrs ms dr prof mt rev hon sr jr approx resp incl dept capt sgt w.r.t s.t"
+_NUMBERED = "no nos fig figs eq eqs sec ch ex thm lem prop cor def vol p pp art"
+_SOMETIMES_LAST = "etc al a.m p.m u.s u.k e.u inc ltd co corp st ft oz lb lbs sq hr hrs min mins secs yr yrs"
+# No sentence ends here, whatever comes next.
+_ABBREVIATIONS = frozenset(_NEVER_LAST.split())
+# No sentence ends here if a number comes next: "No. 5", but "No. It is 5."
+_BEFORE_NUMBERS = frozenset(_NUMBERED.split())
+# A sentence ends here if a capital letter comes next.
+_UNITS_AND_ENDINGS = frozenset(_SOMETIMES_LAST.split())
+# Spans inside which nothing is cut. A dollar sign opens mathematics only where a character follows it
+# and closes it only after one, with no digit behind: "$5 and $10" is money.
+_WHOLE = re.compile(
+    r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\\begin\{(?P<env>[a-z]+\*?)\}.+?\\end\{(?P=env)\}"
+    r"|(?<![\\$])\$(?=[^\s$])[^$\n]*?(?<=[^\s\\])\$(?![\d$])",
+    re.DOTALL,
+)
+_BRACED = re.compile(r"\\[A-Za-z]+\s*\{")
+_STOP = re.compile(r"[.!?…]+[\"'”’)\]}*_]*(?=\s|$)|[。！？]+|\n+")
+_WORD_BEFORE = re.compile(r"[A-Za-z][A-Za-z.]*$")
+_ENUMERATOR = re.compile(
+    r"(?:^|\n)[\s>*#_-]*(?:\(?(?:step|case|part|question|example)\s+)?\(?(?:\d{1,3}|[A-Za-z]|[ivxIVX]{1,4})[.)]+[*_]*$",
+    re.IGNORECASE,
+)
+
+
+def split_sentences(text: str) -> list[tuple[int, int]]:
+    r"""Return the sentences of a text as `(start, end)`, which together cover all of it.
+
+    A sentence ends after ".", "!", "?" (and closing quotes or brackets) before white space, and at the end
+    of a line. It does not end inside a number, mathematics or a braced LaTeX argument; after an
+    abbreviation, an initial, or what numbers a list ("1.", "a)", "Step 2."); nor before a word in lower
+    case. Spaces and lines without a letter or digit belong to the sentence before them.
+
+    >>> text = r"So x = 3.5, e.g. half of 7. Then \boxed{3.5}."
+    >>> [text[start:end] for start, end in split_sentences(text)]
+    ['So x = 3.5, e.g. half of 7. ', 'Then \\boxed{3.5}.']
+    """
+    whole = _whole_spans(text)
+    cuts = []
+    for match in _STOP.finditer(text):
+        if any(start < match.start() < end for start, end in whole):
+            continue
+        end = match.end()
+        if "\n" not in match.group() and not _ends_sentence(text, match.start(), end):
+            continue
+        while end < len(text) and text[end].isspace():
+            end += 1
+        cuts.append(end)
+    sentences: list[tuple[int, int]] = []
+    start = 0
+    for cut in [*cuts, len(text)]:
+        if cut <= start:
+            continue
+        if any(character.isalnum() for character in text[start:cut]) or not sentences:
+            sentences.append((start, cut))
+        else:
+            sentences[-1] = (sentences[-1][0], cut)
+        start = cut
+    return _with_leading_marks(text, sentences)
+
+
+def _with_leading_marks(text: str, sentences: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join a first piece without a letter or digit to what follows it."""
+    if len(sentences) > 1 and not any(c.isalnum() for c in text[slice(*sentences[0])]):
+        return [(sentences[0][0], sentences[1][1]), *sentences[2:]]
+    return sentences
+
+
+def _whole_spans(text: str) -> list[tuple[int, int]]:
+    """Return the spans of mathematics and of braced LaTeX arguments."""
+    spans = [match.span() for match in _WHOLE.finditer(text)]
+    for match in _BRACED.finditer(text):
+        depth = 0
+        for place in range(match.end() - 1, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                spans.append((match.start(), place + 1))
+                break
+    return spans
+
+
+def _ends_sentence(text: str, stop: int, end: int) -> bool:
+    """Say whether the stop at `text[stop:end]` ends a sentence."""
+    mark = text[stop]
+    if mark in "。！？":
+        return True
+    following = text[end:].lstrip()
+    if mark in "!?":
+        return not _goes_on(following)
+    if _ENUMERATOR.search(text[text.rfind("\n", 0, stop) + 1 : end]):
+        return False
+    before = _WORD_BEFORE.search(text[:stop])
+    if before is not None and not text.startswith("..", stop):
+        word = before.group().lower()
+        numbered = following[:1].isdigit()
+        if word in _ABBREVIATIONS or (word in _BEFORE_NUMBERS and numbered):
+            return False
+        if _is_initial(before.group(), text[: before.start()]):
+            return False
+        if word in _UNITS_AND_ENDINGS:
+            return not (numbered or following[:1].islower())
+    return not _goes_on(following)
+
+
+def _is_initial(word: str, before: str) -> bool:
+    """Say whether a capital letter stands for a name: after a name or title, or alone at the start.
+
+    "Mr. J. Smith" and "John F. Kennedy" go on; "through the point P. Then" has come to its end.
+    """
+    if len(word) != 1 or not word.isupper() or word == "I":
+        return False
+    earlier = before.split()
+    return not earlier or (earlier[-1][0].isupper() and earlier[-1].strip(".").isalpha())
+
+
+def _goes_on(following: str) -> bool:
+    """Say whether text after a full stop starts with a word in lower case; a lone variable may start one."""
+    word = re.match(r"[a-z]+", following)
+    return word is not None and (len(word.group()) > 1 or word.group() == "a")
+
+
+def sentence_ids(batch: TokenBatch) -> Int[Tensor, "batch token"]:
+    """Return the sentence of each response token, counted from 0 in each response; -1 elsewhere.
+
+    A token belongs to the sentence in which its first character that is not white space lies; one of
+    white space alone, to the sentence of its first character.
+
+    Raises:
+        BatchError: a batch without texts, or of packed rows.
+    """
+    if batch.texts is None:
+        raise BatchError("sentences need the tokens' texts: build the batch with tokenizer=...")
+    if batch.segment_ids is not None:
+        raise BatchError("rows are packed: take batch.unpadded_rows()[0], one response a row")
+    ids = torch.full(batch.input_ids.shape, -1, dtype=torch.long)
+    for row, mask in enumerate(batch.response_mask):
+        columns = mask.nonzero()[:, 0].tolist()
+        pieces = [batch.texts[row][column] for column in columns]
+        ends = [end for _, end in split_sentences("".join(pieces))]
+        sentence, begin = 0, 0
+        for column, piece in zip(columns, pieces, strict=True):
+            blank = len(piece) - len(piece.lstrip())
+            place = begin + (blank if blank < len(piece) else 0)
+            while sentence + 1 < len(ends) and place >= ends[sentence]:
+                sentence += 1
+            ids[row, column] = sentence
+            begin += len(piece)
+    return ids.to(batch.input_ids.device)

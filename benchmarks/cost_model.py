@@ -1,0 +1,48 @@
+"""What reading attention should cost: multiplications and additions, counted from the shapes.
+
+Attention-sized products and band products are counted; exponentials, sums and memory traffic are not, so
+a measured ratio lies above its counted one by what they take. What is left to others: clocks (cost).
+"""
+
+from __future__ import annotations
+
+from benchmarks.subjects import SHAPE
+
+_BAND, _BAND_QUERIES = 51, 32
+_HEADS = SHAPE["num_attention_heads"]
+_WIDTH = SHAPE["hidden_size"] // _HEADS
+
+
+def counted_ratio(subject: str, tokens: int, layers: int) -> float | None:
+    """Return the operations of a subject over those of the plain pass; None for the ones that store maps."""
+    attention = 2 * tokens * tokens * _WIDTH * _HEADS
+    # One more column in query, key and value.
+    column = attention / _WIDTH
+    band = 2 * tokens * (_BAND + _BAND_QUERIES - 1) * _WIDTH * _HEADS
+    # Queries times keys below the diagonal, and the weighted sums of the tiles' columns.
+    columns = tokens * tokens * (_WIDTH + 1) * _HEADS
+    projections, rest = _linear(tokens)
+    plain = layers * (attention + projections + rest)
+    # Nothing is run after the attention of the last layer that is read.
+    stopped = plain - rest
+    if subject == "plain":
+        return 1.0
+    if subject == "measure":
+        return (stopped + layers * (column + band)) / plain
+    if subject == "without span":
+        return (stopped + layers * band) / plain
+    if subject == "attached":
+        return (plain + layers * band) / plain
+    if subject == "five layers":
+        last = 2 * layers // 3
+        return (stopped * (last + 1) / layers - rest * last / layers + 5 * (column + band)) / plain
+    if subject == "receive":
+        return (stopped + layers * (column + band / _BAND + columns)) / plain
+    return None
+
+
+def _linear(tokens: int) -> tuple[float, float]:
+    """Return the operations of a layer's query, key and value projections, and of what follows attention."""
+    wide, inner = SHAPE["hidden_size"], SHAPE["intermediate_size"]
+    key_wide = wide * SHAPE["num_key_value_heads"] // _HEADS
+    return 2.0 * tokens * wide * (wide + 2 * key_wide), 2.0 * tokens * wide * (wide + 3 * inner)

@@ -1,0 +1,109 @@
+"""The first step: let the model answer the problems, and keep each answer as soon as it is there.
+
+Several problems are answered at a time, padded on the left. Sampling adds Gumbel noise to the scaled
+logits and takes the largest, which is sampling from the softmax; the noise of a problem comes from its own
+generator. So an answer depends on the problem, the seed and the temperature, and not on which problems
+were answered beside it. What is left to others: measuring what the model did (measure).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnprobe.batch import chat_prompt_ids
+from attnprobe.models import LoadedModel
+from attnprobe.progress import progress_bar
+from experiments.rhythm.problems import Problem, is_right
+from experiments.rhythm.records import append_record, read_records
+
+TEMPERATURE = 0.7
+MAX_NEW_TOKENS = 256
+SEED = 0
+
+
+class GumbelNoise:
+    """A logits processor with which a greedy choice is a sample, each row from its own generator."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scaled logits with fresh noise."""
+        noise = torch.stack(
+            [
+                torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
+                for generator in self._generators
+            ]
+        )
+        gumbel = -(-noise.clamp(min=1e-300).log()).log()
+        return scores.double() / self._temperature + gumbel.to(scores.device)
+
+
+def prompt_of(loaded: LoadedModel, problem: Problem) -> list[int]:
+    """Return a problem's prompt: as a chat where the model has a chat template, else as plain text."""
+    if getattr(loaded.tokenizer, "chat_template", None) is not None:
+        return chat_prompt_ids(loaded.tokenizer, problem.messages)
+    return list(loaded.tokenizer(problem.plain_prompt)["input_ids"])
+
+
+def generate(
+    loaded: LoadedModel,
+    problems: Sequence[Problem],
+    path: Path,
+    *,
+    batch_size: int = 14,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Answer the problems that have no answer yet, and return the records of all of them."""
+    done = {record["problem"]: record for record in read_records(path)}
+    open_problems = [problem for problem in problems if problem.index not in done]
+    with progress_bar("generating", len(problems), shown=progress) as advance:
+        for _ in range(len(problems) - len(open_problems)):
+            advance()
+        for begin in range(0, len(open_problems), batch_size):
+            part = open_problems[begin : begin + batch_size]
+            prompts = [prompt_of(loaded, problem) for problem in part]
+            for problem, prompt, answer in zip(part, prompts, sample(loaded, prompts, part), strict=True):
+                text = loaded.tokenizer.decode(answer)
+                done[problem.index] = {
+                    "problem": problem.index,
+                    "answer": problem.answer,
+                    "right": is_right(text, problem.answer),
+                    "finished": len(answer) < MAX_NEW_TOKENS,
+                    "prompt_ids": prompt,
+                    "response_ids": answer,
+                    "text": text,
+                }
+                append_record(path, done[problem.index])
+                advance()
+    return [done[problem.index] for problem in problems]
+
+
+@torch.no_grad()
+def sample(loaded: LoadedModel, prompts: Sequence[list[int]], problems: Sequence[Problem]) -> list[list[int]]:
+    """Return an answer to each prompt, without the token that ended it."""
+    width = max(len(prompt) for prompt in prompts)
+    pad = loaded.tokenizer.pad_token_id or 0
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    output = loaded.model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=pad,
+        logits_processor=[GumbelNoise([SEED + problem.index for problem in problems], TEMPERATURE)],
+    )
+    ends = loaded.model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    answers = []
+    for row in output[:, width:].tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        answers.append(row[:stop])
+    return answers

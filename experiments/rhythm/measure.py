@@ -1,0 +1,70 @@
+"""The second step: measure every head on every answer, one answer at a time, each kept in a file.
+
+An answer is measured twice, with the two horizons of the paper and, by the way, with the two kinds of
+receiver heads. The files are large (every head, every token) and stay in the work folder; what the tables
+need is small and goes to the results. What is left to others: answers (generate), tables (tables).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import attnprobe
+from attnprobe.models import LoadedModel
+from attnprobe.progress import progress_bar
+
+# Shorter answers have no token with a whole horizon of [10, 50] after it.
+MIN_TOKENS = 60
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "end": {"horizon": (10, None), "receiver": "token"},
+    "near": {"horizon": (10, 50), "receiver": "sentence"},
+}
+"""The horizon of the paper's analysis, to the end of the response, and that of its training."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All answers as one batch, and their statistics by setting."""
+
+    batch: attnprobe.TokenBatch
+    statistics: dict[str, attnprobe.HeadStatistics]
+    problems: list[int]
+
+
+def long_enough(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the answers that are measured."""
+    return [record for record in records if len(record["response_ids"]) >= MIN_TOKENS]
+
+
+def batch_of(loaded: LoadedModel, records: Sequence[dict[str, Any]]) -> attnprobe.TokenBatch:
+    """Return answers with their prompts as a batch."""
+    import torch
+
+    return attnprobe.TokenBatch.from_ids(
+        [record["prompt_ids"] + record["response_ids"] for record in records],
+        response_start=torch.tensor([len(record["prompt_ids"]) for record in records]),
+        tokenizer=loaded.tokenizer,
+    )
+
+
+def measure(
+    loaded: LoadedModel, records: Sequence[dict[str, Any]], work: Path, *, progress: bool = True
+) -> Measured:
+    """Measure the answers that have not been measured, and return the statistics of all."""
+    work.mkdir(parents=True, exist_ok=True)
+    found: dict[str, list[attnprobe.HeadStatistics]] = {name: [] for name in SETTINGS}
+    with progress_bar("measuring", len(records) * len(SETTINGS), shown=progress) as advance:
+        for record in records:
+            batch = batch_of(loaded, [record])
+            for name, options in SETTINGS.items():
+                path = work / f"{record['problem']:04}-{name}.safetensors"
+                if not path.exists():
+                    attnprobe.measure(loaded.model, batch, **options).save(path)
+                found[name].append(attnprobe.HeadStatistics.load(path))
+                advance()
+    statistics = {name: attnprobe.HeadStatistics.concatenate(parts) for name, parts in found.items()}
+    return Measured(batch_of(loaded, records), statistics, [record["problem"] for record in records])

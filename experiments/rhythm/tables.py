@@ -1,0 +1,279 @@
+"""The third step: Tables 1 and 2 with intervals, and how far they depend on what the paper leaves open.
+
+Every row of a sensitivity table changes one choice of the first row. What is left to others: the
+measurements (measure, attnprobe.couplings, attnprobe.perturb) and how tables look (document).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import attnprobe
+from attnprobe.agreement import rank_correlation
+from attnprobe.bootstrap import bootstrap_weights, percentile_estimate, ratio_estimate
+from attnprobe.couplings import NAMES
+from attnprobe.probe import resolve_layers
+from experiments.rhythm.measure import Measured
+
+
+def scores_for(
+    measured: Measured,
+    *,
+    setting: str = "end",
+    layers: Sequence[int] | None = None,
+    per_response: bool = False,
+    disjoint: bool = False,
+    sentence_receivers: bool = False,
+    receivers: int = 20,
+) -> attnprobe.TokenScores:
+    """Return the token scores of all answers under some choices.
+
+    `per_response` ranks the heads of each answer anew; `disjoint` takes from the receivers those heads
+    that are global too, so that the two share nothing; `sentence_receivers` finds receivers by sentence.
+    """
+    statistics = measured.statistics[setting]
+    if sentence_receivers:
+        near = measured.statistics["near"]
+        statistics = dataclasses.replace(
+            statistics, receiver_kurtosis=near.receiver_kurtosis, receiver_level=near.receiver_level
+        )
+    if layers is not None:
+        statistics = statistics.at_layers(layers)
+    if per_response:
+        rows = [statistics.select(slice(i, i + 1)) for i in range(statistics.span.shape[0])]
+        parts = [attnprobe.score_tokens(row, attnprobe.classify_heads(row)) for row in rows]
+        joined = {
+            name: torch.cat([getattr(part, name) for part in parts])
+            for name in ("waad", "fai", "entropy", "response_mask", "receiver_fai")
+        }
+        return attnprobe.TokenScores(**joined)
+    heads = attnprobe.classify_heads(statistics, receivers=receivers)
+    if disjoint:
+        assert heads.receiver_heads is not None
+        receivers = heads.receiver_heads & ~heads.global_heads
+        heads = dataclasses.replace(heads, receiver_heads=receivers)
+    return attnprobe.score_tokens(statistics, heads)
+
+
+def first_rows(scores: attnprobe.TokenScores, batch: attnprobe.TokenBatch) -> attnprobe.TokenScores:
+    """Return the scores of a batch that is the first rows of a larger one, without its last columns."""
+    rows, columns = batch.input_ids.shape
+    return _each(scores, lambda values: values[:rows, :columns])
+
+
+def reversed_in_time(scores: attnprobe.TokenScores) -> attnprobe.TokenScores:
+    """Return scores with every row read backwards: what followed now comes before."""
+    return _each(scores, lambda values: values.flip(-1))
+
+
+def _each(
+    scores: attnprobe.TokenScores, change: Callable[[torch.Tensor], torch.Tensor]
+) -> attnprobe.TokenScores:
+    changed = {
+        field.name: change(value)
+        for field in dataclasses.fields(scores)
+        if (value := getattr(scores, field.name)) is not None
+    }
+    return attnprobe.TokenScores(**changed)
+
+
+def coupling_tables(measured: Measured, model: Any) -> dict[str, dict[str, Any]]:
+    """Return Table 2 under the paper's choices, and with one choice changed at a time."""
+    middle = resolve_layers("middle", attnprobe.adapter_for(model))
+    # 20 receivers are 7% of SmolLM2's 270 heads, but most of the heads of a tiny model.
+    span = measured.statistics["end"].span
+    few = max(1, round(0.074 * span.shape[1] * span.shape[2]))
+    primary = scores_for(measured)
+    near = scores_for(measured, setting="near")
+    cases: dict[str, tuple[attnprobe.TokenScores, dict[str, Any]]] = {
+        "as in the paper": (primary, {}),
+        "align: prediction": (primary, {"align": "prediction"}),
+        "horizon: [10, 50]": (near, {}),
+        "layers: middle five": (scores_for(measured, layers=middle), {}),
+        "q: 0.2": (primary, {"quantile": 0.2}),
+        "q: 0.6": (primary, {"quantile": 0.6}),
+        "peaks: all local maxima (q = 1)": (primary, {"quantile": 1.0}),
+        "peaks: top 40%, maxima or not": (primary, {"peaks": "top"}),
+        "k: 0 (coincide)": (primary, {"lookback": 0}),
+        "k: 1": (primary, {"lookback": 1}),
+        "k: 2": (primary, {"lookback": 2}),
+        "heads: ranked per response": (scores_for(measured, per_response=True), {}),
+        "receivers: 7% of heads": (scores_for(measured, receivers=few), {}),
+        "receivers: by sentence": (scores_for(measured, sentence_receivers=True), {}),
+        "receivers: without global heads": (scores_for(measured, disjoint=True), {}),
+        "baseline: rotate": (primary, {"baseline": "rotate"}),
+        "reversed in time": (reversed_in_time(primary), {}),
+        "middle five, [10, 50], k: 1": (
+            scores_for(measured, setting="near", layers=middle),
+            {"lookback": 1},
+        ),
+    }
+    tables = {}
+    for case, (scores, options) in cases.items():
+        result = attnprobe.couplings(scores, **options)
+        tables[case] = {name: _coupling_row(getattr(result, name)) for name in NAMES}
+    return tables
+
+
+def _coupling_row(coupling: attnprobe.Coupling) -> dict[str, Any]:
+    return {
+        "random": coupling.random,
+        "observed": list(coupling.observed),
+        "lift": list(coupling.lift),
+        "p_value": coupling.p_value,
+        "peaks": int(coupling.peaks.sum()),
+    }
+
+
+def couplings_per_problem(measured: Measured) -> list[dict[str, Any]]:
+    """Return the raw sums of each problem behind Table 2, under the paper's choices."""
+    result = attnprobe.couplings(scores_for(measured))
+    rows = []
+    for index, problem in enumerate(measured.problems):
+        row: dict[str, Any] = {"problem": problem}
+        for name in NAMES:
+            coupling = getattr(result, name)
+            for field in ("observed_sum", "random_sum", "peaks"):
+                row[f"{name}.{field}"] = float(getattr(coupling, field)[index])
+        rows.append(row)
+    return rows
+
+
+def perturbation_table(perturbations: attnprobe.Perturbations) -> dict[str, Any]:
+    """Return Table 1 against both references, and what is left of it at equal positions."""
+    table: dict[str, Any] = {}
+    for reference in ("response", "greedy"):
+        summary = perturbations.summary(reference)
+        row = {name: list(getattr(summary, name)) for name in ("highest", "lowest", "difference")}
+        row["lower_share"] = list(summary.lower_share)
+        row["at_equal_position"] = _at_equal_position(perturbations, reference)
+        row["responses"] = summary.responses
+        table[reference] = row
+    own = torch.tensor([trial.own.overlap for trial in perturbations.trials], dtype=torch.float64)
+    table["own_token"] = list(ratio_estimate(own, torch.ones_like(own)))
+    for kind in ("highest", "lowest"):
+        of_kind = [trial for trial in perturbations.trials if trial.kind == kind]
+        places = torch.tensor([trial.position / trial.length for trial in of_kind], dtype=torch.float64)
+        table[f"relative_position_{kind}"] = list(ratio_estimate(places, torch.ones_like(places)))
+    return table
+
+
+def _at_equal_position(perturbations: attnprobe.Perturbations, reference: str) -> list[float]:
+    """Return highest less lowest overlap where both positions are equally far into the response.
+
+    The intercept of a straight line: difference in overlap on difference in relative position. Early
+    tokens have more text after them to change, and high FAI may stand early.
+    """
+    pairs: dict[int, dict[str, Any]] = {}
+    for trial in perturbations.trials:
+        pairs.setdefault(trial.example, {})[trial.kind] = trial
+    rows = [
+        (
+            pair["highest"].overlap(reference) - pair["lowest"].overlap(reference),
+            (pair["highest"].position - pair["lowest"].position) / pair["highest"].length,
+        )
+        for pair in pairs.values()
+        if len(pair) == 2
+    ]
+    overlap, place = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+
+    def intercept(weights: torch.Tensor) -> float:
+        total = weights.sum()
+        mean_overlap, mean_place = (weights @ overlap) / total, (weights @ place) / total
+        centred = place - mean_place
+        slope = (weights @ (centred * overlap)) / (weights @ centred.square())
+        return float(mean_overlap - slope * mean_place)
+
+    resampled = [intercept(weights) for weights in bootstrap_weights(len(rows))]
+    whole = intercept(torch.ones(len(rows), dtype=torch.float64))
+    return list(percentile_estimate(whole, torch.tensor(resampled, dtype=torch.float64)))
+
+
+def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean divergence without the token of highest and of lowest FAI, answer by answer.
+
+    With it: over all tokens measured, the rank correlation of FAI and divergence, and the same of their
+    ranks with what the position says of both taken out.
+    """
+    rows = [{token["kind"]: token["divergence"] for token in record["tokens"]} for record in records]
+    highest, lowest = (
+        torch.tensor([row[kind] for row in rows], dtype=torch.float64) for kind in ("highest", "lowest")
+    )
+    ones = torch.ones_like(highest)
+    table: dict[str, Any] = {
+        "highest": list(ratio_estimate(highest, ones)),
+        "lowest": list(ratio_estimate(lowest, ones)),
+        "ratio": list(ratio_estimate(highest, lowest)),
+        "higher_share": list(ratio_estimate((highest > lowest).double(), ones)),
+        "answers": len(rows),
+    }
+    drawn = [
+        (token["fai"], token["divergence"], token["position"])
+        for record in records
+        for token in record["tokens"]
+        if token["kind"] == "drawn"
+    ]
+    fai, divergence, position = torch.tensor(drawn, dtype=torch.float64).unbind(-1)
+    raw, by_fai, by_divergence = (
+        rank_correlation(*pair) for pair in ((fai, divergence), (fai, position), (divergence, position))
+    )
+    table["rank_correlation"] = raw
+    table["rank_correlation_without_position"] = (raw - by_fai * by_divergence) / (
+        (1 - by_fai**2) * (1 - by_divergence**2)
+    ) ** 0.5
+    table["drawn_tokens"] = len(drawn)
+    return table
+
+
+def following_without_coincidence(measured: Measured, lookback: int = 3) -> dict[str, Any]:
+    """Return how many anchors that coincide with no preplan follow one, observed and shuffled."""
+    scores = scores_for(measured)
+    near, same = (attnprobe.couplings(scores, lookback=k).anchor_after_preplan for k in (lookback, 0))
+    parts = {
+        "observed": (near.observed_sum - same.observed_sum, same.peaks - same.observed_sum),
+        "random": (near.random_sum - same.random_sum, same.peaks - same.random_sum),
+    }
+    weights = bootstrap_weights(len(same.peaks))
+    shares = {name: float(above.sum() / below.sum()) for name, (above, below) in parts.items()}
+    drawn = {name: (weights @ above) / (weights @ below) for name, (above, below) in parts.items()}
+    lift = shares["observed"] / shares["random"] - 1
+    observed = percentile_estimate(shares["observed"], drawn["observed"])
+    return {
+        "random": shares["random"],
+        "observed": list(observed),
+        "lift": list(percentile_estimate(lift, drawn["observed"] / drawn["random"] - 1)),
+    }
+
+
+def grouping_table(measured: Measured) -> dict[str, Any]:
+    """Return how stable the groups are over problems, and how the kinds of receivers agree."""
+    by_token, by_sentence = (measured.statistics[name] for name in ("end", "near"))
+    table: dict[str, Any] = {}
+    for name, statistics in (("token", by_token), ("sentence", by_sentence)):
+        stability = attnprobe.group_stability(statistics)
+        table[f"stability with {name} receivers"] = {
+            **{group: list(estimate) for group, estimate in stability.overlap.items()},
+            "span rank correlation": list(stability.span_correlation),
+        }
+    half = by_token.span.shape[0] // 2
+    halves = [attnprobe.classify_heads(by_token.select(part)) for part in (slice(half), slice(half, None))]
+    agreement = attnprobe.compare_groups(*halves)
+    table["first half against second"] = {**agreement.overlap, "span": agreement.span_correlation}
+    heads = [attnprobe.classify_heads(statistics) for statistics in (by_token, by_sentence)]
+    agreement = attnprobe.compare_groups(*heads)
+    table["token against sentence receivers"] = {
+        "overlap": agreement.overlap["receiver"],
+        "chance": agreement.chance_overlap["receiver"],
+        "rank correlation": agreement.kurtosis_correlation,
+    }
+    for name, groups in zip(("token", "sentence"), heads, strict=True):
+        receivers = groups.mask("receiver")
+        share = float((receivers & groups.global_heads).sum() / receivers.sum())
+        table[f"share of {name} receivers that are global"] = share
+    defined = ~by_sentence.receiver_kurtosis.isnan().all(-1).all(-1)  # type: ignore[union-attr]
+    table["answers with enough sentences"] = int(defined.sum())
+    return table

@@ -1,0 +1,273 @@
+"""Couplings against a reference that goes peak by peak, and their baseline against its expectation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnprobe import Couplings, ParameterError, ResultError, TokenScores, couplings
+from attnprobe.couplings import NAMES, described_by_prediction
+from attnprobe.rhythm import find_peaks, top_quantile
+from attnprobe.storage import save_result
+
+NAN = math.nan
+FAST = {"permutations": 20, "resamples": 20}
+
+
+@st.composite
+def scored_problems(draw: st.DrawFn) -> TokenScores:
+    """Scores of a few responses: prompts before, padding behind, FAI undefined at the end."""
+    batch, tokens = draw(st.integers(1, 4)), draw(st.integers(6, 30))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    mask = torch.zeros(batch, tokens, dtype=torch.bool)
+    values = {}
+    for name in ("waad", "fai", "entropy", "receiver_fai"):
+        values[name] = torch.randn(batch, tokens, generator=generator, dtype=torch.float64).abs()
+    for row in range(batch):
+        start = draw(st.integers(0, tokens - 4))
+        stop = draw(st.integers(start + 1, tokens))
+        mask[row, start:stop] = True
+        late = max(start, stop - 3)
+        values["fai"][row, late:] = NAN
+        values["receiver_fai"][row, late:] = NAN
+    values = {name: value.masked_fill(~mask, NAN) for name, value in values.items()}
+    return TokenScores(**values, response_mask=mask)
+
+
+def slow_couplings(
+    scores: TokenScores, align: str, quantile: float, lookback: int, definition: str
+) -> dict[str, tuple[list[float], list[int], list[float]]]:
+    """For each coupling and problem: the sum over peaks, their number, the mean over where they could be."""
+    find = top_quantile if definition == "top" else (lambda v, q: find_peaks(v, quantile=q))
+    waad = scores.waad
+    if align == "prediction":
+        moved = [[NAN, *row[:-1]] for row in waad.tolist()]
+        waad = torch.tensor(moved, dtype=torch.float64)
+        waad[~scores.response_mask] = NAN
+    preplan, anchor = find(waad, quantile), find(scores.fai, quantile)
+    receiver = find(scores.receiver_fai, quantile)
+    found: dict[str, tuple[list[float], list[int], list[float]]] = {name: ([], [], []) for name in NAMES}
+    for row in range(waad.shape[0]):
+        tokens = range(waad.shape[1])
+        fai = [t for t in tokens if not math.isnan(scores.fai[row, t])]
+        near = {t: float(any(preplan[row, max(0, t - lookback) : t + 1])) for t in tokens}
+        cases = {
+            "entropy_at_preplans": (
+                {t: float(scores.entropy[row, t]) for t in tokens},
+                preplan[row],
+                [t for t in tokens if not math.isnan(waad[row, t])],
+            ),
+            "receiver_at_global": ({t: float(anchor[row, t]) for t in tokens}, receiver[row], fai),
+            "anchor_after_preplan": (near, anchor[row], fai),
+        }
+        for name, (value, peaks, eligible) in cases.items():
+            at = [t for t in eligible if peaks[t]]
+            found[name][0].append(sum(value[t] for t in at))
+            found[name][1].append(len(at))
+            found[name][2].append(sum(value[t] for t in eligible) / len(eligible) if eligible else 0.0)
+    return found
+
+
+@given(
+    scores=scored_problems(),
+    align=st.sampled_from(["token", "prediction"]),
+    percent=st.sampled_from([20, 40, 100]),
+    lookback=st.integers(0, 4),
+    definition=st.sampled_from(["maxima", "top"]),
+)
+def test_couplings_are_as_defined(
+    scores: TokenScores, align: str, percent: int, lookback: int, definition: str
+) -> None:
+    quantile = percent / 100
+    result = couplings(scores, align=align, quantile=quantile, lookback=lookback, peaks=definition, **FAST)
+    for name, (sums, peaks, _) in slow_couplings(scores, align, quantile, lookback, definition).items():
+        coupling = getattr(result, name)
+        assert coupling.peaks.tolist() == peaks
+        assert coupling.observed_sum.tolist() == pytest.approx(sums)
+        total = sum(peaks)
+        expected = sum(sums) / total if total else NAN
+        assert coupling.observed.value == pytest.approx(expected, nan_ok=True)
+        random = float(coupling.random_sum.sum())
+        assert coupling.random == pytest.approx(random / total if total else NAN, nan_ok=True)
+        lift = sum(sums) / random - 1 if random else NAN
+        assert coupling.lift.value == pytest.approx(lift, nan_ok=True)
+        assert 0 < coupling.p_value <= 1
+
+
+@settings(max_examples=15)
+@given(scores=scored_problems(), baseline=st.sampled_from(["shuffle", "rotate"]))
+def test_the_permutation_baseline_matches_its_expectation(scores: TokenScores, baseline: str) -> None:
+    """Peaks put anywhere see the mean over where they could be, times their number."""
+    count = 3000
+    result = couplings(scores, baseline=baseline, permutations=count, resamples=1)
+    for name, (_, peaks, means) in slow_couplings(scores, "token", 0.4, 3, "maxima").items():
+        expected = [number * mean for number, mean in zip(peaks, means, strict=True)]
+        # Five standard errors of a mean over permutations; no value here is above 6.
+        for found, wanted, number in zip(getattr(result, name).random_sum, expected, peaks, strict=True):
+            assert float(found) == pytest.approx(wanted, abs=1e-9 + 5 * 3 * number / count**0.5)
+
+
+def test_a_baseline_that_can_be_counted_is_exact() -> None:
+    """One peak in eight tokens, one token that has the value: an eighth, however it is shuffled."""
+    fai = torch.tensor([[0.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
+    scores = TokenScores(fai, fai, None, torch.ones(1, 8, dtype=torch.bool), receiver_fai=fai)
+    for baseline in ("shuffle", "rotate"):
+        result = couplings(scores, baseline=baseline, permutations=20_000, resamples=10)
+        assert result.receiver_at_global is not None
+        assert result.receiver_at_global.observed.value == 1.0
+        assert result.receiver_at_global.random == pytest.approx(1 / 8, abs=0.01)
+        assert result.receiver_at_global.lift.value == pytest.approx(7, rel=0.1)
+        # Every eighth permutation is the order that was observed.
+        assert result.receiver_at_global.p_value == pytest.approx(1 / 8, abs=0.01)
+
+
+def test_a_rotation_keeps_the_distances_of_peaks() -> None:
+    """Peaks two apart see a value that alternates all or never; shuffled, they see half of it."""
+    saw = torch.tensor([[0.0, 1.0] * 10])
+    scores = TokenScores(saw, saw, saw, torch.ones(1, 20, dtype=torch.bool))
+    rotated = couplings(scores, baseline="rotate", quantile=1.0, permutations=200, resamples=2)
+    assert rotated.entropy_at_preplans is not None
+    assert rotated.entropy_at_preplans.p_value == pytest.approx(0.5, abs=0.12)
+    shuffled = couplings(scores, quantile=1.0, permutations=200, resamples=2)
+    assert shuffled.entropy_at_preplans is not None
+    assert shuffled.entropy_at_preplans.p_value < 0.05
+
+
+def test_scores_without_relation_have_no_lift() -> None:
+    generator = torch.Generator().manual_seed(0)
+    waad, fai, entropy, receiver = torch.rand(4, 60, 100, generator=generator).unbind(0)
+    scores = TokenScores(waad, fai, entropy, torch.ones(60, 100, dtype=torch.bool), receiver_fai=receiver)
+    result = couplings(scores, permutations=200, resamples=200)
+    for name in NAMES:
+        coupling = getattr(result, name)
+        assert abs(coupling.lift.value) < 0.05
+        assert 0.01 < coupling.p_value < 0.99
+        assert coupling.lift.low < coupling.lift.value < coupling.lift.high
+
+
+@given(scores=scored_problems(), seed=st.integers(0, 5))
+def test_batches_one_after_the_other_are_one_data_set(scores: TokenScores, seed: int) -> None:
+    whole = couplings(scores, seed=seed, **FAST)
+    rows = range(scores.waad.shape[0])
+    parts = (
+        dataclasses.replace(
+            scores,
+            **{
+                field.name: value[row : row + 1]
+                for field in dataclasses.fields(scores)
+                if (value := getattr(scores, field.name)) is not None
+            },
+        )
+        for row in rows
+    )
+    streamed = couplings(parts, seed=seed, **FAST)
+    assert repr(streamed) == repr(whole)
+
+
+@given(scores=scored_problems(), left=st.integers(0, 4), right=st.integers(0, 4))
+def test_padding_changes_nothing(scores: TokenScores, left: int, right: int) -> None:
+    padded = TokenScores(
+        **{
+            name: torch.nn.functional.pad(getattr(scores, name), (left, right), value=NAN)
+            for name in ("waad", "fai", "entropy", "receiver_fai")
+        },
+        response_mask=torch.nn.functional.pad(scores.response_mask, (left, right)),
+    )
+    assert repr(couplings(padded, **FAST)) == repr(couplings(scores, **FAST))
+
+
+def test_the_same_seed_gives_the_same_result() -> None:
+    torch.manual_seed(0)
+    values = torch.rand(3, 40)
+    scores = TokenScores(values, values.flip(-1), values.flip(0), torch.ones(3, 40, dtype=torch.bool))
+    first, again, other = (couplings(scores, seed=seed, **FAST) for seed in (1, 1, 2))
+    assert repr(first) == repr(again)
+    assert first.anchor_after_preplan.random != other.anchor_after_preplan.random
+
+
+def test_a_row_describes_the_token_that_it_produced() -> None:
+    values = torch.tensor([[NAN, 1.0, 2.0, 3.0, NAN]])
+    mask = torch.tensor([[False, True, True, True, False]])
+    moved = described_by_prediction(values, mask)
+    torch.testing.assert_close(moved, torch.tensor([[NAN, NAN, 1.0, 2.0, NAN]]), equal_nan=True)
+
+
+def test_what_was_not_measured_is_none() -> None:
+    values = torch.rand(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    result = couplings(TokenScores(values, values, None, mask), **FAST)
+    assert result.entropy_at_preplans is None
+    assert result.receiver_at_global is None
+    assert list(result.to_pandas()["coupling"]) == ["anchor_after_preplan"]
+
+
+@pytest.mark.parametrize("with_entropy", [True, False])
+def test_couplings_come_back_as_they_were_saved(tmp_path: Path, with_entropy: bool) -> None:
+    values = torch.rand(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    result = couplings(TokenScores(values, values, values if with_entropy else None, mask), **FAST)
+    loaded = Couplings.load(result.save(tmp_path / "couplings.safetensors"))
+    assert repr(loaded) == repr(result)
+
+
+def test_other_results_are_no_couplings(tmp_path: Path) -> None:
+    path = save_result(tmp_path / "x.safetensors", "Rhythm", {"a": torch.zeros(1)}, {})
+    with pytest.raises(ResultError, match="holds Rhythm, not Couplings"):
+        Couplings.load(path)
+    metadata = {"parameters": {}, "couplings": {"anchor_after_preplan": {}}}
+    save_result(path, "Couplings", {"a": torch.zeros(1)}, metadata)
+    with pytest.raises(ResultError, match="anchor_after_preplan lacks observed_sum"):
+        Couplings.load(path)
+
+
+def test_the_table_has_a_row_for_each_coupling() -> None:
+    values = torch.rand(2, 30)
+    mask = torch.ones(2, 30, dtype=torch.bool)
+    result = couplings(TokenScores(values, values, values, mask, receiver_fai=values), **FAST)
+    table = result.to_pandas()
+    assert list(table["coupling"]) == list(NAMES)
+    assert table["observed"].tolist() == [getattr(result, name).observed.value for name in NAMES]
+    assert bool((table["lift_low"] <= table["lift_high"]).all())
+
+
+SCORES = TokenScores(torch.rand(1, 9), torch.rand(1, 9), None, torch.ones(1, 9, dtype=torch.bool))
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"align": "row"}, 'align is "token" or "prediction", got \'row\''),
+        ({"peaks": "all"}, 'peaks is "maxima" or "top", got \'all\''),
+        ({"baseline": "none"}, 'baseline is "shuffle" or "rotate", got \'none\''),
+        ({"quantile": 0.0}, r"quantile must be in \(0, 1\], got 0.0"),
+        ({"lookback": -1}, "at least 0; got -1"),
+        ({"lookback": True}, "whole number"),
+        ({"permutations": 0}, "permutations must be at least 1, got 0"),
+        ({"resamples": 0}, "a bootstrap needs units and resamples, got 1 and 0"),
+        ({"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1.0"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        couplings(SCORES, **options)
+
+
+def test_packed_rows_and_no_rows_are_refused() -> None:
+    packed = dataclasses.replace(SCORES, segment_ids=torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ParameterError, match="packed rows"):
+        couplings(packed)
+    with pytest.raises(ParameterError, match="no problems"):
+        couplings([])
+
+
+def test_lifts_are_those_of_the_table() -> None:
+    """The paper's own figures: (0.3608 - 0.2386) / 0.2386 is a lift of 51%; its rounding is its own."""
+    assert float(Fraction("0.3608") / Fraction("0.2386") - 1) == pytest.approx(0.5197, abs=0.01)

@@ -1,0 +1,98 @@
+"""Divergence under attention knock-out, against a model run with a mask of its own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import attnprobe
+from attnprobe import ParameterError, TokenBatch, knockout_divergence
+from attnprobe.testing.tiny_models import tiny_model
+
+
+def batch_of(side: str) -> TokenBatch:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 99, (count,), generator=generator).tolist() for count in (14, 9)]
+    right = TokenBatch.from_ids(rows, response_start=3)
+    if side == "right":
+        return right
+    shifts = [int((~row).sum()) for row in right.attention_mask]
+    moved = [
+        torch.stack([row.roll(by) for row, by in zip(part, shifts, strict=True)])
+        for part in (right.input_ids, right.attention_mask, right.response_mask)
+    ]
+    return TokenBatch.from_ids(moved[0], moved[1], response_mask=moved[2])
+
+
+def slow_divergence(model, ids: torch.Tensor, key: int, rows: list[int]) -> float:
+    """One sequence, one key, with an additive mask in which later rows do not see it."""
+    count = len(ids)
+    seen = torch.ones(count, count, dtype=torch.bool).tril()
+    seen[key + 1 :, key] = False
+    mask = torch.zeros(1, 1, count, count).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        own = model(ids[None]).logits[0].double().log_softmax(-1)
+        other = model(ids[None], attention_mask=mask).logits[0].double().log_softmax(-1)
+    terms = [float((own[t].exp() * (own[t] - other[t])).sum()) for t in rows]
+    return sum(terms) / len(terms) if terms else math.nan
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("horizon", [(1, None), (2, 4)])
+def test_divergence_is_that_of_a_run_without_the_key(side: str, horizon: tuple) -> None:
+    model = tiny_model("llama")
+    eager = tiny_model("llama", implementation="eager")
+    batch = batch_of(side)
+    asked = batch.response_mask.clone()
+    actual = knockout_divergence(model, batch, asked, horizon=horizon, batch_size=3)
+    low, high = horizon
+    for row in range(2):
+        start = int(batch.attention_mask[row].nonzero()[0])
+        ids = batch.input_ids[row][batch.attention_mask[row]]
+        for key in range(3, len(ids)):
+            rows = [t for t in range(3, len(ids)) if t >= key + low and (high is None or t <= key + high)]
+            expected = slow_divergence(eager, ids, key, rows)
+            assert float(actual[row, start + key]) == pytest.approx(expected, rel=1e-3, abs=1e-5, nan_ok=True)
+    assert bool(actual[~batch.response_mask].isnan().all())
+
+
+def test_only_what_was_asked_about_is_measured() -> None:
+    model, batch = tiny_model("llama"), batch_of("right")
+    asked = torch.zeros_like(batch.response_mask)
+    asked[0, [1, 5, 7]] = True
+    some = knockout_divergence(model, batch, asked, horizon=(1, None))
+    assert (~some.isnan()).nonzero().tolist() == [[0, 5], [0, 7]]
+    every = knockout_divergence(model, batch, batch.response_mask, horizon=(1, None), batch_size=1)
+    torch.testing.assert_close(some[0, [5, 7]], every[0, [5, 7]], rtol=1e-4, atol=1e-6)
+    assert bool((every[~every.isnan()] >= 0).all())
+
+
+def test_fewer_heads_are_less_of_a_loss_than_none() -> None:
+    """Suppressing in no layer that reads the token changes nothing; the model is left as it was."""
+    model, batch = tiny_model("llama"), batch_of("right")
+    before = model(batch.input_ids).logits
+    asked = batch.response_mask
+    last = knockout_divergence(model, batch, asked, horizon=(1, None), layers=[2], heads=[0])
+    every = knockout_divergence(model, batch, asked, horizon=(1, None))
+    assert float(last.nansum()) < float(every.nansum())
+    assert torch.equal(model(batch.input_ids).logits, before)
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_parameters_that_make_no_sense_are_refused() -> None:
+    model, batch = tiny_model("llama"), batch_of("right")
+    with pytest.raises(ParameterError, match=r"tokens must be \[2, 14\], got \[2, 3\]"):
+        knockout_divergence(model, batch, batch.response_mask[:, :3])
+    with pytest.raises(ParameterError, match="batch_size must be at least 1, got 0"):
+        knockout_divergence(model, batch, batch.response_mask, batch_size=0)
+    with pytest.raises(ParameterError, match="a horizon is"):
+        knockout_divergence(model, batch, batch.response_mask, horizon=(5, 2))
+    with pytest.raises(ParameterError, match=r"layer 0 has heads 0\.\.3, got"):
+        knockout_divergence(model, batch, batch.response_mask, heads=[7])
+    packed = attnprobe.TokenBatch.from_ids(
+        torch.ones(1, 4, dtype=torch.long), position_ids=torch.tensor([[0, 1, 0, 1]])
+    )
+    with pytest.raises(ParameterError, match="packed"):
+        knockout_divergence(model, packed, packed.response_mask)

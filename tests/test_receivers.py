@@ -1,0 +1,207 @@
+"""Receiver heads by sentence, against a slow float64 reference and against eager attention maps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import attnprobe
+from attnprobe import (
+    BatchError,
+    HeadGroups,
+    HeadStatistics,
+    ParameterError,
+    ResultError,
+    TokenBatch,
+    metrics,
+)
+from attnprobe.receivers import SentenceReceiverProbe
+from attnprobe.sentences import sentence_ids
+from attnprobe.testing.strategies import patterns
+from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
+
+NAN = math.nan
+
+
+@st.composite
+def with_sentences(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patterns with sentences: a prompt, runs of tokens of one sentence, padding."""
+    pattern = draw(patterns(max_tokens=24))
+    batch, _, tokens, _ = pattern.shape
+    rows = []
+    for _ in range(batch):
+        prompt = draw(st.integers(0, tokens - 1))
+        end = draw(st.integers(prompt, tokens))
+        ids, current = [-1] * prompt, 0
+        for _ in range(prompt, end):
+            ids.append(current)
+            current += draw(st.booleans())
+        rows.append(ids + [-1] * (tokens - end))
+    return pattern, torch.tensor(rows)
+
+
+def slow_vertical_scores(head: list[list[float]], ids: list[int], distance: int) -> list[float]:
+    """The mean, over sentences far enough after it, of what each sentence is given: entry by entry."""
+    sentences = {k: [t for t, i in enumerate(ids) if i == k] for k in range(max(ids) + 1)}
+    scores = []
+    for i, columns in sentences.items():
+        later = []
+        for j, rows in sentences.items():
+            if j - i >= distance and rows and columns:
+                later.append(sum(head[t][s] for t in rows for s in columns) / len(rows) / len(columns))
+        scores.append(sum(later) / len(later) if later else NAN)
+    return scores
+
+
+def slow_kurtosis(values: list[float]) -> float:
+    defined = [value for value in values if not math.isnan(value)]
+    if len(defined) < 2:
+        return NAN
+    mean = math.fsum(defined) / len(defined)
+    second = math.fsum((v - mean) ** 2 for v in defined) / len(defined)
+    if second < 1e-24:
+        return NAN
+    return math.fsum((v - mean) ** 4 for v in defined) / len(defined) / second**2 - 3
+
+
+@given(case=with_sentences(), distance=st.integers(1, 5))
+def test_sentence_kurtosis_is_as_defined(case: tuple, distance: int) -> None:
+    pattern, ids = case
+    actual = metrics.sentence_receiver_kurtosis(pattern, ids, distance)
+    for b, heads in enumerate(pattern.tolist()):
+        for h, head in enumerate(heads):
+            expected = slow_kurtosis(slow_vertical_scores(head, ids[b].tolist(), distance))
+            # Two scores have a kurtosis of -2 however near they are: rounding decides if they differ.
+            if not math.isnan(expected):
+                assert float(actual[b, h]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+                assert float(actual[b, h]) >= -2 - 1e-9
+
+
+@given(case=with_sentences())
+def test_sentence_attention_is_the_mean_over_pairs_of_tokens(case: tuple) -> None:
+    pattern, ids = case
+    actual = metrics.sentence_attention(pattern, ids)
+    assert actual.shape[-1] == max(1, int(ids.max()) + 1)
+    for b in range(pattern.shape[0]):
+        for i in range(actual.shape[-1]):
+            for j in range(actual.shape[-1]):
+                block = pattern[b][:, ids[b] == i][:, :, ids[b] == j]
+                expected = block.mean((-1, -2)) if block.numel() else torch.full((block.shape[0],), NAN)
+                torch.testing.assert_close(
+                    actual[b, :, i, j], expected.double(), equal_nan=True, rtol=0, atol=1e-9
+                )
+
+
+@given(case=with_sentences(), padding=st.integers(1, 5), left=st.booleans())
+def test_padding_changes_nothing(case: tuple, padding: int, left: bool) -> None:
+    pattern, ids = case
+    sides = (padding, 0) if left else (0, padding)
+    padded = torch.nn.functional.pad(pattern, sides + sides)
+    torch.testing.assert_close(
+        metrics.sentence_attention(padded, torch.nn.functional.pad(ids, sides, value=-1)),
+        metrics.sentence_attention(pattern, ids),
+        equal_nan=True,
+    )
+
+
+def test_few_sentences_have_no_kurtosis() -> None:
+    pattern = torch.rand(1, 2, 10, 10).double().tril()
+    pattern = pattern / pattern.sum(-1, keepdim=True)
+    five = torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]])
+    assert bool(metrics.sentence_receiver_kurtosis(pattern, five).isnan().all())
+    assert bool(metrics.sentence_receiver_kurtosis(pattern, torch.full((1, 10), -1)).isnan().all())
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_ids_and_distances_that_do_not_fit_are_refused() -> None:
+    pattern = torch.eye(4)
+    with pytest.raises(ParameterError, match=r"whole numbers \[1, 4\], got torch.int64 \[1, 3\]"):
+        metrics.sentence_attention(pattern, torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(ParameterError, match=r"got torch\.float32"):
+        metrics.sentence_attention(pattern, torch.zeros(1, 4))
+    with pytest.raises(ParameterError, match="at least 1; got 0"):
+        metrics.sentence_receiver_kurtosis(pattern, torch.zeros(1, 4, dtype=torch.long), 0)
+
+
+# ---- in a model ----------------------------------------------------------------------------------
+
+TEXTS = [
+    "Go 1. Go 2. Go on 3. It is. So be it. No. Yes. Go 8.",
+    "A 1. B is 2. C. D is so. E. F it. G. H I. J is. K so. L.",
+]
+
+
+def batch_of(side: str) -> TokenBatch:
+    """Two responses of many sentences, padded on one side."""
+    tokenizer = tiny_tokenizer()
+    batch = TokenBatch.from_text(tokenizer, ["Say: ", "Now go: "], TEXTS)
+    if side == "right":
+        return batch
+    shift = [int((~row).sum()) for row in batch.attention_mask]
+    ids, real, response = (
+        torch.stack([row.roll(by) for row, by in zip(rows, shift, strict=True)])
+        for rows in (batch.input_ids, batch.attention_mask, batch.response_mask)
+    )
+    return TokenBatch.from_ids(ids, real, response_mask=response, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("size", [None, 1])
+def test_measure_finds_receivers_by_sentence(side: str, size: int | None, tmp_path: Path) -> None:
+    """Whatever the padding and the batch size, as from the maps of each response alone."""
+    model = tiny_model("llama", vocab_size=300)
+    batch = batch_of(side)
+    statistics = attnprobe.measure(model, batch, receiver="sentence", batch_size=size)
+    assert statistics.receiver_level == "sentence"
+    eager = tiny_model("llama", vocab_size=300, implementation="eager")
+    for row in range(2):
+        real = batch.attention_mask[row]
+        ids = sentence_ids(batch)[row, real][None]
+        maps = eager(batch.input_ids[row, real][None], output_attentions=True).attentions
+        expected = [metrics.sentence_receiver_kurtosis(pattern.double(), ids)[0] for pattern in maps]
+        torch.testing.assert_close(
+            statistics.receiver_kurtosis[row].double(), torch.stack(expected), rtol=1e-3, atol=1e-3
+        )
+    heads = attnprobe.classify_heads(statistics, receivers=3)
+    assert heads.receiver_level == "sentence"
+    assert int(heads.receiver_heads.sum()) == 3
+    assert HeadGroups.load(heads.save(tmp_path / "heads.safetensors")).receiver_level == "sentence"
+    saved = statistics.save(tmp_path / "statistics.safetensors")
+    assert HeadStatistics.load(saved).receiver_level == "sentence"
+
+
+def test_the_probe_works_in_ones_own_forward_pass() -> None:
+    model = tiny_model("llama", vocab_size=300)
+    batch = batch_of("right").select(slice(0, 1))
+    probe = SentenceReceiverProbe(sentence_ids(batch))
+    with pytest.raises(ResultError, match="no forward pass"):
+        probe.result()
+    with attnprobe.attach(model, probe, layers=[0, 2]):
+        model(batch.input_ids)
+    expected = attnprobe.measure(model, batch, receiver="sentence", layers=[0, 2]).receiver_kurtosis
+    torch.testing.assert_close(probe.result(), expected)
+
+
+def test_sentences_of_another_batch_are_refused() -> None:
+    model = tiny_model("llama")
+    probe = SentenceReceiverProbe(torch.zeros(1, 4, dtype=torch.long))
+    with (
+        attnprobe.attach(model, probe),
+        pytest.raises(ParameterError, match=r"\[1, 4\], but the model was given tokens \[1, 5\]"),
+    ):
+        model(torch.ones(1, 5, dtype=torch.long))
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_sentences_need_texts_and_levels_have_names() -> None:
+    model = tiny_model("llama")
+    batch = TokenBatch.from_ids([[1, 2, 3, 4]])
+    with pytest.raises(BatchError, match="sentences need the tokens' texts"):
+        attnprobe.measure(model, batch, receiver="sentence")
+    with pytest.raises(ParameterError, match="got 'word'"):
+        attnprobe.measure(model, batch, receiver="word")
