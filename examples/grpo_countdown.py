@@ -99,10 +99,16 @@ def countdown(size: int, seed: int) -> tuple[Dataset, Any]:
             rewards.append(float(problems.score_answer(answer=answer, entry=problems[index])))
         return rewards
 
-    def formatted(completions: list[Any], **_: Any) -> list[float]:
-        """Reward each of the two tags with a tenth."""
-        texts = [completion[0]["content"] for completion in completions]
-        return [0.1 * sum(text.count(tag) == 1 for tag in ("<answer>", "</answer>")) for text in texts]
+    def formatted(completions: list[Any], problem: list[int], **_: Any) -> list[float]:
+        """Reward the way there: a tenth for each of the two tags, and for the numbers, by their share."""
+        rewards = []
+        for completion, index in zip(completions, problem, strict=True):
+            text = completion[0]["content"]
+            tags = sum(text.count(tag) == 1 for tag in ("<answer>", "</answer>"))
+            given = {str(number) for number in problems[index]["metadata"]["numbers"]}
+            mentioned = len(given & set(re.findall(r"\d+", text))) / len(given)
+            rewards.append(0.1 * (tags + mentioned))
+        return rewards
 
     return Dataset.from_dict({"prompt": prompts, "problem": list(range(size))}), [correct, formatted]
 
