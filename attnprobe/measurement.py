@@ -81,16 +81,13 @@ def measure(
         window=window, horizon=horizon, span=span, receiver=level == "token", entropy=False
     )
     run = _Run.prepare(model, batch, layers, batch_size, memory_budget, entropy)
-    probes: list[Probe] = [probe]
-    by_sentence: SentenceReceiverProbe | None = None
-    if level == "sentence":
-        sentences = sentence_ids(run.rows)
-        by_sentence = SentenceReceiverProbe(sentences)
-        probes.append(by_sentence)
+    sentences = sentence_ids(run.rows) if level == "sentence" else None
+    by_sentence = None if sentences is None else SentenceReceiverProbe(sentences)
+    probes: list[Probe] = [probe] if by_sentence is None else [probe, by_sentence]
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
         for number, part in enumerate(run.parts()):
-            if by_sentence is not None:
+            if by_sentence is not None and sentences is not None:
                 rows = slice(number * run.size, (number + 1) * run.size)
                 by_sentence.sentence_ids = sentences[rows, : part.token_count]
             with attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask):
