@@ -144,15 +144,13 @@ def _table_1(table: dict[str, Any]) -> list[str]:
 
 
 def _suppression(table: dict[str, Any]) -> list[str]:
-    partial = table["rank_correlation_without_position"]
-    left = "undefined" if partial is None else f"{partial:.2f}"
     return [
         f"Divergence of later predictions, nats, without the token of highest FAI: "
         f"{_number(table['highest'])}, "
         f"of lowest {_number(table['lowest'])}: ratio {_number(table['ratio'])}, higher in "
         f"{_share(table['higher_share'])} of {table['answers']} answers. Rank correlation of FAI and "
         f"divergence over {table['drawn_tokens']} drawn tokens: {table['rank_correlation']:.2f}; "
-        f"{left} at equal position.",
+        f"{table['rank_correlation_without_position']:.2f} at equal position.",
     ]
 
 

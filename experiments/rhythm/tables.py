@@ -222,11 +222,10 @@ def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         rank_correlation(*pair) for pair in ((fai, divergence), (fai, position), (divergence, position))
     )
     table["rank_correlation"] = raw
-    left = (1 - by_fai**2) * (1 - by_divergence**2)
-    # Where position says it all, as of two tokens, nothing is left to correlate.
-    table["rank_correlation_without_position"] = (
-        (raw - by_fai * by_divergence) / left**0.5 if left > 0 else None
-    )
+    spread = (1 - by_fai**2) * (1 - by_divergence**2)
+    # Of tokens in the order of their positions, as two always are, nothing is left.
+    partial = (raw - by_fai * by_divergence) / spread**0.5 if spread > 1e-12 else float("nan")
+    table["rank_correlation_without_position"] = partial
     table["drawn_tokens"] = len(drawn)
     return table
 
