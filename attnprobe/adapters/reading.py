@@ -327,16 +327,17 @@ class Reading(ForwardWatch):
             raise InterventionError(
                 f"a probe changed {where} in place: return a new tensor instead, which replaces it"
             )
-        if (
-            replaced is not None
-            and self._model.training
-            and getattr(self._model, "is_gradient_checkpointing", False)
-        ):
+        if replaced is not None and computes_layers_again(self._model):
             raise InterventionError(
                 f"{where} cannot be replaced under gradient checkpointing: the backward pass computes the "
                 "layers again, without probes. Call model.gradient_checkpointing_disable() first"
             )
         return replaced
+
+
+def computes_layers_again(model: nn.Module) -> bool:
+    """Whether the backward pass will compute layers again: gradient checkpointing."""
+    return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
 # ---- a forward call ---------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from attnprobe.adapters.attention_call import (
     watched_implementation,
 )
 from attnprobe.adapters.base import Adapter, Observer
-from attnprobe.adapters.reading import ForwardWatch, LastLayerSeen, Reading
+from attnprobe.adapters.reading import ForwardWatch, LastLayerSeen, Reading, computes_layers_again
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
 from attnprobe.suppression import Suppression
@@ -209,7 +209,7 @@ class _Suppressing(ForwardWatch):
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Refuse what would go wrong in silence: layers that are computed again without suppression."""
-        if self._model.training and getattr(self._model, "is_gradient_checkpointing", False):
+        if computes_layers_again(self._model):
             raise InterventionError(
                 f"the attention of {self._name} cannot be suppressed under gradient checkpointing: call "
                 "model.gradient_checkpointing_disable() first"
