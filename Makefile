@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types format build clean
+.PHONY: help install demo test test-fast lint types format bench bench-quick build clean
 
 help:  ## List what can be done
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,12 @@ types: install  ## Check types
 format: install  ## Put the code into its format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+bench: install  ## Measure what reading costs, into benchmarks/results (about half an hour)
+	@$(BIN)/python -m benchmarks.cost
+
+bench-quick: install  ## The same up to 2048 tokens and six layers (about two minutes)
+	@$(BIN)/python -m benchmarks.cost --quick --output build/bench
 
 build: install  ## Build wheel and sdist into dist/
 	@$(BIN)/python -m build
