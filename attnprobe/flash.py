@@ -104,34 +104,12 @@ class listen(TorchFunctionMode):  # noqa: N801
         if self._calls > 1:
             # An attention function that calls twice does something that one log-sum-exp cannot say.
             self.result = None
-        elif _chooses_flash(*args, **kwargs):
-            self.result = _answer(self.features, *args, **kwargs)
-            return self.result.output
-        return func(*args, **kwargs)
+            return func(*args, **kwargs)
+        self.result = _by_flash(self.features, *args, **kwargs)
+        return func(*args, **kwargs) if self.result is None else self.result.output
 
 
-def _chooses_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> bool:
-    """Whether PyTorch would answer this call with the CPU flash kernel, and nobody asks for gradients."""
-    if query.device.type != "cpu" or dropout_p > 0 or query.shape[-1] != value.shape[-1]:
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        return False
-    chosen = torch._fused_sdp_choice(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    return chosen == SDPBackend.FLASH_ATTENTION.value
-
-
-def _answer(
+def _by_flash(
     features: Tensor | None,
     query: Tensor,
     key: Tensor,
@@ -141,11 +119,21 @@ def _answer(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> FlashResult:
+) -> FlashResult | None:
+    """Answer a call of `scaled_dot_product_attention`; None where PyTorch would not choose this kernel."""
+    if query.device.type != "cpu" or dropout_p > 0 or query.shape[-1] != value.shape[-1]:
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
+        return None
+    chosen = torch._fused_sdp_choice(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+    if chosen != SDPBackend.FLASH_ATTENTION.value:
+        return None
     # In a narrower dtype the column of a feature would be rounded as the values are.
-    wanted = features if query.dtype in (torch.float32, torch.float64) else None
-    if wanted is not None and wanted.shape[0] != key.shape[2]:
-        wanted = None
+    exact = query.dtype in (torch.float32, torch.float64)
+    if features is not None and not (exact and features.shape[0] == key.shape[2]):
+        features = None
     return flash_attention(
-        query, key, value, causal=is_causal, mask=attn_mask, scaling=scale, features=wanted
+        query, key, value, causal=is_causal, mask=attn_mask, scaling=scale, features=features
     )
