@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import attnprobe
 from attnprobe.models import LoadedModel
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
-from experiments.rhythm import generate, suppress, tables, train
+from experiments.rhythm import generate, measure, suppress, tables, train
 from experiments.rhythm.__main__ import main
 from experiments.rhythm.problems import boxed_answer, is_right, make_problems, training_problems
 from experiments.rhythm.records import append_record, read_records
@@ -98,6 +100,37 @@ def test_an_answer_does_not_depend_on_its_neighbours(loaded: LoadedModel, tmp_pa
     for prompt, problem, answer in zip(short, problems, together, strict=True):
         assert generate.sample(loaded, [prompt], [problem]) == [answer]
     assert len({tuple(answer) for answer in together}) == 4
+
+
+# ---- tables ---------------------------------------------------------------------------------------
+
+
+def test_receivers_over_all_tokens_need_no_second_pass() -> None:
+    model = tiny_model("llama", implementation="eager")
+    ids = torch.randint(1, 90, (1, 60), generator=torch.Generator().manual_seed(0))
+    batch = attnprobe.TokenBatch.from_ids(ids.tolist(), response_start=torch.tensor([12]))
+    statistics = attnprobe.measure(model, batch, **measure.SETTINGS["end"])
+    found = tables._kurtosis_over_all_tokens(measure.Measured(batch, {"end": statistics}, [0]))
+    with torch.no_grad():
+        patterns = model(ids, output_attentions=True).attentions
+    expected = [
+        attnprobe.metrics.receiver_kurtosis(pattern, batch.response_mask, minimum_rows=1)
+        for pattern in patterns
+    ]
+    torch.testing.assert_close(found, torch.stack(expected, 1), rtol=1e-3, atol=1e-3)
+    assert statistics.receiver_kurtosis is not None
+    assert not torch.allclose(found, statistics.receiver_kurtosis, rtol=0.1)
+
+
+@pytest.mark.parametrize(("place", "share"), [(49, 1.0), (41, 1.0), (40, 0.0), (0, 0.0)])
+def test_a_receiver_peaks_among_the_last_nine_tokens(place: int, share: float) -> None:
+    model = tiny_model("llama")
+    batch = attnprobe.TokenBatch.from_ids([list(range(1, 61))], response_start=torch.tensor([0]))
+    statistics = attnprobe.measure(model, batch, **measure.SETTINGS["end"])
+    fai = torch.where(statistics.fai.isnan(), torch.nan, torch.zeros_like(statistics.fai))
+    assert int((~fai.isnan()).any(0).any(0).any(0).nonzero()[-1]) == 49
+    fai[..., place] = 1
+    assert tables._peaks_at_the_end(dataclasses.replace(statistics, fai=fai)) == share
 
 
 # ---- the whole ------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import attnprobe
+from attnprobe import metrics
 from attnprobe.agreement import rank_correlation
 from attnprobe.bootstrap import bootstrap_weights, percentile_estimate, ratio_estimate
 from attnprobe.couplings import NAMES
@@ -28,12 +29,14 @@ def scores_for(
     per_response: bool = False,
     disjoint: bool = False,
     sentence_receivers: bool = False,
+    all_tokens: bool = False,
     receivers: int = 20,
 ) -> attnprobe.TokenScores:
     """Return the token scores of all answers under some choices.
 
     `per_response` ranks the heads of each answer anew; `disjoint` takes from the receivers those heads
-    that are global too, so that the two share nothing; `sentence_receivers` finds receivers by sentence.
+    that are global too, so that the two share nothing; `sentence_receivers` finds receivers by sentence;
+    `all_tokens` finds them over the last tokens too, which few rows speak for.
     """
     statistics = measured.statistics[setting]
     if sentence_receivers:
@@ -41,6 +44,9 @@ def scores_for(
         statistics = dataclasses.replace(
             statistics, receiver_kurtosis=near.receiver_kurtosis, receiver_level=near.receiver_level
         )
+    if all_tokens:
+        kurtosis = _kurtosis_over_all_tokens(measured)
+        statistics = dataclasses.replace(statistics, receiver_kurtosis=kurtosis, receiver_level="token")
     if layers is not None:
         statistics = statistics.at_layers(layers)
     if per_response:
@@ -57,6 +63,16 @@ def scores_for(
         receivers = heads.receiver_heads & ~heads.global_heads
         heads = dataclasses.replace(heads, receiver_heads=receivers)
     return attnprobe.score_tokens(statistics, heads)
+
+
+def _kurtosis_over_all_tokens(measured: Measured) -> torch.Tensor:
+    """Return receiver kurtosis as it is with `minimum_rows=1`.
+
+    It needs no second pass: FAI to the end of the response is what that kurtosis is taken of.
+    """
+    statistics = measured.statistics["end"]
+    assert statistics.horizon == metrics.RECEIVER_HORIZON
+    return metrics.kurtosis(statistics.fai)
 
 
 def first_rows(scores: attnprobe.TokenScores, batch: attnprobe.TokenBatch) -> attnprobe.TokenScores:
@@ -104,6 +120,7 @@ def coupling_tables(measured: Measured, model: Any) -> dict[str, dict[str, Any]]
         "heads: ranked per response": (scores_for(measured, per_response=True), {}),
         "receivers: 7% of heads": (scores_for(measured, receivers=few), {}),
         "receivers: by sentence": (scores_for(measured, sentence_receivers=True), {}),
+        "receivers: all tokens (minimum_rows=1)": (scores_for(measured, all_tokens=True), {}),
         "receivers: without global heads": (scores_for(measured, disjoint=True), {}),
         "baseline: rotate": (primary, {"baseline": "rotate"}),
         "reversed in time": (reversed_in_time(primary), {}),
@@ -271,6 +288,16 @@ def grouping_table(measured: Measured) -> dict[str, Any]:
         "chance": agreement.chance_overlap["receiver"],
         "rank correlation": agreement.kurtosis_correlation,
     }
+    over_all = dataclasses.replace(by_token, receiver_kurtosis=_kurtosis_over_all_tokens(measured))
+    agreement = attnprobe.compare_groups(heads[0], attnprobe.classify_heads(over_all))
+    table["token receivers against those over all tokens"] = {
+        "overlap": agreement.overlap["receiver"],
+        "rank correlation": agreement.kurtosis_correlation,
+    }
+    table["receivers of one answer that peak among its last nine tokens"] = {
+        "as measured": _peaks_at_the_end(by_token),
+        "over all tokens": _peaks_at_the_end(over_all),
+    }
     for name, groups in zip(("token", "sentence"), heads, strict=True):
         receivers = groups.mask("receiver")
         share = float((receivers & groups.global_heads).sum() / receivers.sum())
@@ -278,3 +305,18 @@ def grouping_table(measured: Measured) -> dict[str, Any]:
     defined = ~by_sentence.receiver_kurtosis.isnan().all(-1).all(-1)  # type: ignore[union-attr]
     table["answers with enough sentences"] = int(defined.sum())
     return table
+
+
+def _peaks_at_the_end(statistics: attnprobe.HeadStatistics, last: int = 9) -> float:
+    """Return how many receivers, chosen on each answer alone, have their highest FAI among its last tokens.
+
+    A share of all receivers of all answers. With the horizon to the end, fewer than ten rows speak for
+    each of the last nine tokens with a value.
+    """
+    found = []
+    for i in range(statistics.fai.shape[0]):
+        row = statistics.select(slice(i, i + 1))
+        fai = row.fai[0][attnprobe.classify_heads(row).mask("receiver")]
+        end = int((~fai.isnan()).any(0).nonzero()[-1])
+        found.append(fai.nan_to_num(-1).argmax(-1) > end - last)
+    return float(torch.cat(found).double().mean())
