@@ -121,8 +121,8 @@ def receiver_kurtosis(
     Two parts of a response would pass for selectivity, and are left out. Near rows, by the default
     horizon: a head that looks at its neighbour gives every token the same sum, divided by fewer and
     fewer later rows. And the last tokens, whose horizon holds fewer than `minimum_rows` rows: a mean
-    over one or two rows is so much noisier than the others that the end of the response alone decides
-    (of the 20 most selective heads of SmolLM2-135M on one answer, 17 had their peak on the last token).
+    over one or two rows is so much noisier than the others that the end of the response alone can
+    decide (of the 20 most selective heads of SmolLM2-135M on one answer, 17 peaked on the last token).
 
     Raises:
         PatternError: an invalid pattern.

@@ -57,7 +57,7 @@ def run(
     records = []
     for count, depth, subjects in track(jobs, "measuring", console=Console(stderr=True)):
         chosen = [name for name in subjects if not SUBJECTS[name].maps or count <= MOST_TOKENS_WITH_MAPS]
-        records += measured(count, depth, chosen, rounds if count <= 2048 else min(rounds, 3))
+        records += measured(count, depth, chosen, rounds if count <= 2048 else max(2, rounds // 2))
         save(records, output)
     out.print(table(records))
     for name in dict.fromkeys(record["subject"] for record in records):

@@ -116,7 +116,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--without", nargs="*", choices=STEPS, default=[], help="steps to leave out")
     parser.add_argument("--threads", type=int, default=1, help="how many processor cores may be used")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where small results go")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="where large, unfinished ones go")
+    parser.add_argument("--work", type=Path, default=HERE / "cache", help="where large, unfinished ones go")
     return parser.parse_args(arguments)
 
 

@@ -1,7 +1,7 @@
 """A second model: a tiny one, trained here in minutes on other problems of the same generator.
 
     python -m experiments.rhythm.train
-    python -m experiments.rhythm --model experiments/rhythm/work/tiny-llama
+    python -m experiments.rhythm --model experiments/rhythm/cache/tiny-llama
 
 It has seen nothing but these problems and their worked solutions, so it says what of the rhythm comes
 with a general language model and what with any transformer that reasons in steps. What is left to
@@ -114,7 +114,7 @@ def train(model: Any, sequences: list[list[int]], *, steps: int, size: int, rate
 def main() -> None:
     """Train and save the tiny model with its tokenizer."""
     parser = argparse.ArgumentParser(prog="python -m experiments.rhythm.train", description=__doc__)
-    parser.add_argument("--output", type=Path, default=HERE / "work" / "tiny-llama")
+    parser.add_argument("--output", type=Path, default=HERE / "cache" / "tiny-llama")
     parser.add_argument("--problems", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=12)
