@@ -46,13 +46,15 @@ def run(
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 30,
     long: Annotated[str, typer.Option(help="Numbers of tokens for two layers only.")] = "8192,16384,32768",
     rounds: Annotated[int, typer.Option(help="Rounds of all subjects.")] = 5,
+    peers: Annotated[str, typer.Option(help="Ways of storing maps to compare with.")] = ",".join(PEERS),
     quick: Annotated[bool, typer.Option(help="512 to 2048 tokens, six layers, three rounds.")] = False,
     output: Annotated[Path, typer.Option(help="The folder for results.")] = FOLDER,
 ) -> None:
     """Measure, print the table, and save results and picture."""
     if quick:
         tokens, layers, long, rounds = "512,1024,2048", 6, "", 3
-    jobs = [(int(count), layers, [*OURS, *PEERS]) for count in tokens.split(",")]
+    compared = [name for name in peers.split(",") if name]
+    jobs = [(int(count), layers, [*OURS, *compared]) for count in tokens.split(",")]
     jobs += [(int(count), 2, OURS[:2]) for count in long.split(",") if count]
     records = []
     for count, depth, subjects in track(jobs, "measuring", console=Console(stderr=True)):
