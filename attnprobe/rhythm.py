@@ -228,7 +228,9 @@ def dominated_anchors(
 def _threshold(values: Float[Tensor, "batch token"], given: float | None) -> Tensor:
     if given is not None:
         return values.new_full((values.shape[0], 1), given)
-    return values.nanquantile(0.5, dim=-1, keepdim=True)
+    # Half precision has no median.
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return wide.nanquantile(0.5, dim=-1, keepdim=True)
 
 
 def _latest_within(

@@ -501,3 +501,11 @@ def test_the_table_has_a_row_for_each_token_with_a_part() -> None:
 def test_the_table_of_a_rhythm_without_parts_is_empty() -> None:
     table = find_rhythm(scores_of([[1.0, 1.0]], [[1.0, 1.0]])).to_pandas()
     assert table.shape == (0, 7)
+
+
+def test_scores_in_half_precision_have_dominated_anchors_too() -> None:
+    waad = torch.tensor([[1.0, 5.0, 1.0, 1.0, 1.0, 3.0]])
+    anchor = torch.tensor([[False, False, True, False, False, True]])
+    wide, narrow = (dominated_anchors(anchor, values) for values in (waad, waad.bfloat16()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(narrow, wide, strict=True))
+    assert bool(wide[0].any())
