@@ -46,6 +46,7 @@ def run(
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 30,
     long: Annotated[str, typer.Option(help="Numbers of tokens for two layers only.")] = "8192,16384,32768",
     rounds: Annotated[int, typer.Option(help="Rounds of all subjects.")] = 5,
+    subjects: Annotated[str, typer.Option(help="Ways of reading.")] = ",".join(OURS),
     peers: Annotated[str, typer.Option(help="Ways of storing maps to compare with.")] = ",".join(PEERS),
     quick: Annotated[bool, typer.Option(help="512 to 2048 tokens, six layers, three rounds.")] = False,
     output: Annotated[Path, typer.Option(help="The folder for results.")] = FOLDER,
@@ -53,13 +54,13 @@ def run(
     """Measure, print the table, and save results and picture."""
     if quick:
         tokens, layers, long, rounds = "512,1024,2048", 6, "", 3
-    compared = [name for name in peers.split(",") if name]
-    jobs = [(int(count), layers, [*OURS, *compared]) for count in tokens.split(",")]
+    ways = [name for name in f"{subjects},{peers}".split(",") if name]
+    jobs = [(int(count), layers, ways) for count in tokens.split(",") if count]
     jobs += [(int(count), 2, OURS[:2]) for count in long.split(",") if count]
     records = []
-    for count, depth, subjects in track(jobs, "measuring", console=Console(stderr=True)):
-        chosen = [name for name in subjects if not SUBJECTS[name].maps or count <= MOST_TOKENS_WITH_MAPS]
-        records += measured(count, depth, chosen, rounds if count <= 2048 else max(2, rounds // 2))
+    for count, depth, names in track(jobs, "measuring", console=Console(stderr=True)):
+        chosen = [name for name in names if not SUBJECTS[name].maps or count <= MOST_TOKENS_WITH_MAPS]
+        records += measured(count, depth, chosen, rounds if count <= 2048 else max(1, rounds // 2))
         save(records, output)
     out.print(table(records))
     for name in dict.fromkeys(record["subject"] for record in records):
