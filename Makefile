@@ -50,7 +50,7 @@ format: install  ## Put the code into its format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: install  ## Measure what reading costs, into benchmarks/results (about half an hour)
+bench: install  ## Measure what reading costs, into benchmarks/results (about an hour)
 	@$(BIN)/python -m benchmarks.cost
 
 bench-quick: install  ## The same up to 2048 tokens and six layers (about two minutes)

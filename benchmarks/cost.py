@@ -37,7 +37,8 @@ OURS = ["measure", "without span", "attached", "five layers", "receive"]
 PEERS = ["eager maps", "bridge patterns", "nnsight maps"]
 
 app = typer.Typer(add_completion=False)
-out = Console()
+# Piped into a file, a table is not to be squeezed into 80 columns.
+out = Console(width=None if sys.stdout.isatty() else 120)
 
 
 @app.command()
