@@ -227,7 +227,10 @@ def picture(records: list[dict[str, Any]], folder: Path) -> None:
         axes[0].loglog(tokens, [r["seconds"] for r in found], style, color=colour, label=label)
         above = [max(r["peak_bytes"] - r["loaded_bytes"], 2**20) / 2**30 for r in found]
         axes[1].loglog(tokens, above, style, color=colour)
+    ticks = sorted({record["tokens"] for record in records if record["layers"] == deepest})
     for axis, title in zip(axes, ("seconds", "GiB above the loaded model"), strict=True):
+        axis.set_xticks(ticks, [str(count) for count in ticks])
+        axis.minorticks_off()
         axis.set_xlabel("tokens")
         axis.set_ylabel(title)
         axis.grid(True, which="both", alpha=0.25)
