@@ -35,6 +35,8 @@ _TILE_QUERIES, _TILE_KEYS = 128, 512
 # Queries that share one product of a band. Each is multiplied with all keys near any of them, so few
 # are better; fewer than this, and the products are too small.
 _BAND_QUERIES = 32
+# What the products of a band may hold at a time; several copies of them are made.
+_BAND_BYTES = 4 * 2**20
 
 
 class FactoredAttention(Attention):
@@ -193,7 +195,7 @@ class FactoredAttention(Attention):
         shape = (self.batch_size, self.head_count, self.query_count, width)
         answer = torch.empty(shape, dtype=self.dtype, device=self.device)
         columns = width + _BAND_QUERIES
-        for queries in self._query_slices(columns, multiple=_BAND_QUERIES):
+        for queries in self._query_slices(columns, multiple=_BAND_QUERIES, most_bytes=_BAND_BYTES):
             answer[:, :, queries] = self._band_of(queries, width, start)
         if self._band is None or width > self._band[1].shape[-1]:
             self._band = start, answer
@@ -321,11 +323,13 @@ class FactoredAttention(Attention):
             return score
         return score.div_(self._softcap).tanh_().mul_(self._softcap)
 
-    def _query_slices(self, columns: int, *, multiple: int = 1) -> Iterator[slice]:
+    def _query_slices(
+        self, columns: int, *, multiple: int = 1, most_bytes: int = _BLOCK_BYTES
+    ) -> Iterator[slice]:
         """Yield slices of queries so that a block with so many columns stays within bounds."""
         element = torch.finfo(self.dtype).bits // 8
         per_query = self.batch_size * self.head_count * columns * element
-        size = max(1, _BLOCK_BYTES // (per_query * multiple)) * multiple
+        size = max(1, most_bytes // (per_query * multiple)) * multiple
         for begin in range(0, self.query_count, size):
             yield slice(begin, min(begin + size, self.query_count))
 
