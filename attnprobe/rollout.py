@@ -85,7 +85,7 @@ def force_tokens(
     finally:
         for module in was_training:
             module.training = True
-    ends = _ends(model)
+    ends = end_tokens(model)
     continuations = []
     for row in output[:, len(before) :].tolist():
         # The forced token may itself be one that ends the text: then nothing follows.
@@ -98,7 +98,7 @@ def _greedy(model: Any, max_new_tokens: int) -> Any:
     """Return a generation config of its own: the model's may hold sampling options or penalties."""
     from transformers import GenerationConfig
 
-    ends = sorted(_ends(model))
+    ends = sorted(end_tokens(model))
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
@@ -107,7 +107,7 @@ def _greedy(model: Any, max_new_tokens: int) -> Any:
     )
 
 
-def _ends(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
     """Return the tokens that end a text."""
     ends = model.generation_config.eos_token_id
     if ends is None:

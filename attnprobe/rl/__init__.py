@@ -26,6 +26,9 @@ from attnprobe.rl.credit import (
     credit_of,
     needs_of,
 )
+from attnprobe.rl.ppo import PPO
+from attnprobe.rl.ppo_config import PPOConfig
+from attnprobe.rl.rollout_credit import RolloutCredit
 from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from attnprobe.rl.trl import CreditHandle, CreditMixin, attach_credit
 
 __all__ = [
+    "PPO",
     "CoupledRhythmCredit",
     "Credit",
     "CreditCallback",
@@ -42,8 +46,10 @@ __all__ = [
     "EntropyCredit",
     "GlobalAnchorCredit",
     "LocalChunkCredit",
+    "PPOConfig",
     "RandomCredit",
     "Rollout",
+    "RolloutCredit",
     "apply_credit",
     "attach_credit",
     "credit_of",

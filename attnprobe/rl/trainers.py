@@ -16,10 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.adapters import adapter_for
-from attnprobe.errors import MissingDependencyError, ParameterError, TrainerError
-from attnprobe.heads import HeadGroups
-from attnprobe.probe import Layers, resolve_layers
+from attnprobe.errors import MissingDependencyError, TrainerError
 from attnprobe.rl.scoring import Rollout
 
 HANDLE = "_attnprobe_credit"
@@ -73,29 +70,6 @@ def check_trainer(trainer: Any) -> None:
         )
     if vars(trainer).get(HANDLE) is not None:
         raise TrainerError("this trainer has credit already: detach() that first")
-
-
-def choose_layers(trainer: Any, layers: Layers, heads: HeadGroups | None) -> tuple[int, ...]:
-    """Return the layers of the policy to measure: those asked for, or those of a given grouping.
-
-    Raises:
-        ParameterError: layers that the policy does not have, or a grouping of others or another model.
-        UnsupportedModelError: a policy whose attention cannot be read.
-    """
-    adapter = adapter_for(policy_of(trainer))
-    if heads is None:
-        return resolve_layers(layers, adapter)
-    chosen = resolve_layers(heads.layers, adapter)
-    if layers != "middle" and resolve_layers(layers, adapter) != chosen:
-        raise ParameterError(
-            f"heads were grouped in layers {list(heads.layers)}, but layers={layers!r}: leave layers out"
-        )
-    if heads.model_name and heads.model_name != adapter.model_name:
-        raise ParameterError(
-            f"heads were grouped for {heads.model_name}, but the policy is {adapter.model_name}; if that is "
-            "the same model by another name, pass dataclasses.replace(heads, model_name='')"
-        )
-    return chosen
 
 
 def rollout_of(trainer: Any, output: dict[str, Any], needs: frozenset[str]) -> Rollout:

@@ -30,13 +30,13 @@ from attnprobe.probe import Layers
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import credit_weights
 from attnprobe.rl.credit import Credit, credit_of, needs_of
+from attnprobe.rl.grouping import choose_layers
 from attnprobe.rl.lifecycle import CreditCallback
 from attnprobe.rl.routes import ROUTES, Through, choose_route
 from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
 from attnprobe.rl.trainers import (
     HANDLE,
     check_trainer,
-    choose_layers,
     is_sharded,
     policy_of,
     rollout_of,
@@ -96,7 +96,7 @@ def attach_credit(
     callback = CreditCallback(reclassify_every)
     chosen: tuple[int, ...] = ()
     if needs & {"waad", "fai"}:
-        chosen = choose_layers(trainer, layers, heads)
+        chosen = choose_layers(policy_of(trainer), layers, heads)
     handle = CreditHandle(
         trainer,
         credit,

@@ -1,0 +1,126 @@
+"""HeadGrouping: which heads are local and global in a run that trains, and when to ask again.
+
+A policy changes while it is trained, so its heads are classified anew from time to time. A grouping
+knows the step that it was made at and goes into checkpoints as what JSON can hold, so that a resumed
+run goes on with it. What is left to others: measuring and weighing (trl, ppo).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from attnprobe.adapters import adapter_for
+from attnprobe.errors import ParameterError, ResultError
+from attnprobe.heads import HeadGroups
+from attnprobe.probe import Layers, resolve_layers
+
+
+class HeadGrouping:
+    """The groups of heads in use, and when they are due again.
+
+    Args:
+        reclassify_every: group heads anew after so many optimizer steps; None: once, and keep it.
+
+    Attributes:
+        saved_groups: the groups, as what JSON can hold; None before the first.
+        grouped_at: the step of the grouping.
+
+    Raises:
+        ParameterError: a number of steps below 1.
+
+    >>> grouping = HeadGrouping(reclassify_every=10)
+    >>> grouping.is_due(0)
+    True
+    """
+
+    def __init__(self, reclassify_every: int | None = 10) -> None:
+        every = reclassify_every
+        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ParameterError(
+                "reclassify_every is a whole number of optimizer steps, at least 1, or None to group heads "
+                f"once; got {every!r}"
+            )
+        self.reclassify_every = every
+        self.saved_groups: dict[str, Any] | None = None
+        self.grouped_at: int | None = None
+
+    @property
+    def groups(self) -> HeadGroups | None:
+        """The groups in use, None before the first."""
+        return None if self.saved_groups is None else _from_json(self.saved_groups)
+
+    def keep(self, groups: HeadGroups, step: int) -> None:
+        """Use these groups from now on; `step` is the optimizer step that they were made at."""
+        # Without the model's name: a resumed run may have loaded the model from another place.
+        self.saved_groups = _to_json(replace(groups, model_name=""))
+        self.grouped_at = step
+
+    def is_due(self, step: int) -> bool:
+        """Return whether heads are to be grouped now."""
+        if self.saved_groups is None or self.grouped_at is None:
+            return True
+        return self.reclassify_every is not None and step - self.grouped_at >= self.reclassify_every
+
+    def attributes(self) -> dict[str, Any]:
+        """Return what a checkpoint has to keep."""
+        return {"saved_groups": self.saved_groups, "grouped_at": self.grouped_at}
+
+    def restore(self, attributes: dict[str, Any]) -> None:
+        """Take what a checkpoint has kept."""
+        self.saved_groups = attributes["saved_groups"]
+        self.grouped_at = attributes["grouped_at"]
+
+
+def choose_layers(policy: Any, layers: Layers, heads: HeadGroups | None) -> tuple[int, ...]:
+    """Return the layers of the policy to measure: those asked for, or those of a given grouping.
+
+    Raises:
+        ParameterError: layers that the policy does not have, or a grouping of others or another model.
+        UnsupportedModelError: a policy whose attention cannot be read.
+    """
+    adapter = adapter_for(policy)
+    if heads is None:
+        return resolve_layers(layers, adapter)
+    chosen = resolve_layers(heads.layers, adapter)
+    if layers != "middle" and resolve_layers(layers, adapter) != chosen:
+        raise ParameterError(
+            f"heads were grouped in layers {list(heads.layers)}, but layers={layers!r}: leave layers out"
+        )
+    if heads.model_name and heads.model_name != adapter.model_name:
+        raise ParameterError(
+            f"heads were grouped for {heads.model_name}, but the policy is {adapter.model_name}; if that is "
+            "the same model by another name, pass dataclasses.replace(heads, model_name='')"
+        )
+    return chosen
+
+
+def _to_json(groups: HeadGroups) -> dict[str, Any]:
+    # A span is float32, which a Python float holds exactly; JSON has no NaN that everyone reads.
+    span = [[None if value != value else value for value in row] for row in groups.span.tolist()]
+    return {
+        "local_heads": groups.local_heads.tolist(),
+        "global_heads": groups.global_heads.tolist(),
+        "span": span,
+        "layers": list(groups.layers),
+    }
+
+
+def _from_json(saved: dict[str, Any]) -> HeadGroups:
+    try:
+        span = [[float("nan") if value is None else value for value in row] for row in saved["span"]]
+        return HeadGroups(
+            local_heads=torch.tensor(saved["local_heads"], dtype=torch.bool),
+            global_heads=torch.tensor(saved["global_heads"], dtype=torch.bool),
+            receiver_heads=None,
+            span=torch.tensor(span),
+            receiver_kurtosis=None,
+            layers=tuple(saved["layers"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultError(
+            f"the checkpoint's grouping of heads is damaged ({type(error).__name__}: {error}): resume from "
+            "another checkpoint, or pass heads= to attach_credit"
+        ) from error

@@ -1,0 +1,160 @@
+"""RunFolder: what a training run leaves on disk, in such a way that an interruption loses nothing.
+
+`metrics.jsonl` has a line for each step, written at once; TensorBoard gets the same numbers where it is
+installed. `checkpoint.pt` is replaced as a whole, never half. What is left to others: what is logged and
+what a checkpoint holds (ppo).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from attnprobe.errors import ResultError
+
+
+class RunFolder:
+    """A folder for one run; with `None` nothing is written, and `history` is all there is.
+
+    Args:
+        folder: made if it is missing.
+        resume: whether to go on from the folder's checkpoint, if it has one. Lines of steps after the
+            checkpoint are dropped: these steps are run again.
+
+    Attributes:
+        history: the metrics of all steps so far, those of before the resumption included.
+        state: what the checkpoint holds; None where the run starts anew.
+
+    Raises:
+        ResultError: a folder that holds a run already and is not to be resumed, or a damaged checkpoint.
+
+    >>> run = RunFolder(None)
+    >>> run.log({"step": 1, "reward": 0.5})
+    >>> run.history
+    [{'step': 1, 'reward': 0.5}]
+    """
+
+    def __init__(self, folder: str | Path | None, *, resume: bool = False) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.state: dict[str, Any] | None = None
+        self._folder = None if folder is None else Path(folder)
+        self._board: Any = None
+        if self._folder is None:
+            if resume:
+                raise ResultError("a run without a folder cannot be resumed: give it one")
+            return
+        self._metrics, self._checkpoint = self._folder / "metrics.jsonl", self._folder / "checkpoint.pt"
+        if not resume and (self._metrics.exists() or self._checkpoint.exists()):
+            raise ResultError(
+                f"{self._folder} holds a run already: resume it (resume=True), or choose another folder"
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._take_up()
+        self._board = _summary_writer(self._folder, len(self.history))
+
+    def _take_up(self) -> None:
+        step = 0
+        if self._checkpoint.exists():
+            try:
+                self.state = torch.load(self._checkpoint, weights_only=True, map_location="cpu")
+                step = self.state["step"]
+            except Exception as error:
+                raise ResultError(
+                    f"{self._checkpoint} cannot be read ({type(error).__name__}: {error}): remove it to "
+                    "start the run anew"
+                ) from error
+        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break  # A line that was cut off by the end of the process.
+            if entry["step"] > step:
+                break
+            self.history.append(entry)
+        _replace(self._metrics, lambda path: path.write_text("".join(map(_line, self.history))))
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Keep the metrics of a step: `step` and numbers; None stands for those that are not finite."""
+        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.history.append(metrics)
+        if self._folder is None:
+            return
+        with self._metrics.open("a") as file:
+            file.write(_line(metrics))
+        if self._board is not None:
+            for name, value in metrics.items():
+                if name != "step" and value is not None:
+                    self._board.add_scalar(name, value, metrics["step"])
+            self._board.flush()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint; `state` has an entry "step" and what `torch.load` calls safe."""
+        if self._folder is not None:
+            _replace(self._checkpoint, lambda path: torch.save(state, path))
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+@contextmanager
+def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """Put off Ctrl-C: yield a function that says whether it was pressed; a second press is not put off.
+
+    >>> with finish_step_on_interrupt() as interrupted:
+    ...     interrupted()
+    False
+    """
+    pressed = threading.Event()
+    # Only the main thread is told of signals.
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def put_off(number: int, frame: FrameType | None) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt
+        pressed.set()
+        print("finishing this step; once more to stop at once", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, put_off)
+    try:
+        yield pressed.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _line(metrics: dict[str, Any]) -> str:
+    return json.dumps(metrics, allow_nan=False) + "\n"
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the file and put it in place in one go."""
+    beside = path.with_name(path.name + ".new")
+    write(beside)
+    os.replace(beside, path)
+
+
+def _summary_writer(folder: Path, steps: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=steps + 1)

@@ -1,0 +1,349 @@
+"""The parts of PPO against slow, obvious references and hand calculations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnprobe import ParameterError
+from attnprobe.rl import PPO, PPOConfig
+from attnprobe.rl.ppo import (
+    ActorCritic,
+    generalized_advantages,
+    group_advantages,
+    policy_loss,
+    roll_out,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from attnprobe.testing.tiny_models import tiny_model
+
+
+@st.composite
+def masked_rows(draw, *, group_size: int = 1):
+    """Draw rewards and values in float64, with completions of any lengths, padded right."""
+    batch = draw(st.integers(1, 4)) * group_size
+    width = draw(st.integers(1, 9))
+    lengths = torch.tensor(draw(st.lists(st.integers(1, width), min_size=batch, max_size=batch)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    rewards, values = (torch.randn(batch, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    return rewards, values, torch.arange(width) < lengths[:, None]
+
+
+# ---- advantages -------------------------------------------------------------------------------
+
+
+def slow_advantages(rewards, values, mask, discount, gae_lambda) -> list[list[float]]:
+    """GAE by its definition: the sum of all later errors, each weighted by (discount * lambda) ** away."""
+    result = []
+    for row in range(rewards.shape[0]):
+        end = int(mask[row].sum())
+        value = [*values[row, :end].tolist(), 0.0]
+        error = [float(rewards[row, t]) + discount * value[t + 1] - value[t] for t in range(end)]
+        sums = [
+            math.fsum((discount * gae_lambda) ** (u - t) * error[u] for u in range(t, end))
+            for t in range(end)
+        ]
+        result.append(sums + [0.0] * (rewards.shape[1] - end))
+    return result
+
+
+@given(masked_rows(), st.floats(0, 1), st.floats(0, 1))
+def test_generalized_advantages_are_their_definition(rows, discount, gae_lambda) -> None:
+    expected = torch.tensor(slow_advantages(*rows, discount, gae_lambda), dtype=torch.float64)
+    torch.testing.assert_close(generalized_advantages(*rows, discount, gae_lambda), expected)
+
+
+@given(masked_rows())
+def test_lambda_of_1_waits_for_the_rewards(rows) -> None:
+    """Without discount: all that is still to come, less what was expected."""
+    rewards, values, mask = rows
+    to_come = (rewards * mask).flip(-1).cumsum(-1).flip(-1)
+    expected = (to_come - values) * mask
+    torch.testing.assert_close(generalized_advantages(*rows, 1.0, 1.0), expected)
+
+
+@given(masked_rows(), st.floats(0, 1))
+def test_lambda_of_0_believes_the_next_value(rows, discount) -> None:
+    rewards, values, mask = rows
+    after = torch.nn.functional.pad(values * mask, (0, 1))[:, 1:]
+    expected = (rewards + discount * after - values) * mask
+    torch.testing.assert_close(generalized_advantages(*rows, discount, 0.0), expected)
+
+
+@given(masked_rows())
+def test_what_stands_behind_the_end_does_not_matter(rows) -> None:
+    rewards, values, mask = rows
+    other = generalized_advantages(
+        rewards.masked_fill(~mask, 7.0), values.masked_fill(~mask, 9.0), mask, 0.9, 0.8
+    )
+    assert torch.equal(generalized_advantages(rewards, values, mask, 0.9, 0.8), other)
+
+
+@given(masked_rows())
+def test_a_perfect_value_leaves_no_advantage(rows) -> None:
+    rewards, _, mask = rows
+    to_come = (rewards * mask).flip(-1).cumsum(-1).flip(-1)
+    advantages = generalized_advantages(rewards, to_come, mask, 1.0, 0.7)
+    torch.testing.assert_close(advantages, torch.zeros_like(advantages), atol=1e-12, rtol=0)
+
+
+@given(masked_rows(group_size=3))
+def test_group_advantages_are_standard_scores(rows) -> None:
+    rewards, _, mask = rows
+    totals = (rewards * mask).sum(-1)
+    advantages = group_advantages(rewards * mask, mask, 3)
+    for begin in range(0, len(totals), 3):
+        group = totals[begin : begin + 3].tolist()
+        mean = sum(group) / 3
+        spread = math.sqrt(sum((total - mean) ** 2 for total in group) / 2)
+        for row, total in zip(range(begin, begin + 3), group, strict=True):
+            expected = mask[row].double() * (total - mean) / (spread + 1e-4)
+            torch.testing.assert_close(advantages[row], expected, atol=1e-9, rtol=1e-9)
+
+
+def test_equal_completions_have_no_advantage() -> None:
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    assert torch.equal(group_advantages(torch.full((4, 3), 0.3), mask, 4), torch.zeros(4, 3))
+
+
+@given(masked_rows())
+def test_whitened_values_have_mean_0_and_variance_1(rows) -> None:
+    values, _, mask = rows
+    white = whiten(values, mask)
+    assert torch.equal(white[~mask], torch.zeros_like(white[~mask]))
+    inside = white[mask]
+    assert float(inside.mean()) == pytest.approx(0, abs=1e-9)
+    if len(inside) > 1:
+        assert float(inside.square().mean()) == pytest.approx(1)
+
+
+def test_equal_values_are_whitened_to_0() -> None:
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    assert torch.equal(whiten(torch.full((1, 4), 2.0), mask), torch.zeros(1, 4))
+
+
+@given(masked_rows(), st.floats(0, 2))
+def test_the_score_is_paid_once_and_divergence_at_each_token(rows, coefficient) -> None:
+    divergence, scores, mask = rows
+    rewards = token_rewards(scores[:, 0], divergence, mask, coefficient)
+    for row, end in enumerate(mask.sum(-1).tolist()):
+        expected = [-coefficient * value for value in divergence[row, :end].tolist()]
+        expected[-1] += float(scores[row, 0])
+        assert rewards[row, :end].tolist() == pytest.approx(expected)
+        assert torch.equal(rewards[row, end:], torch.zeros_like(rewards[row, end:]))
+
+
+# ---- losses -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gain", "slope"),
+    [
+        (1.0, 2.0, 2.0, 2.0),
+        (1.5, 2.0, 2.4, 0.0),  # better by enough: clipped at 1.2, and no more to gain
+        (0.5, 2.0, 1.0, 1.0),  # worse: not clipped, so that it can come back
+        (1.5, -2.0, -3.0, -3.0),
+        (0.5, -2.0, -1.6, 0.0),
+        (1.1, -2.0, -2.2, -2.2),
+    ],
+)
+def test_the_clipped_objective_by_hand(ratio, advantage, gain, slope) -> None:
+    """`slope` is the gradient of the objective by the log-probability."""
+    log_ratio = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([[advantage]], dtype=torch.float64)
+    loss = policy_loss(log_ratio, advantages, torch.ones(1, 1, dtype=torch.bool), 0.2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-gain)
+    assert float(log_ratio.grad) == pytest.approx(-slope)
+
+
+def test_the_objective_is_a_mean_over_tokens() -> None:
+    """Not over completions: each token of a long completion counts as much as one of a short one."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    advantages = torch.tensor([[1.0, 1.0, 1.0], [5.0, 9.0, 9.0]])
+    assert float(policy_loss(torch.zeros(2, 3), advantages, mask, 0.2)) == -2.0
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.1, 0.5 * 0.9**2),  # moved by less than the clip
+        (0.5, 0.5 * 0.8**2),  # moved further towards the return: the clipped one is worse
+        (-0.5, 0.5 * 1.5**2),  # moved away: its own error is worse
+    ],
+)
+def test_the_value_loss_by_hand(value, expected) -> None:
+    one = torch.ones(1, 1)
+    loss = value_loss(value * one, 0 * one, one, one.bool(), 0.2)
+    assert float(loss) == pytest.approx(expected)
+
+
+# ---- rollout ----------------------------------------------------------------------------------
+
+PROMPTS = [[5, 6, 7, 8, 9], [3], [11, 12, 13], [4, 4]]
+
+
+def sampled(family: str, temperature: float, ends: set[int]):
+    model = tiny_model(family)
+    settings = PPOConfig(max_new_tokens=12, temperature=temperature, minibatch_size=2)
+    ppo = PPO(model, [{"prompt_ids": [1]}], lambda problems, completions: [0.0], settings, ends=ends)
+    torch.nn.init.normal_(ppo.model.value_head.weight, generator=torch.Generator().manual_seed(1))
+    return ppo, roll_out(ppo.model, PROMPTS, settings, ppo.ends, ppo.generator)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "gpt2", "opt", "bloom", "mistral"])
+def test_a_rollout_knows_what_a_full_pass_knows(family, temperature) -> None:
+    """Log-probabilities, values and entropy: with left padding, ends in mid-batch, and a temperature."""
+    ends = set(range(0, 99, 9))
+    ppo, episodes = sampled(family, temperature, ends)
+    lengths = episodes.completion_mask.sum(-1)
+    assert len(set(lengths.tolist())) > 1
+    with torch.no_grad():
+        for row, prompt in enumerate(PROMPTS):
+            # Alone, without padding, cache or mask: nothing that could be wrong in the same way.
+            end = int(lengths[row])
+            ids = torch.tensor([[*prompt, *episodes.completion_ids[row, :end].tolist()]])
+            output = ppo.model.policy(ids, output_hidden_states=True)
+            logits = output.logits[0, len(prompt) - 1 : -1]
+            expected = (logits / temperature).log_softmax(-1)
+            chosen = expected.gather(-1, ids[0, len(prompt) :, None])[:, 0]
+            torch.testing.assert_close(episodes.log_probs[row, :end], chosen, atol=1e-5, rtol=1e-5)
+            entropy = torch.distributions.Categorical(logits=logits / temperature).entropy()
+            torch.testing.assert_close(episodes.entropy[row, :end], entropy, atol=1e-5, rtol=1e-5)
+            if family == "llama":
+                value = ppo.model.value_head(output.hidden_states[-1][0, len(prompt) - 1 : -1])[:, 0]
+                torch.testing.assert_close(episodes.values[row, :end], value, atol=1e-5, rtol=1e-5)
+        _, together, values = ppo.evaluate(ppo.model, episodes)
+    mask = episodes.response_mask
+    torch.testing.assert_close(together[mask], episodes.log_probs[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(values[mask], episodes.values[mask], atol=1e-4, rtol=1e-5)
+
+
+def test_a_completion_stops_at_its_end_token_which_belongs_to_it() -> None:
+    ends = set(range(0, 99, 9))
+    _, episodes = sampled("llama", 1.0, ends)
+    for ids, mask in zip(episodes.completion_ids, episodes.response_mask, strict=True):
+        count = int(mask.sum())
+        assert mask[:count].all()
+        assert not any(token in ends for token in ids[: count - 1].tolist())
+        assert int(ids[count - 1]) in ends or count == 12
+    outside = ~episodes.response_mask
+    for values in (episodes.log_probs, episodes.values, episodes.entropy):
+        assert torch.equal(values[outside], torch.zeros_like(values[outside]))
+
+
+def test_sampling_follows_the_policys_distribution() -> None:
+    """4,000 first tokens of one prompt against the probabilities, by a chi-square of 98 degrees."""
+    ppo, _ = sampled("llama", 2.0, set())
+    settings = PPOConfig(max_new_tokens=1, temperature=2.0)
+    prompts = [[5, 6, 7]] * 4000
+    episodes = roll_out(ppo.model, prompts, settings, set(), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = (ppo.model.policy(torch.tensor([[5, 6, 7]])).logits[0, -1] / 2).softmax(-1) * 4000
+    found = torch.bincount(episodes.completion_ids[:, 0], minlength=99)
+    likely = expected >= 5
+    square = ((found - expected)[likely].square() / expected[likely]).sum()
+    degrees = int(likely.sum())
+    assert float(square) < degrees + 5 * math.sqrt(2 * degrees)
+
+
+# ---- gradients --------------------------------------------------------------------------------
+
+
+def gradients(ppo: PPO) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in ppo.model.named_parameters() if p.grad is not None}
+
+
+def test_one_epoch_without_clipping_is_reinforce_with_a_baseline() -> None:
+    """The gradient of `-mean((return - baseline) * log p)`, written down without any of PPO's code."""
+    ppo, episodes = sampled("llama", 1.0, set(range(0, 99, 9)))
+    mask = episodes.response_mask
+    rewards = token_rewards(torch.tensor([1.0, -0.5, 2.0, 0.3]), torch.zeros(mask.shape), mask, 0.0)
+    advantages = generalized_advantages(rewards, episodes.values, mask, 1.0, 1.0)
+    _, log_probs, _ = ppo.evaluate(ppo.model, episodes)
+    log_ratio = (log_probs - episodes.log_probs).masked_fill(~mask, 0.0)
+    policy_loss(log_ratio, advantages, mask, math.inf).backward()
+    found = gradients(ppo)
+    ppo.model.zero_grad()
+
+    losses = []
+    scores = [1.0, -0.5, 2.0, 0.3]
+    for row, prompt in enumerate(PROMPTS):
+        end = int(mask[row].sum())
+        ids = torch.tensor([[*prompt, *episodes.completion_ids[row, :end].tolist()]])
+        log_probability = ppo.model.policy(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = log_probability[range(end), ids[0, len(prompt) :]]
+        losses.append(-(chosen * (scores[row] - episodes.values[row, :end])))
+    torch.cat(losses).mean().backward()
+    expected = gradients(ppo)
+    assert set(found) == set(expected) != set()
+    for name, gradient in expected.items():
+        scale = float(gradient.abs().max())
+        assert float((found[name] - gradient).abs().max()) <= 1e-4 * scale, name
+
+
+def test_masked_tokens_have_no_gradient() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    log_ratio, values = (torch.zeros(2, 3, requires_grad=True) for _ in range(2))
+    policy_loss(log_ratio, torch.full((2, 3), 3.0), mask, 0.2).backward()
+    value_loss(values, torch.zeros(2, 3), torch.ones(2, 3), mask, 0.2).backward()
+    assert torch.equal(log_ratio.grad != 0, mask)
+    assert torch.equal(values.grad != 0, mask)
+
+
+def test_what_is_masked_does_not_change_an_update() -> None:
+    """Other ids behind the end of completions and in the padding of prompts: bitwise the same gradient."""
+    found = []
+    for filler in (0, 42):
+        ppo, episodes = sampled("llama", 1.0, set(range(0, 99, 9)))
+        outside = ~episodes.response_mask
+        assert bool(outside.any())
+        episodes.completion_ids[outside] = filler
+        episodes.prompt_ids[episodes.prompt_mask == 0] = filler
+        _, log_probs, values = ppo.evaluate(ppo.model, episodes)
+        log_ratio = (log_probs - episodes.log_probs).masked_fill(outside, 0.0)
+        advantages = torch.linspace(-1, 1, outside.numel()).view(outside.shape)
+        loss = policy_loss(log_ratio, advantages, ~outside, 0.2)
+        (loss + value_loss(values, episodes.values, advantages, ~outside, 0.2)).backward()
+        found.append(gradients(ppo))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=0, rtol=0)
+
+
+# ---- settings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is a whole number, at least 1; got 0"),
+        ({"minibatch_size": 1.5}, "minibatch_size is a whole number"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"clip": math.nan}, "clip must be above 0, got nan"),
+        ({"kl_coefficient": -1.0}, "kl_coefficient must be finite and not negative"),
+        ({"discount": 1.1}, r"discount must be in \[0, 1\], got 1.1"),
+        ({"estimator": "rloo"}, 'estimator is "gae" or "group", got \'rloo\''),
+        ({"estimator": "group", "group_size": 1}, "nothing to be compared with"),
+        ({"target_kl": 0.0}, "target_kl must be above 0, or None"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message, as_users_call) -> None:
+    with pytest.raises(ParameterError, match=message):
+        PPOConfig(**settings)
+
+
+def test_an_actor_critic_leaves_the_policy_as_it_was() -> None:
+    policy = tiny_model("llama")
+    ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long)
+    before = policy(ids).logits
+    logits, values, _ = ActorCritic(policy)(ids, mask, 3)
+    assert torch.equal(logits, before)
+    assert torch.equal(values, torch.zeros(1, 3))
+    assert not policy.get_output_embeddings()._forward_pre_hooks
