@@ -1,8 +1,8 @@
 """Sorting digits: a task that a model of a million parameters learns by rewards alone, in minutes.
 
 The prompt is some digits in any order and a token that asks for them sorted; the reward is the share of
-places that hold the right digit, so that a random policy gets about a tenth. What is left to others:
-training (`__main__`).
+places that hold the right token, so that a policy that draws at random gets less than a tenth. What is
+left to others: training (`__main__`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ DIGITS = 10
 SORT, END = DIGITS, DIGITS + 1
 VOCABULARY = DIGITS + 2
 LENGTH = 4
+CHANCE = 1 / VOCABULARY
+"""What a policy that draws at random gets, at most: it may also end too early."""
 
 
 def build_policy(seed: int) -> Any:
@@ -38,7 +40,7 @@ def build_policy(seed: int) -> Any:
     return LlamaForCausalLM(config)
 
 
-def build_problems(count: int, seed: int) -> list[dict[str, Any]]:
+def build_problems(seed: int, count: int = 20_000) -> list[dict[str, Any]]:
     """Return problems: the ids of a prompt, and of the sorted digits with the end token."""
     digits = torch.randint(0, DIGITS, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
     return [{"prompt_ids": [*row, SORT], "answer": [*sorted(row), END]} for row in digits.tolist()]
