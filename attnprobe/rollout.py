@@ -109,7 +109,7 @@ def _greedy(model: Any, max_new_tokens: int) -> Any:
 
 def end_tokens(model: Any) -> set[int]:
     """Return the tokens that end a text."""
-    ends = model.generation_config.eos_token_id
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:
         return set()
     return set(ends if isinstance(ends, list) else [ends])

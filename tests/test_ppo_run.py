@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from attnprobe.rl import (
     RolloutCredit,
 )
 from attnprobe.rl.ppo import roll_out
-from attnprobe.rl.run_folder import RunFolder, finish_step_on_interrupt
+from attnprobe.rl.run_folder import finish_step_on_interrupt
 from attnprobe.testing.tiny_models import tiny_model
 
 PROBLEMS = [{"prompt_ids": [number, *range(number % 4)], "number": number} for number in range(1, 11)]
@@ -90,7 +91,7 @@ def test_a_step_changes_the_policy_and_logs_what_it_did() -> None:
     assert [name for name, value in parameters(ppo).items() if torch.equal(value, before[name])] == []
     assert list(first) == [
         "step", "reward", "length", "entropy", "explained_variance", "kl_to_reference", "approximate_kl",
-        "clipped_share", "policy_loss", "value_loss", "gradient_norm", "seconds", "rollout_seconds",
+        "clipped_share", "policy_loss", "gradient_norm", "value_loss", "seconds", "rollout_seconds",
     ]  # fmt: skip
     assert 0 <= first["reward"] <= 1
     assert 1 <= first["length"] <= 8
@@ -100,33 +101,38 @@ def test_a_step_changes_the_policy_and_logs_what_it_did() -> None:
     assert last["kl_to_reference"] > 1e-4
 
 
-def test_the_policy_is_left_in_the_mode_that_it_was_in() -> None:
-    ppo = ppo_of()
-    ppo.model.policy.train()
-    ppo.train()
-    assert ppo.model.policy.training
-
-
 def test_dropout_does_not_make_the_policy_differ_from_itself() -> None:
-    policy = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    """Even where something puts the policy into training mode again."""
+    policy = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     settings = PPOConfig(**{**SETTINGS, "epochs": 1, "minibatch_size": 8})
     ppo = PPO(policy, PROBLEMS, even_ids, settings, ends=ENDS)
-    assert ppo.train_step()["approximate_kl"] < 1e-6
+    for _ in range(2):
+        policy.train()
+        assert ppo.train_step()["approximate_kl"] < 1e-6
 
 
-def test_divergence_costs_reward() -> None:
-    """With a high price for it, the policy stays where it was."""
-    moved = []
-    for price in (0.0, 100.0):
-        ppo = ppo_of(kl_coefficient=price, steps=6, whiten=False, value_coefficient=0.0)
-        reference = ppo_of().model
-        ppo.train()
-        episodes = roll_out(ppo.model, [[1, 2]] * 32, ppo.config, ENDS, ppo.generator)
-        with torch.no_grad():
-            before = ppo.evaluate(reference, episodes)[1]
-        mask = episodes.response_mask
-        moved.append(float((episodes.log_probs - before)[mask].mean()))
-    assert moved[1] < moved[0]
+def test_divergence_is_taken_off_the_reward(monkeypatch) -> None:
+    """Each token pays for what its log-probability has gained on that of the first policy."""
+    ppo = ppo_of(kl_coefficient=0.5, whiten=False, gae_lambda=1.0, steps=1)
+    first = copy.deepcopy(ppo.model)
+    with torch.no_grad():
+        for parameter in ppo.model.policy.model.layers[1].mlp.parameters():
+            parameter.mul_(3.0)
+    given = []
+    monkeypatch.setattr(ppo, "_update", lambda *arguments: given.append(arguments) or {})
+    entry = ppo.train_step()
+    ((episodes, advantages, returns),) = given
+    with torch.no_grad():
+        before = ppo.evaluate(first, episodes)[1]
+    mask = episodes.response_mask
+    cost = 0.5 * (episodes.log_probs - before).masked_fill(~mask, 0.0)
+    scores = torch.tensor(even_ids(PROBLEMS, episodes.completions()))
+    expected = (scores[:, None] - cost.flip(-1).cumsum(-1).flip(-1)) * mask
+    # The value head is still at 0.
+    torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(returns, expected, atol=1e-5, rtol=1e-5)
+    assert entry["kl_to_reference"] == pytest.approx(float(cost[mask].mean() / 0.5), abs=1e-5)
+    assert entry["kl_to_reference"] > 0.01
 
 
 def test_epochs_end_before_the_policy_has_moved_too_far() -> None:
@@ -147,6 +153,18 @@ def test_epochs_end_before_the_policy_has_moved_too_far() -> None:
     assert updates[0] == 12
     assert 1 <= updates[1] < 12
 
+    # A policy that is far away at once is not updated: what no update has seen is null.
+    ppo = ppo_of(target_kl=0.01)
+    evaluate = ppo.evaluate
+    ppo.evaluate = lambda *arguments: (lambda all_, chosen, values: (all_, chosen - 0.5, values))(
+        *evaluate(*arguments)
+    )
+    before = parameters(ppo)
+    entry = ppo.train_step()
+    assert_same(parameters(ppo), before)
+    assert entry["approximate_kl"] > 0.1
+    assert entry["policy_loss"] is entry["gradient_norm"] is entry["value_loss"] is None
+
 
 def test_problems_come_in_turn() -> None:
     """All of them before any comes again, whatever the size of a step."""
@@ -160,6 +178,21 @@ def test_problems_come_in_turn() -> None:
     assert len(seen) == 20
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(1, 11))
     assert seen[:10] != seen[10:]
+    # Another seed has an order of its own from the first step on.
+    first = list(seen)
+    seen.clear()
+    ppo_of(reward=remember, steps=5, seed=1).train()
+    assert sorted(seen[:10]) == list(range(1, 11))
+    assert seen[:10] not in (first[:10], first[10:])
+
+
+def test_a_run_goes_on_where_it_is() -> None:
+    """Step by step, all at once, or both: the history is whole."""
+    ppo = ppo_of()
+    first = ppo.train_step()
+    assert [entry["step"] for entry in ppo.train()] == [1, 2, 3]
+    assert ppo.history[0] is first
+    assert ppo.train() is ppo.history
 
 
 # ---- files ------------------------------------------------------------------------------------
@@ -192,6 +225,10 @@ def test_steps_after_the_last_checkpoint_are_run_again(tmp_path) -> None:
     history = ppo_of(steps=4, folder=tmp_path / "run").train(resume=True)
     assert without_clock(history) == without_clock(whole)
     assert len(log.read_text().splitlines()) == 4
+    # What was logged is never lost.
+    dropped = (tmp_path / "run" / "metrics.dropped.jsonl").read_text().splitlines()
+    assert json.loads(dropped[0])["step"] == 3
+    assert dropped[1] == '{"step": 4, "rew'
 
 
 def _failing_at(step: int):
@@ -227,10 +264,19 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, as_users_call) -> None:
         ppo_of(folder=tmp_path).train(resume=True)
 
 
+def test_a_run_is_not_resumed_with_other_settings(tmp_path, as_users_call) -> None:
+    ppo_of(folder=tmp_path, steps=1).train()
+    with pytest.raises(ResultError, match=r"has estimator='gae', learning_rate=0.001: give it"):
+        ppo_of(folder=tmp_path, learning_rate=1e-2, estimator="group").train(resume=True)
+    assert len(ppo_of(folder=tmp_path, steps=2, checkpoint_every=7).train(resume=True)) == 2
+    assert len(ppo_of(folder=tmp_path, steps=1).train(resume=True)) == 2
+
+
 def test_numbers_that_are_not_finite_become_null(tmp_path) -> None:
-    with RunFolder(tmp_path) as run:
-        run.log({"step": 1, "explained_variance": math.nan})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "explained_variance": null}\n'
+    """Of equal returns no share of the variance is explained."""
+    entry = ppo_of(folder=tmp_path, steps=1, gae_lambda=1.0, reward=lambda p, c: [0.0] * 8).train()[0]
+    assert entry["explained_variance"] is None
+    assert '"explained_variance": null' in (tmp_path / "metrics.jsonl").read_text()
 
 
 SCRIPT = """
@@ -373,6 +419,8 @@ def test_settings_of_credit_are_checked(as_users_call) -> None:
     ("scores", "message"),
     [
         (lambda problems, completions: [1.0], r"must return 8 finite numbers, .* got \[1\]"),
+        (lambda problems, completions: None, "must return 8 finite numbers, .* got NoneType"),
+        (lambda problems, completions: ["good"] * 8, "must return 8 finite numbers, .* got list"),
         (lambda problems, completions: [math.nan] * 8, r"got \[8\], of which 8 are not finite"),
     ],
 )
@@ -384,8 +432,19 @@ def test_rewards_that_make_no_sense(scores, message, as_users_call) -> None:
     assert_same(parameters(ppo), before)
 
 
+def test_a_reward_may_be_a_model() -> None:
+    """Its graph is not the policy's, and it gets no gradient."""
+    judge = torch.nn.Linear(1, 1)
+
+    def reward(problems, completions):
+        return judge(torch.tensor(even_ids(problems, completions))[:, None])[:, 0]
+
+    assert len(ppo_of(reward=reward).train()) == 3
+    assert judge.weight.grad is None
+
+
 def test_problems_that_make_no_sense(as_users_call) -> None:
-    for problems in ([], [{"prompt_ids": []}]):
+    for problems in ([], [{"prompt_ids": []}], [{"prompt": "text"}]):
         with pytest.raises(ParameterError, match="at least one id in its prompt_ids"):
             PPO(tiny_model("llama"), problems, even_ids)
     with pytest.raises(ParameterError, match="200 tokens and 64 new ones exceed the policy's context of 256"):
@@ -398,3 +457,40 @@ def test_a_gradient_that_is_not_finite_is_not_applied() -> None:
     with pytest.raises(ResultError, match=r"step 1 has a gradient of (inf|nan), which was not applied"):
         ppo.train()
     assert_same(parameters(ppo), before)
+
+
+# ---- a real model -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2_takes_a_credited_step(smollm2) -> None:
+    """Prompts of different lengths, real text: what was sampled is what a full pass gives, and it learns."""
+    policy = copy.deepcopy(smollm2.model)
+    prompts = ["Name a colour.", "Count from one to ten, please, in words."]
+    problems = [{"prompt_ids": smollm2.tokenizer(prompt)["input_ids"]} for prompt in prompts]
+    settings = PPOConfig(
+        steps=1, prompts_per_step=2, group_size=2, minibatch_size=2, epochs=1, max_new_tokens=24,
+        learning_rate=1e-5, temperature=0.8, estimator="group",
+    )  # fmt: skip
+
+    def shorter(problems, completions):
+        return [-float(len(smollm2.tokenizer.decode(ids))) for ids in completions]
+
+    ppo = PPO(
+        policy,
+        problems,
+        shorter,
+        settings,
+        credit=CoupledRhythmCredit(),
+        credit_options={"horizon": (4, 12)},
+    )
+    episodes = roll_out(ppo.model, [p["prompt_ids"] for p in problems], settings, ppo.ends, ppo.generator)
+    with torch.no_grad():
+        again = ppo.evaluate(ppo.model, episodes)[1]
+    mask = episodes.response_mask
+    torch.testing.assert_close(again[mask], episodes.log_probs[mask], atol=1e-4, rtol=1e-4)
+    before = policy.model.layers[3].mlp.up_proj.weight.clone()
+    (entry,) = ppo.train()
+    assert 1 < entry["credit/gamma_mean"] < 1.5
+    assert entry["gradient_norm"] > 0
+    assert not torch.equal(policy.model.layers[3].mlp.up_proj.weight, before)

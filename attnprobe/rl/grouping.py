@@ -122,5 +122,5 @@ def _from_json(saved: dict[str, Any]) -> HeadGroups:
     except (KeyError, TypeError, ValueError) as error:
         raise ResultError(
             f"the checkpoint's grouping of heads is damaged ({type(error).__name__}: {error}): resume from "
-            "another checkpoint, or pass heads= to attach_credit"
+            "another checkpoint, or pass heads= where credit is set up"
         ) from error

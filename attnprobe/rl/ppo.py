@@ -8,16 +8,17 @@ Each step samples completions from the policy, judges them, makes an advantage f
 a few clipped gradient steps: the objective of Eq. 5 of arXiv 2510.13554, with the group-normalised
 advantages of Eq. 6 as the alternative to a value head. Credit enters in one line: look for
 `apply_credit`. It is a reference: one device, one precision, no accelerate, no generation server. What is
-left to others: what can be changed (ppo_config), weights of tokens (rollout_credit), files (run_folder).
+left to others: what can be changed (ppo_config), the value head (actor_critic), what is asked and judged
+(problems), the weights of tokens (rollout_credit), and files (run_folder).
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
+import dataclasses
+import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,59 +27,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnprobe.errors import ParameterError, ResultError
+from attnprobe.errors import ResultError
 from attnprobe.progress import progress_bar
+from attnprobe.rl.actor_critic import ActorCritic, bare_policy
 from attnprobe.rl.advantage import apply_credit
 from attnprobe.rl.credit import Credit
 from attnprobe.rl.ppo_config import PPOConfig
+from attnprobe.rl.problems import Problem, Reward, check_problems, judge, problems_of_step
 from attnprobe.rl.rollout_credit import RolloutCredit
 from attnprobe.rl.run_folder import RunFolder, finish_step_on_interrupt
 from attnprobe.rl.scoring import Rollout
 from attnprobe.rollout import end_tokens
-
-Problem = Mapping[str, Any]
-Reward = Callable[[list[Problem], list[list[int]]], Sequence[float]]
-
-# ---- the model: a policy, and a value for each token ------------------------------------------
-
-
-class ActorCritic(torch.nn.Module):
-    """A causal language model with a value head: a linear map of what its output layer reads, at first 0.
-
-    The value at a position is that of the text before the token which is predicted there.
-    """
-
-    def __init__(self, policy: Any) -> None:
-        super().__init__()
-        self.policy = policy
-        weight = policy.get_output_embeddings().weight
-        self.value_head = torch.nn.Linear(weight.shape[1], 1, device=weight.device)
-        torch.nn.init.zeros_(self.value_head.weight)
-        torch.nn.init.zeros_(self.value_head.bias)
-        self._accepted = inspect.signature(policy.forward).parameters
-
-    def forward(
-        self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None, use_cache: bool = False
-    ) -> tuple[Tensor, Tensor, Any]:
-        """Return logits and values of the last `keep` positions, and the cache; the mask spans it too."""
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-            "past_key_values": cache,
-            "use_cache": use_cache,
-            "logits_to_keep": keep,
-        }
-        read: list[Tensor] = []
-        head = self.policy.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda module, given: read.append(given[0]))
-        try:
-            output = self.policy(**{name: inputs[name] for name in inputs if name in self._accepted})
-        finally:
-            hook.remove()
-        values = self.value_head(read[0][:, -keep:].float())[..., 0]
-        return output.logits[:, -keep:].float(), values, output.get("past_key_values")
-
 
 # ---- rollout ----------------------------------------------------------------------------------
 
@@ -96,6 +55,11 @@ class Episodes(Rollout):
     log_probs: Float[Tensor, "batch completion"]
     values: Float[Tensor, "batch completion"]
     entropy: Float[Tensor, "batch completion"]
+
+    def completions(self) -> list[list[int]]:
+        """Return the ids of each completion, its end token included."""
+        rows = zip(self.completion_ids, self.response_mask, strict=True)
+        return [ids[mask].tolist() for ids, mask in rows]
 
 
 @torch.no_grad()
@@ -199,7 +163,9 @@ def whiten(
     tensor([[-1.,  1.,  0.]])
     """
     inside = values[mask]
-    return ((values - inside.mean()) / inside.std(correction=0).clamp(min=1e-8)).masked_fill(~mask, 0.0)
+    # Added, lest equal values, whose mean is rounded, be blown up to noise of variance 1.
+    spread = (inside.var(correction=0) + 1e-8).sqrt()
+    return ((values - inside.mean()) / spread).masked_fill(~mask, 0.0)
 
 
 # ---- losses -----------------------------------------------------------------------------------
@@ -260,6 +226,7 @@ class PPO:
     Attributes:
         model: the policy with its value head.
         step: how many steps are done.
+        history: the metrics of each of them; None stands for what is not finite.
 
     Raises:
         ParameterError: no problems, or settings that make no sense.
@@ -287,12 +254,14 @@ class PPO:
         folder: str | Path | None = None,
     ) -> None:
         self.config = config = config or PPOConfig()
-        self.problems, self.reward, self.folder, self.step = problems, reward, folder, 0
-        _check_lengths(problems, config.max_new_tokens, policy)
+        self.problems, self.reward, self.folder = problems, reward, folder
+        self.step, self.history = 0, list[dict[str, Any]]()
+        check_problems(problems, config.max_new_tokens, policy)
         self.ends = end_tokens(policy) if ends is None else ends
-        self.model = ActorCritic(policy).eval()
-        self.reference = ActorCritic(copy.deepcopy(policy)).eval() if config.kl_coefficient else None
-        self.credit = None if credit is None else RolloutCredit(policy, credit, **(credit_options or {}))
+        self.model = ActorCritic(policy)
+        self.reference = copy.deepcopy(self.model).eval() if config.kl_coefficient else None
+        options = credit_options or {}
+        self.credit = None if credit is None else RolloutCredit(bare_policy(policy), credit, **options)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=0.0)
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
@@ -309,25 +278,30 @@ class PPO:
         run, last = RunFolder(self.folder, resume=resume), self.config.steps
         if run.state is not None:
             self.load_state(run.state)
-        bar = progress_bar("training", last - self.step, shown=progress)
+            self.history = run.history
+        bar = progress_bar("training", max(0, last - self.step), shown=progress)
         with finish_step_on_interrupt() as interrupted, bar as advance, run:
             while self.step < last:
                 run.log(self.train_step())
-                if interrupted() or self.step == last or self.step % self.config.checkpoint_every == 0:
+                stopped = interrupted()
+                if stopped or self.step == last or self.step % self.config.checkpoint_every == 0:
                     run.save(self.state())
-                if interrupted():
+                if stopped:
                     raise KeyboardInterrupt
                 advance()
-        return run.history
+        return self.history
 
     def train_step(self) -> dict[str, Any]:
         """Sample, judge, make advantages, update; return the metrics."""
         config, started = self.config, time.perf_counter()
-        problems = [problem for problem in self._next_problems() for _ in range(config.group_size)]
+        self.model.eval()
+        asked = problems_of_step(self.problems, self.step, config.prompts_per_step, config.seed)
+        problems = [problem for problem in asked for _ in range(config.group_size)]
         prompts = [list(problem["prompt_ids"]) for problem in problems]
         episodes = roll_out(self.model, prompts, config, self.ends, self.generator)
         sampled, mask = time.perf_counter(), episodes.response_mask
-        scores, divergence = self._judge(problems, episodes), self._divergence(episodes)
+        scores = judge(self.reward, problems, episodes.completions()).to(mask.device)
+        divergence = self._divergence(episodes)
         rewards = token_rewards(scores, divergence, mask, config.kl_coefficient)
         metrics = {"reward": scores, "length": mask.sum(-1), "entropy": episodes.entropy[mask]}
         if config.estimator == "group":
@@ -348,8 +322,11 @@ class PPO:
         metrics |= self._update(episodes, advantages, returns)
         self.step += 1
         means = {name: float(values.double().mean()) for name, values in metrics.items()}
-        seconds = {"seconds": time.perf_counter() - started, "rollout_seconds": sampled - started}
-        return {"step": self.step, **means, **seconds}
+        entry: dict[str, Any] = {"step": self.step}
+        entry |= {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+        entry |= {"seconds": time.perf_counter() - started, "rollout_seconds": sampled - started}
+        self.history.append(entry)
+        return entry
 
     def evaluate(
         self, model: ActorCritic, episodes: Episodes, rows: Tensor | slice = slice(None)
@@ -365,7 +342,11 @@ class PPO:
 
     def _update(self, episodes: Episodes, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
         """Take gradient steps on a rollout; return what each of them saw."""
-        config, seen = self.config, defaultdict(list)
+        config = self.config
+        names = ["approximate_kl", "clipped_share", "policy_loss", "gradient_norm"]
+        seen: dict[str, list[Tensor]] = {name: [] for name in names}
+        if config.estimator == "gae":
+            seen["value_loss"] = []
         for rows in self._minibatches(len(advantages)):
             log_probability, log_probs, values = self.evaluate(self.model, episodes, rows)
             mask = episodes.response_mask[rows]
@@ -384,7 +365,9 @@ class PPO:
                 seen["value_loss"].append(error.detach())
                 loss = loss + config.value_coefficient * error
             if config.entropy_coefficient:
-                entropy = -(log_probability.exp() * log_probability).sum(-1)
+                # Of a token that is ruled out, minus infinity times 0 is 0 here, and not NaN.
+                finite = log_probability.clamp(min=torch.finfo(log_probability.dtype).min)
+                entropy = -(log_probability.exp() * finite).sum(-1)
                 loss = loss - config.entropy_coefficient * entropy[mask].mean()
             self.optimizer.zero_grad()
             loss.backward()
@@ -395,35 +378,14 @@ class PPO:
                 )
             self.optimizer.step()
             seen["gradient_norm"].append(norm)
-        return {name: torch.stack(values) for name, values in seen.items()}
+        # Where the policy had moved too far at once, some have been seen by no update.
+        nothing = torch.tensor([math.nan])
+        return {name: torch.stack(values) if values else nothing for name, values in seen.items()}
 
     def _minibatches(self, count: int) -> Iterator[Tensor]:
         for _ in range(self.config.epochs):
             order = torch.randperm(count, generator=self.generator, device=self.generator.device)
             yield from order.split(self.config.minibatch_size)
-
-    def _next_problems(self) -> list[Problem]:
-        """Return the problems of this step: all of them in a random order, then in another, and so on."""
-        count, first = len(self.problems), self.step * self.config.prompts_per_step
-        chosen: list[Problem] = []
-        while len(chosen) < self.config.prompts_per_step:
-            passes, place = divmod(first + len(chosen), count)
-            # Not one generator for all passes: a step's problems depend on its number alone.
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(self.config.seed + passes))
-            rest = order[place : place + self.config.prompts_per_step - len(chosen)]
-            chosen += [self.problems[number] for number in rest.tolist()]
-        return chosen
-
-    def _judge(self, problems: list[Problem], episodes: Episodes) -> Float[Tensor, " batch"]:
-        rows = zip(episodes.completion_ids, episodes.response_mask, strict=True)
-        scores = torch.as_tensor(self.reward(problems, [ids[mask].tolist() for ids, mask in rows]))
-        scores = scores.to(episodes.log_probs)
-        if scores.shape != (len(problems),) or not bool(scores.isfinite().all()):
-            raise ResultError(
-                f"the reward must return {len(problems)} finite numbers, one for each completion; got "
-                f"{list(scores.shape)}, of which {int((~scores.isfinite()).sum())} are not finite"
-            )
-        return scores
 
     @torch.no_grad()
     def _divergence(self, episodes: Episodes) -> Float[Tensor, "batch completion"]:
@@ -438,6 +400,7 @@ class PPO:
         """Return all that the next step depends on."""
         return {
             "step": self.step,
+            "config": dataclasses.asdict(self.config),
             "model": self.model.state_dict(),
             "reference": None if self.reference is None else self.reference.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -446,7 +409,16 @@ class PPO:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Go on from what `state` returned.
+
+        Raises:
+            ResultError: a state of other settings, for it would not be the same run.
+        """
+        free = {"steps": self.config.steps, "checkpoint_every": self.config.checkpoint_every}
+        other = {**state["config"], **free}.items() - dataclasses.asdict(self.config).items()
+        if other:
+            told = ", ".join(f"{name}={value!r}" for name, value in sorted(other))
+            raise ResultError(f"the run to go on with has {told}: give it the same settings")
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -455,15 +427,3 @@ class PPO:
             self.reference.load_state_dict(state["reference"])
         if self.credit is not None and state["grouping"] is not None:
             self.credit.grouping.restore(state["grouping"])
-
-
-def _check_lengths(problems: Sequence[Problem], new_tokens: int, policy: Any) -> None:
-    lengths = [len(problem["prompt_ids"]) for problem in problems]
-    if not lengths or min(lengths) == 0:
-        raise ParameterError("training needs problems, each with at least one id in its prompt_ids")
-    context = getattr(policy.config, "max_position_embeddings", None)
-    if context is not None and max(lengths) + new_tokens > context:
-        raise ParameterError(
-            f"prompts of up to {max(lengths)} tokens and {new_tokens} new ones exceed the policy's context "
-            f"of {context}"
-        )

@@ -27,7 +27,7 @@ class PPOConfig:
     group_size: int = 4
     """Completions of each problem; the estimator "group" needs at least 2."""
     minibatch_size: int = 32
-    """Completions in one optimizer step."""
+    """Completions in one optimizer step; the last of an epoch may have fewer."""
     epochs: int = 2
     """How often a rollout is gone through, each time in another order."""
     max_new_tokens: int = 64
@@ -37,7 +37,7 @@ class PPOConfig:
     estimator: Literal["gae", "group"] = "gae"
     """Advantages by a value head, or by comparison with the other completions of the same problem."""
     discount: float = 1.0
-    """What a reward loses for each token that it is away (the usual gamma)."""
+    """GAE: what a reward loses for each token that it is away (the usual gamma)."""
     gae_lambda: float = 0.95
     """GAE: 1 waits for the rewards themselves, 0 believes the value of the next token."""
     whiten: bool = True
@@ -53,7 +53,7 @@ class PPOConfig:
     kl_coefficient: float = 0.0
     """What each nat of a token's divergence from the policy as it was first takes off its reward."""
     target_kl: float | None = None
-    """The epochs end before a step where the policy has moved so far from the rollout's, in nats a token."""
+    """Where the policy has moved so far from the rollout's, in nats a token, its epochs end."""
     learning_rate: float = 1e-6
     """Of AdamW without weight decay, constant."""
     max_gradient_norm: float = 1.0
@@ -61,10 +61,12 @@ class PPOConfig:
     checkpoint_every: int = 50
     """Steps between checkpoints, where the run has a folder; the last step is always one."""
     seed: int = 0
-    """Of problems, samples and minibatches: equal seeds give equal runs, bit for bit on a CPU."""
+    """Of problems, samples and minibatches: equal seeds give equal runs, bit for bit on equal CPU threads."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "prompts_per_step", "group_size", "minibatch_size", "epochs", "max_new_tokens")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ParameterError(f"seed is a whole number, got {self.seed!r}")
         for name in (*counts, "checkpoint_every"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -72,7 +74,7 @@ class PPOConfig:
         for name in ("temperature", "clip", "value_clip", "learning_rate", "max_gradient_norm"):
             if not getattr(self, name) > 0:
                 raise ParameterError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("value_coefficient", "entropy_coefficient", "kl_coefficient"):
+        for name in ("learning_rate", "value_coefficient", "entropy_coefficient", "kl_coefficient"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ParameterError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
         for name in ("discount", "gae_lambda"):

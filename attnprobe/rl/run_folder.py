@@ -8,7 +8,6 @@ what a checkpoint holds (ppo).
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -25,24 +24,19 @@ from attnprobe.errors import ResultError
 
 
 class RunFolder:
-    """A folder for one run; with `None` nothing is written, and `history` is all there is.
+    """A folder for one run; with `None` nothing is written.
 
     Args:
         folder: made if it is missing.
         resume: whether to go on from the folder's checkpoint, if it has one. Lines of steps after the
-            checkpoint are dropped: these steps are run again.
+            checkpoint, which are run again, move to `metrics.dropped.jsonl`.
 
     Attributes:
-        history: the metrics of all steps so far, those of before the resumption included.
+        history: the metrics of the steps up to the checkpoint.
         state: what the checkpoint holds; None where the run starts anew.
 
     Raises:
         ResultError: a folder that holds a run already and is not to be resumed, or a damaged checkpoint.
-
-    >>> run = RunFolder(None)
-    >>> run.log({"step": 1, "reward": 0.5})
-    >>> run.history
-    [{'step': 1, 'reward': 0.5}]
     """
 
     def __init__(self, folder: str | Path | None, *, resume: bool = False) -> None:
@@ -75,7 +69,7 @@ class RunFolder:
                     f"{self._checkpoint} cannot be read ({type(error).__name__}: {error}): remove it to "
                     "start the run anew"
                 ) from error
-        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        lines = self._metrics.read_text().splitlines(keepends=True) if self._metrics.exists() else []
         for line in lines:
             try:
                 entry = json.loads(line)
@@ -84,16 +78,18 @@ class RunFolder:
             if entry["step"] > step:
                 break
             self.history.append(entry)
-        _replace(self._metrics, lambda path: path.write_text("".join(map(_line, self.history))))
+        kept, dropped = lines[: len(self.history)], lines[len(self.history) :]
+        if dropped:
+            with self._metrics.with_name("metrics.dropped.jsonl").open("a") as file:
+                file.writelines(dropped)
+            _replace(self._metrics, lambda path: path.write_text("".join(kept)))
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Keep the metrics of a step: `step` and numbers; None stands for those that are not finite."""
-        metrics = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self.history.append(metrics)
+        """Write the metrics of a step: `step`, and finite numbers or None."""
         if self._folder is None:
             return
         with self._metrics.open("a") as file:
-            file.write(_line(metrics))
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
         if self._board is not None:
             for name, value in metrics.items():
                 if name != "step" and value is not None:
@@ -139,10 +135,6 @@ def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
         yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _line(metrics: dict[str, Any]) -> str:
-    return json.dumps(metrics, allow_nan=False) + "\n"
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:

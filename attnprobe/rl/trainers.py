@@ -7,7 +7,6 @@ is done with it (trl), and the trainer's loss (routes).
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.errors import MissingDependencyError, TrainerError
+from attnprobe.rl.actor_critic import bare_policy
 from attnprobe.rl.scoring import Rollout
 
 HANDLE = "_attnprobe_credit"
@@ -36,12 +36,7 @@ _PARTS = (
 
 def policy_of(trainer: Any) -> Any:
     """Return a trainer's policy without what accelerate and peft have wrapped around it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(model, peft.PeftModel):
-        # Its adapters live in the layers of the base model.
-        return model.get_base_model()
-    return model
+    return bare_policy(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def check_trainer(trainer: Any) -> None:

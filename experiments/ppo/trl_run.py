@@ -86,6 +86,7 @@ def train(config: PPOConfig) -> list[dict[str, float]]:
                 lr_scheduler_type="constant",
                 max_grad_norm=config.max_gradient_norm,
                 weight_decay=0.0,
+                optim="adamw_torch",  # not its fused one: both take the same
                 loss_type="bnpo",  # a mean over the tokens of a minibatch, as ours
                 scale_rewards="group",
                 logging_steps=1,

@@ -1,0 +1,97 @@
+"""ActorCritic: a policy with a value for each token, and what PPO asks of any language model.
+
+What is left to others: sampling, advantages, losses (ppo).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnprobe.errors import ParameterError, UnsupportedModelError
+
+
+class ActorCritic(torch.nn.Module):
+    """A causal language model with a value head: a linear map of what its output layer reads, at first 0.
+
+    The value at a position is that of the text before the token which is predicted there.
+
+    Args:
+        policy: a transformers causal language model; PEFT's adapters and `torch.compile` may be around it.
+
+    Raises:
+        UnsupportedModelError: a model that takes no attention mask, or no key/value cache.
+        ParameterError: a policy with nothing to train, or in half precision.
+
+    >>> from attnprobe.testing.tiny_models import tiny_model
+    >>> ids = torch.tensor([[1, 2, 3]])
+    >>> logits, values, _ = ActorCritic(tiny_model("llama"))(ids, torch.ones_like(ids), 2)
+    >>> list(logits.shape), values.tolist()
+    ([1, 2, 99], [[0.0, 0.0]])
+    """
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self._accepted = frozenset(inspect.signature(bare_policy(policy).forward).parameters)
+        missing = [name for name in ("attention_mask", "past_key_values") if name not in self._accepted]
+        if missing:
+            raise UnsupportedModelError(
+                f"{type(bare_policy(policy)).__name__} takes no {' and no '.join(missing)}: PPO samples from "
+                "padded prompts with a key/value cache"
+            )
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ParameterError("the policy has no parameter that requires a gradient: nothing to train")
+        half = {parameter.dtype for parameter in trained if parameter.dtype.itemsize < 4}
+        if half:
+            raise ParameterError(
+                f"the policy's parameters are {', '.join(map(str, half))}, which would round small updates "
+                "away: call policy.float(), or train adapters in float32"
+            )
+        self.policy = policy
+        weight = policy.get_output_embeddings().weight
+        # Not initialised at random: that would use up numbers of the global generator.
+        self.value_head = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], 1, device=weight.device)
+        torch.nn.init.zeros_(self.value_head.weight)
+        torch.nn.init.zeros_(self.value_head.bias)
+
+    def forward(
+        self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None, use_cache: bool = False
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Return logits and values of the last `keep` positions, and the cache; the mask spans it too."""
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
+            "past_key_values": cache,
+            "use_cache": use_cache,
+            "logits_to_keep": keep,
+        }
+        read: list[Tensor] = []
+        head = self.policy.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+        try:
+            output = self.policy(**{name: inputs[name] for name in inputs if name in self._accepted})
+        finally:
+            hook.remove()
+        cache = output.get("past_key_values")
+        if use_cache and cache is None:
+            raise UnsupportedModelError(
+                f"{type(bare_policy(self.policy)).__name__} returned no key/value cache"
+            )
+        values = self.value_head(read[0][:, -keep:].float())[..., 0]
+        return output.logits[:, -keep:].float(), values, cache
+
+
+def bare_policy(policy: Any) -> Any:
+    """Return a policy without what `torch.compile` and PEFT have wrapped around it."""
+    policy = getattr(policy, "_orig_mod", policy)
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(policy, peft.PeftModel):
+        # Its adapters live in the layers of the base model.
+        return policy.get_base_model()
+    return policy
