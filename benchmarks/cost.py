@@ -62,7 +62,9 @@ def run(
     rounds: Annotated[int, typer.Option(help="Rounds of all subjects; at most 3 above 2048 tokens.")] = 5,
     subjects: Annotated[str, typer.Option(help="Ways of reading.")] = ",".join(OURS),
     peers: Annotated[str, typer.Option(help="Ways of storing maps to compare with.")] = ",".join(PEERS),
-    quick: Annotated[bool, typer.Option(help="512 to 2048 tokens, six layers, three rounds.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="512 and 2048 tokens, six layers, two rounds, few ways.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="The folder for results.")] = FOLDER,
     page: Annotated[
         Path | None,
@@ -73,7 +75,9 @@ def run(
     if page is None and not quick and output == FOLDER:
         page = PAGE
     if quick:
-        tokens, layers, long, rounds = "512,1024,2048", 6, "", 3
+        # Most of a quick run is starting processes: few sizes and subjects.
+        tokens, layers, long, rounds = "512,2048", 6, "", 2
+        subjects, peers = "measure,receive", "eager maps"
     ways = [name for name in f"{subjects},{peers}".split(",") if name]
     jobs = [(int(count), layers, ways) for count in tokens.split(",") if count]
     jobs += [(int(count), 2, OURS[:2]) for count in long.split(",") if count]
