@@ -104,13 +104,6 @@ class Visibility:
         first, last = self.first[:, queries], self.last[:, queries]
         return ((keys >= first[..., None]) & (keys <= last[..., None]))[:, None]
 
-    def sees_all(self, queries: slice, keys: slice) -> bool:
-        """Whether every query of a block surely sees every key of it."""
-        if self.exact is not None:
-            return False
-        first, last = self.first[:, queries], self.last[:, queries]
-        return bool(first.max() <= keys.start) and bool(last.min() >= keys.stop - 1)
-
     def sees_none(self) -> Bool[Tensor, "#batch #head query"]:
         """Return which queries may see no key at all: those of padding."""
         if self.exact is not None:
@@ -124,6 +117,12 @@ class Visibility:
         if not bool(seeing.any()):
             return 0, 0
         return int(first[seeing].min()), int(last[seeing].max()) + 1
+
+    def common_range(self, queries: slice) -> tuple[int, int]:
+        """Return a half-open range of keys that every query of a block surely sees."""
+        if self.exact is not None:
+            return 0, 0
+        return int(self.first[:, queries].max()), int(self.last[:, queries].min()) + 1
 
 
 def split_mask(mask: Tensor) -> tuple[Bool[Tensor, "..."], Tensor | None]:

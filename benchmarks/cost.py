@@ -3,13 +3,21 @@
     python -m benchmarks.cost            # everything: about an hour on two cores
     python -m benchmarks.cost --quick    # up to 2048 tokens: about two minutes
 
-Time: one process for each number of tokens runs all subjects in turn, round by round, and the median of
-the rounds' ratios to the plain pass is reported: a machine that slows down slows all of them. Memory: one
-process for each subject, and the most that it ever held. What is left to others: what is run (subjects).
+Time: one process for each number of tokens runs all subjects in turn, round by round. A plain pass stands
+before and after each round, and every other round goes backwards: a subject's ratio is to the mean of
+the two plain passes around it, so that a machine that slows down evenly favours none. The median of the
+rounds' ratios is reported.
+
+Memory: two processes for each subject. `peak` is the most that a process held as it comes. Of that, the C
+library's allocator keeps some 150 MB of pieces which the program has freed, more or less by chance; in the
+second process it gives every piece above 1 MB back at once, and `held` is what the program itself held.
+
+What is left to others: what is run (subjects), the table of docs/performance.md (page).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -28,11 +36,16 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.cost_model import counted_ratio
+from benchmarks.page import PAGE, markdown, replaced
 from benchmarks.subjects import SUBJECTS, build_model
 
 FOLDER = Path(__file__).parent / "results"
 # Maps of 30 layers and 9 heads: 4.5 GB at 2048 tokens, 18 GB at 4096.
 MOST_TOKENS_WITH_MAPS = 2048
+# Above so many tokens a pass takes tens of seconds, and its ratios scatter less.
+MOST_TOKENS_WITH_ALL_ROUNDS, FEWER_ROUNDS = 2048, 3
+# For glibc: give pieces of memory above so many bytes back to the system when they are freed.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 OURS = ["measure", "without span", "attached", "five layers", "receive"]
 PEERS = ["eager maps", "bridge patterns", "nnsight maps"]
 
@@ -46,27 +59,40 @@ def run(
     tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "512,1024,2048,4096,8192",
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 30,
     long: Annotated[str, typer.Option(help="Numbers of tokens for two layers only.")] = "8192,16384,32768",
-    rounds: Annotated[int, typer.Option(help="Rounds of all subjects.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds of all subjects; at most 3 above 2048 tokens.")] = 5,
     subjects: Annotated[str, typer.Option(help="Ways of reading.")] = ",".join(OURS),
     peers: Annotated[str, typer.Option(help="Ways of storing maps to compare with.")] = ",".join(PEERS),
-    quick: Annotated[bool, typer.Option(help="512 to 2048 tokens, six layers, three rounds.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="512 and 2048 tokens, six layers, two rounds, few ways.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="The folder for results.")] = FOLDER,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="A page to write the table into; default: docs/performance.md after a full run."),
+    ] = None,
 ) -> None:
-    """Measure, print the table, and save results and picture."""
+    """Measure, print the table, and save results, picture and page."""
+    if page is None and not quick and output == FOLDER:
+        page = PAGE
     if quick:
-        tokens, layers, long, rounds = "512,1024,2048", 6, "", 3
+        # Most of a quick run is starting processes: few sizes and subjects.
+        tokens, layers, long, rounds = "512,2048", 6, "", 2
+        subjects, peers = "measure,receive", "eager maps"
     ways = [name for name in f"{subjects},{peers}".split(",") if name]
     jobs = [(int(count), layers, ways) for count in tokens.split(",") if count]
     jobs += [(int(count), 2, OURS[:2]) for count in long.split(",") if count]
     records = []
     for count, depth, names in track(jobs, "measuring", console=Console(stderr=True)):
         chosen = [name for name in names if not SUBJECTS[name].maps or count <= MOST_TOKENS_WITH_MAPS]
-        records += measured(count, depth, chosen, rounds if count <= 2048 else max(1, rounds // 2))
+        few = count > MOST_TOKENS_WITH_ALL_ROUNDS
+        records += measured(count, depth, chosen, min(rounds, FEWER_ROUNDS) if few else rounds)
         save(records, output)
     out.print(table(records))
     for name in dict.fromkeys(record["subject"] for record in records):
         out.print(f"  {name}: {SUBJECTS[name].meaning}", highlight=False)
     picture(records, output)
+    if page is not None:
+        page.write_text(replaced(page.read_text(), markdown(machine(), records)))
 
 
 def measured(tokens: int, layers: int, subjects: list[str], rounds: int) -> list[dict[str, Any]]:
@@ -78,27 +104,45 @@ def measured(tokens: int, layers: int, subjects: list[str], rounds: int) -> list
         if name not in times:
             continue
         memory = child("memory", tokens, layers, [name], 1)
-        ratios = [ours / base for ours, base in zip(times[name], times["plain"], strict=True)]
+        held = child("memory", tokens, layers, [name], 1, GIVE_BACK)
+        ratios = [1.0] if name == "plain" else ratios_to_plain(times[name], times["plain"])
         record = {
             "subject": name,
             "tokens": tokens,
             "layers": layers,
+            "rounds": rounds,
             "seconds": statistics.median(times[name]),
             "time_ratio": statistics.median(ratios),
             "time_ratio_range": [min(ratios), max(ratios)],
-            "loaded_bytes": memory["loaded"],
+            "loaded_bytes": held["loaded"],
             "peak_bytes": memory["peak"],
+            "held_bytes": held["peak"],
         }
         plain = plain or record
         record["peak_ratio"] = record["peak_bytes"] / plain["peak_bytes"]
+        record["held_ratio"] = record["held_bytes"] / plain["held_bytes"]
         records.append(record)
     return records
 
 
-def child(what: str, tokens: int, layers: int, subjects: list[str], rounds: int) -> dict[str, Any]:
+def ratios_to_plain(seconds: list[float], plain: list[float]) -> list[float]:
+    """Return each round's seconds over the mean of the plain pass before it and the one after it."""
+    around = itertools.pairwise(plain)
+    return [ours / statistics.mean(pair) for ours, pair in zip(seconds, around, strict=True)]
+
+
+def child(
+    what: str,
+    tokens: int,
+    layers: int,
+    subjects: list[str],
+    rounds: int,
+    environment: dict[str, str] | None = None,
+) -> dict[str, Any]:
     """Run a measurement in its own process and return what it found."""
     words = [sys.executable, "-m", "benchmarks.cost", "child", what, str(tokens), str(layers), str(rounds)]
-    done = subprocess.run([*words, *subjects], capture_output=True, text=True, check=False)
+    surroundings = {**os.environ, **(environment or {})}
+    done = subprocess.run([*words, *subjects], capture_output=True, text=True, check=False, env=surroundings)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(words[3:])} {subjects} failed:\n{done.stderr[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -121,17 +165,27 @@ def prepared(name: str, models: dict[str, Any], layers: int, tokens: int) -> Any
 
 
 def time_in_turn(tokens: int, layers: int, rounds: int, subjects: list[str]) -> dict[str, list[float]]:
-    """Run all subjects in turn, round by round, after one round that does not count."""
+    """Time all subjects in turn, round by round: the plain pass once more often than the others.
+
+    One plain pass before all does not count.
+    """
     models: dict[str, Any] = {}
     calls = {name: prepared(name, models, layers, tokens) for name in subjects}
     calls = {name: call for name, call in calls.items() if call is not None}
+    others = [name for name in calls if name != "plain"]
     times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def timed(name: str) -> None:
+        start = time.perf_counter()
+        calls[name]()
+        times[name].append(time.perf_counter() - start)
+
     calls["plain"]()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+    timed("plain")
+    for number in range(rounds):
+        for name in others if number % 2 == 0 else reversed(others):
+            timed(name)
+        timed("plain")
     return times
 
 
@@ -188,6 +242,7 @@ def table(records: list[dict[str, Any]]) -> Table:
         "time",
         "range",
         "peak",
+        "held",
         "above the model",
     ):
         shown.add_column(name, justify="left" if name == "subject" else "right")
@@ -203,7 +258,8 @@ def table(records: list[dict[str, Any]]) -> Table:
             f"{record['time_ratio']:.3f}x",
             f"{low:.2f} to {high:.2f}",
             f"{record['peak_ratio']:.2f}x",
-            f"{(record['peak_bytes'] - record['loaded_bytes']) / 2**20:,.0f} MB",
+            f"{record['held_ratio']:.2f}x",
+            f"{(record['held_bytes'] - record['loaded_bytes']) / 2**20:,.0f} MB",
         )
     return shown
 
@@ -225,7 +281,7 @@ def picture(records: list[dict[str, Any]], folder: Path) -> None:
         label = "plain forward pass" if name == "plain" else name
         label = f"attnprobe: {name}" if name in OURS else label
         axes[0].loglog(tokens, [r["seconds"] for r in found], style, color=colour, label=label)
-        above = [max(r["peak_bytes"] - r["loaded_bytes"], 2**20) / 2**30 for r in found]
+        above = [max(r["held_bytes"] - r["loaded_bytes"], 2**20) / 2**30 for r in found]
         axes[1].loglog(tokens, above, style, color=colour)
     ticks = sorted({record["tokens"] for record in records if record["layers"] == deepest})
     for axis, title in zip(axes, ("seconds", "GiB above the loaded model"), strict=True):

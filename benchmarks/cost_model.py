@@ -19,8 +19,9 @@ def counted_ratio(subject: str, tokens: int, layers: int) -> float | None:
     # One more column in query, key and value.
     column = attention / _WIDTH
     band = 2 * tokens * (_BAND + _BAND_QUERIES - 1) * _WIDTH * _HEADS
-    # Queries times keys below the diagonal, and the weighted sums of the tiles' columns.
-    columns = tokens * tokens * (_WIDTH + 1) * _HEADS
+    # Queries times keys below the diagonal, and the weighted sums of the tiles' columns, for the rows of the
+    # response: the last three quarters, which hold 15 of 16 pairs.
+    columns = tokens * tokens * (_WIDTH + 1) * _HEADS * 15 / 16
     projections, rest = _linear(tokens)
     plain = layers * (attention + projections + rest)
     # Nothing is run after the attention of the last layer that is read.

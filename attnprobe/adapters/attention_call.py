@@ -319,9 +319,10 @@ def check_against_output(attention: FactoredAttention, call: AttentionCall, wher
     sampled = torch.tensor(sorted({count // 2, count - 1}), device=attention.device)
     rows = attention.rows(sampled)
     value = call.value[:, :, : attention.key_count]
-    groups = attention.head_count // value.shape[1]
-    values = value.detach().to(rows.dtype).repeat_interleave(groups, dim=1)
-    expected = rows @ values
+    values = value.detach().to(rows.dtype)
+    # Heads that share a key head go as rows of one product: values are not copied for each head.
+    grouped = rows.unflatten(1, (value.shape[1], -1)).flatten(2, 3)
+    expected = (grouped @ values).view(*rows.shape[:3], -1)
     actual = call.output.detach()[:, sampled].transpose(1, 2).to(rows.dtype)
     if actual.shape != expected.shape:
         difference = float("inf")
