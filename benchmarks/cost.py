@@ -85,7 +85,7 @@ def run(
     for count, depth, names in track(jobs, "measuring", console=Console(stderr=True)):
         chosen = [name for name in names if not SUBJECTS[name].maps or count <= MOST_TOKENS_WITH_MAPS]
         few = count > MOST_TOKENS_WITH_ALL_ROUNDS
-        records += measured(count, depth, chosen, min(rounds, FEWER_ROUNDS) if few else rounds)
+        records += measured(count, depth, chosen, min(rounds, FEWER_ROUNDS) if few else rounds, quick)
         save(records, output)
     out.print(table(records))
     for name in dict.fromkeys(record["subject"] for record in records):
@@ -95,8 +95,10 @@ def run(
         page.write_text(replaced(page.read_text(), markdown(machine(), records)))
 
 
-def measured(tokens: int, layers: int, subjects: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Return a record for each subject that could be run."""
+def measured(
+    tokens: int, layers: int, subjects: list[str], rounds: int, quick: bool = False
+) -> list[dict[str, Any]]:
+    """Return a record for each subject that could be run; if quick, what it held is its peak as it comes."""
     times = child("time", tokens, layers, ["plain", *subjects], rounds)
     plain = None
     records = []
@@ -104,7 +106,7 @@ def measured(tokens: int, layers: int, subjects: list[str], rounds: int) -> list
         if name not in times:
             continue
         memory = child("memory", tokens, layers, [name], 1)
-        held = child("memory", tokens, layers, [name], 1, GIVE_BACK)
+        held = memory if quick else child("memory", tokens, layers, [name], 1, GIVE_BACK)
         ratios = [1.0] if name == "plain" else ratios_to_plain(times[name], times["plain"])
         record = {
             "subject": name,
