@@ -150,8 +150,8 @@ def group_advantages(
     """
     grouped = rewards.sum(-1).unflatten(0, (-1, group_size))
     better = (grouped - grouped.mean(-1, keepdim=True)) / (grouped.std(-1, keepdim=True) + 1e-4)
-    spread: Tensor = mask * better.flatten()[:, None]
-    return spread
+    shared: Tensor = mask * better.flatten()[:, None]
+    return shared
 
 
 def whiten(
@@ -212,8 +212,8 @@ class PPO:
     """Trains a policy by PPO.
 
     Args:
-        policy: any transformers causal language model; it is trained in place, and in evaluation mode:
-            dropout would make the policy differ from itself.
+        policy: a transformers causal language model (see `ActorCritic`); it is trained in place, and in
+            evaluation mode: dropout would make the policy differ from itself.
         problems: each a mapping with `prompt_ids`, and whatever the reward has to know.
         reward: `(problems, completions) -> scores`, of lists of equal length; a completion is a list of
             ids, the end token included.
@@ -229,8 +229,9 @@ class PPO:
         history: the metrics of each of them; None stands for what is not finite.
 
     Raises:
-        ParameterError: no problems, or settings that make no sense.
-        UnsupportedModelError: with credit, a policy whose attention cannot be read.
+        ParameterError: no problems, settings that make no sense, or a policy with nothing to train.
+        UnsupportedModelError: a policy that has no cache to sample with, or, with credit, whose attention
+            cannot be read.
 
     >>> from attnprobe.testing.tiny_models import tiny_model
     >>> def shorter(problems, completions):
