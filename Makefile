@@ -53,7 +53,7 @@ format: install  ## Put the code into its format
 bench: install  ## Measure what reading costs, into benchmarks/results (about an hour)
 	@$(BIN)/python -m benchmarks.cost
 
-bench-quick: install  ## The same up to 2048 tokens and six layers (about two minutes)
+bench-quick: install  ## A few of them, up to 2048 tokens and six layers (about a minute)
 	@$(BIN)/python -m benchmarks.cost --quick --output build/bench
 
 build: install  ## Build wheel and sdist into dist/

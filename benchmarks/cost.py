@@ -1,7 +1,7 @@
 """Time and memory of reading attention, against the plain forward pass and against storing maps.
 
     python -m benchmarks.cost            # everything: about an hour on two cores
-    python -m benchmarks.cost --quick    # up to 2048 tokens: about two minutes
+    python -m benchmarks.cost --quick    # a few of them, up to 2048 tokens: about a minute
 
 Time: one process for each number of tokens runs all subjects in turn, round by round. A plain pass stands
 before and after each round, and every other round goes backwards: a subject's ratio is to the mean of

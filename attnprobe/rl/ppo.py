@@ -318,8 +318,8 @@ class PPO:
             metrics["kl_to_reference"] = divergence[mask]
         if self.credit is not None:
             gamma = self.credit.weigh(episodes, advantages, self.step, entropy=episodes.entropy)
+            metrics["credit/gamma_mean"] = gamma[mask & (advantages > 0).any(-1, keepdim=True)]
             advantages = apply_credit(advantages, gamma, mask)  # Eq. 12: all that credit does
-            metrics["credit/gamma_mean"] = gamma[mask]
         metrics |= self._update(episodes, advantages, returns)
         self.step += 1
         means = {name: float(values.double().mean()) for name, values in metrics.items()}

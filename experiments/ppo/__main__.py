@@ -26,7 +26,7 @@ from experiments.ppo import figures, trl_run
 from experiments.ppo.task import LENGTH, build_policy, build_problems, reward
 
 RESULTS = Path(__file__).parent / "results"
-SEEDS = 3
+STEPS, SEEDS = 150, 3
 LAST = 10
 """A run's final reward is the mean of so many last steps."""
 
@@ -44,6 +44,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 app = typer.Typer(add_completion=False, help=__doc__)
 out = Console()
+
+Steps = Annotated[int, typer.Option(help="Steps of a run.")]
+Seeds = Annotated[int, typer.Option(help="Runs of each kind.")]
+Output = Annotated[Path, typer.Option(help="The folder for results.")]
 
 
 def config_of(name: str, steps: int, seed: int) -> PPOConfig:
@@ -65,11 +69,7 @@ def train(config: PPOConfig) -> list[dict[str, Any]]:
 
 
 @app.command()
-def learn(
-    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 150,
-    seeds: Annotated[int, typer.Option(help="Runs of each estimator.")] = SEEDS,
-    output: Annotated[Path, typer.Option(help="The folder for results.")] = RESULTS,
-) -> None:
+def learn(steps: Steps = STEPS, seeds: Seeds = SEEDS, output: Output = RESULTS) -> None:
     """Train by both estimators, from random weights."""
     runs = [
         kept(output, name, f"{name}-{seed}", train, config_of(name, steps, seed))
@@ -81,11 +81,7 @@ def learn(
 
 
 @app.command()
-def compare(
-    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 150,
-    seeds: Annotated[int, typer.Option(help="Runs of each trainer.")] = SEEDS,
-    output: Annotated[Path, typer.Option(help="The folder for results.")] = RESULTS,
-) -> None:
+def compare(steps: Steps = STEPS, seeds: Seeds = SEEDS, output: Output = RESULTS) -> None:
     """Train by groups, ours and TRL's in turn, so that both meet the same machine."""
     runs = []
     for seed in range(seeds):
