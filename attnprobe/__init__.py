@@ -11,13 +11,18 @@ This module is the public face. Nothing heavy is loaded with it: backends, plott
 when they are used.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from attnprobe import metrics
 from attnprobe.adapters import adapter_for, register_adapter
-from attnprobe.agreement import GroupAgreement, GroupStability, compare_groups, group_stability
-from attnprobe.attention import Attention, DenseAttention
+from attnprobe.analysis.agreement import GroupAgreement, GroupStability, compare_groups, group_stability
+from attnprobe.analysis.bootstrap import Estimate
+from attnprobe.analysis.couplings import Coupling, Couplings, couplings
+from attnprobe.analysis.knockout import knockout_divergence
+from attnprobe.analysis.perturbation import Perturbations, perturb
+from attnprobe.attention import Attention, DenseAttention, FactoredAttention
 from attnprobe.batch import TokenBatch
-from attnprobe.bootstrap import Estimate
-from attnprobe.couplings import Coupling, Couplings, couplings
 from attnprobe.errors import (
     AttnprobeError,
     BatchError,
@@ -31,12 +36,9 @@ from attnprobe.errors import (
     TrainerError,
     UnsupportedModelError,
 )
-from attnprobe.factored import FactoredAttention
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
 from attnprobe.heads import HeadGroups, classify_heads
-from attnprobe.knockout import knockout_divergence
 from attnprobe.measurement import GroupMaps, group_maps, measure
-from attnprobe.perturb import Perturbations, perturb
 from attnprobe.probe import Attachment, Probe, attach
 from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.report import Report
@@ -45,6 +47,9 @@ from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.sentences import sentence_ids
 from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
+
+if TYPE_CHECKING:
+    from attnprobe import models, rl, testing
 
 __all__ = [
     "Attachment",
@@ -90,9 +95,19 @@ __all__ = [
     "knockout_divergence",
     "measure",
     "metrics",
+    "models",
     "perturb",
     "register_adapter",
+    "rl",
     "score_tokens",
     "sentence_ids",
     "suppress_attention",
+    "testing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the packages that not everyone needs when they are first asked for."""
+    if name in ("models", "rl", "testing"):
+        return importlib.import_module(f"attnprobe.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.errors import AttnprobeError, BatchError, ParameterError
-from attnprobe.probe import Layers, resolve_layers
 from attnprobe.version import __version__
 
 app = typer.Typer(

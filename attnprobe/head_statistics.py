@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnprobe import metrics
 from attnprobe.adapters.base import Value
-from attnprobe.attention import Attention
+from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.metrics import Horizon

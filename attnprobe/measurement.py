@@ -18,14 +18,14 @@ from torch import Tensor
 
 from attnprobe import metrics
 from attnprobe.adapters import Adapter, adapter_for
-from attnprobe.adapters.base import Value
-from attnprobe.attention import Attention
+from attnprobe.adapters.base import Layers, Value, resolve_layers
+from attnprobe.attention.operator import Attention
 from attnprobe.batch import RowLayout, TokenBatch
 from attnprobe.errors import BatchError, ParameterError
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe, ReceiverLevel
 from attnprobe.heads import HeadGroups
 from attnprobe.metrics import Horizon
-from attnprobe.probe import Layers, Probe, attach, resolve_layers
+from attnprobe.probe import Probe, attach
 from attnprobe.progress import Advance, progress_bar
 from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.sentences import sentence_ids

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.attention import Attention, DenseAttention
+from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
 
 Horizon = tuple[int, int | None]

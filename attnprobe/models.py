@@ -168,12 +168,19 @@ def generate_response(
     finally:
         torch.random.set_rng_state(state)
     answer: list[int] = output[0, len(prompt) :].tolist()
-    ends = loaded.model.generation_config.eos_token_id
-    if answer and answer[-1] in (ends if isinstance(ends, list) else [ends]):
+    if answer and answer[-1] in end_tokens(loaded.model):
         answer.pop()
     if not answer:
         raise BatchError(f"{loaded.name} answered with nothing: change the prompt or the temperature")
     return answer
+
+
+def end_tokens(model: Any) -> set[int]:
+    """Return the tokens that end a text."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ends is None:
+        return set()
+    return set(ends if isinstance(ends, list) else [ends])
 
 
 class _Counting:

@@ -14,17 +14,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnprobe.adapters import LAYER_SITES, SITES, Adapter, adapter_for
-from attnprobe.adapters.base import Value
+from attnprobe.adapters.base import Layers, Value, resolve_layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import IncompleteRunError, InterventionError, ParameterError, UnsupportedModelError
-
-Layers = Literal["all", "middle"] | Sequence[int]
 
 
 class Probe:
@@ -119,39 +117,6 @@ def attach(
     run = _Run(adapter, probes, chosen, sites, response_mask)
     with adapter.observed(run, sorted(sites), chosen):
         yield Attachment(adapter, chosen)
-
-
-def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
-    """Return layer numbers for "all", "middle" or a list of them, ascending.
-
-    "middle" is the paper's training choice: five layers, evenly spaced from floor(L/3) to floor(2L/3),
-    of the layers that have attention.
-
-    Raises:
-        ParameterError: layers that the model does not have, or none.
-    """
-    available = adapter.layers
-    if isinstance(layers, str):
-        if layers == "all":
-            return available
-        if layers == "middle":
-            first, last = len(available) // 3, 2 * len(available) // 3
-            last = min(last, len(available) - 1)
-            steps = (first + round(i * (last - first) / 4) for i in range(5))
-            return tuple(sorted({available[step] for step in steps}))
-        raise ParameterError(f'layers is "all", "middle" or a list of numbers, got {layers!r}')
-    chosen = sorted(set(layers))
-    if not chosen:
-        raise ParameterError("layers is empty: choose at least one layer")
-    wrong = [layer for layer in chosen if layer not in available]
-    if wrong:
-        without = [layer for layer in wrong if layer in adapter.skipped_layers]
-        note = f"; layers {without} have no attention" if without else ""
-        raise ParameterError(
-            f"layers {wrong} cannot be read in {adapter.model_name}, which has attention in "
-            f"layers {available[0]}..{available[-1]} ({len(available)} in all){note}"
-        )
-    return tuple(chosen)
 
 
 class _Run:

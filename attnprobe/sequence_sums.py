@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe import metrics
-from attnprobe.attention import Attention
+from attnprobe.attention.operator import Attention
 from attnprobe.errors import PatternError
 from attnprobe.metrics import Horizon
 

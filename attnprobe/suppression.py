@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,80 +18,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attnprobe.adapters import adapter_for
+from attnprobe.adapters.base import Layers, Suppression, resolve_layers
 from attnprobe.errors import ParameterError
-from attnprobe.probe import Layers, resolve_layers
-
-
-@dataclass(frozen=True)
-class Suppression:
-    """Which pairs of a query and a key are suppressed, in which heads of which layers.
-
-    Attributes:
-        heads: by layer, the heads; None for all.
-        pairs: `[pair, 2]`, columns of a query and a key, in every row.
-        queries, keys: `[batch or 1, column]`, True where a column takes part; columns beyond the last
-            do not. None: all queries; no keys.
-        everything: whether the heads see nothing at all.
-    """
-
-    heads: Mapping[int, tuple[int, ...] | None]
-    pairs: Int[Tensor, "pair 2"] | None
-    queries: Bool[Tensor, "#batch asking"] | None
-    keys: Bool[Tensor, "#batch column"] | None
-    everything: bool
-
-    def removed(
-        self,
-        layer: int,
-        batch_size: int,
-        head_count: int,
-        queries: Int[Tensor, " query"],
-        keys: Int[Tensor, " key"],
-    ) -> Bool[Tensor, "#batch #head query key"]:
-        """Return True where a query of a layer's attention call is not to see a key.
-
-        Args:
-            layer: the layer's number.
-            batch_size, head_count: of the call.
-            queries, keys: the columns of the sequence that they stand for.
-
-        Raises:
-            ParameterError: heads or rows that the call does not have.
-        """
-        device = queries.device
-        removed = torch.zeros(1, len(queries), len(keys), dtype=torch.bool, device=device)
-        if self.everything:
-            removed = ~removed
-        if self.pairs is not None:
-            pairs = self.pairs.to(device)
-            at_query = (pairs[:, 0, None] == queries).float()
-            at_key = (pairs[:, 1, None] == keys).float()
-            removed = removed | (at_query.T @ at_key > 0)
-        if self.keys is not None:
-            chosen = _at(self.keys, keys)[:, None, :]
-            asking = torch.ones(1, len(queries), dtype=torch.bool, device=device)
-            if self.queries is not None:
-                asking = _at(self.queries, queries)
-            # A token's attention to itself is left alone: the question is what others read from it.
-            removed = removed | (chosen & asking[..., None] & (queries[:, None] > keys))
-        if removed.shape[0] not in (1, batch_size):
-            raise ParameterError(
-                f"queries and keys were given for {removed.shape[0]} rows, but the model runs {batch_size}"
-            )
-        heads = self.heads[layer]
-        if heads is None:
-            return removed[:, None]
-        if max(heads) >= head_count:
-            raise ParameterError(f"layer {layer} has heads 0..{head_count - 1}, got {list(heads)}")
-        chosen_heads = torch.zeros(head_count, dtype=torch.bool, device=device)
-        chosen_heads[list(heads)] = True
-        return removed[:, None] & chosen_heads[:, None, None]
-
-
-def _at(mask: Tensor, columns: Tensor) -> Bool[Tensor, "#batch column"]:
-    """Return a mask at columns, some of which may lie beyond its end, where it is False."""
-    inside = columns < mask.shape[1]
-    return mask.to(columns.device)[:, columns.clamp(max=mask.shape[1] - 1)] & inside
 
 
 @contextmanager

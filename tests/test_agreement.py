@@ -18,8 +18,8 @@ from attnprobe import (
     compare_groups,
     group_stability,
 )
-from attnprobe.agreement import rank_correlation
-from attnprobe.bootstrap import Estimate, bootstrap_weights, percentile_estimate, ratio_estimate
+from attnprobe.analysis.agreement import rank_correlation
+from attnprobe.analysis.bootstrap import Estimate, bootstrap_weights, percentile_estimate, ratio_estimate
 from attnprobe.heads import group_heads
 
 NAN = math.nan

@@ -7,7 +7,7 @@ import torch
 
 import attnprobe
 from attnprobe.adapters.transformers import TransformersAdapter
-from attnprobe.attention import DenseAttention
+from attnprobe.attention.operator import DenseAttention
 from attnprobe.errors import IncompleteRunError
 from attnprobe.testing.backends import in_transformers
 from attnprobe.testing.conformance import check_conformance, conformance_test

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnprobe import Couplings, ParameterError, ResultError, TokenScores, couplings
-from attnprobe.couplings import NAMES, described_by_prediction
+from attnprobe.analysis.couplings import NAMES, described_by_prediction
 from attnprobe.rhythm import find_peaks, top_quantile
 from attnprobe.storage import save_result
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnprobe import DenseAttention, FactoredAttention, PatternError
-from attnprobe.attention import Attention
+from attnprobe.attention.kernels import listen
+from attnprobe.attention.masks import CausalMask
+from attnprobe.attention.operator import Attention
 from attnprobe.errors import ParameterError
-from attnprobe.flash import listen
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import CallInputs, call_inputs, patterns
-from attnprobe.visibility import Visibility
 
 
 def factored(inputs: CallInputs) -> FactoredAttention:
@@ -191,7 +191,7 @@ def test_usual_masks_are_intervals(kind: str) -> None:
         "packed": (s <= t) & (t // 5 == s // 5),
         "chunked": (s <= t) & (t // 4 == s // 4),
     }[kind]
-    visibility = Visibility.from_mask(seen[None, None])
+    visibility = CausalMask.from_mask(seen[None, None])
     assert visibility.exact is None
     whole = slice(0, tokens)
     assert torch.equal(visibility.block(whole, whole)[0, 0], seen)
@@ -199,8 +199,8 @@ def test_usual_masks_are_intervals(kind: str) -> None:
 
 def test_a_plain_causal_mask_is_recognised() -> None:
     """An explicit causal mask takes the same fast path as none."""
-    assert Visibility.from_mask(torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()).plain
-    assert Visibility.from_mask(torch.ones(1, 1, 2, 5, dtype=torch.bool).tril(3)).plain
+    assert CausalMask.from_mask(torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()).plain
+    assert CausalMask.from_mask(torch.ones(1, 1, 2, 5, dtype=torch.bool).tril(3)).plain
 
 
 @pytest.mark.parametrize(

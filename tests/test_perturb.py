@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import attnprobe
 from attnprobe import ParameterError, ResultError, TokenBatch, TokenScores, UnsupportedModelError
-from attnprobe.content_words import FUNCTION_WORDS, content_overlap, content_words
-from attnprobe.perturb import Perturbations, Rollout, Trial, choose_positions, perturb
-from attnprobe.rollout import force_tokens
+from attnprobe.analysis.content_words import FUNCTION_WORDS, content_overlap, content_words
+from attnprobe.analysis.forced_tokens import force_tokens
+from attnprobe.analysis.perturbation import Perturbations, Rollout, Trial, choose_positions, perturb
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 NAN = math.nan

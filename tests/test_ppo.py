@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from attnprobe import ParameterError, UnsupportedModelError
 from attnprobe.rl import PPO, PPOConfig
-from attnprobe.rl.actor_critic import ActorCritic
-from attnprobe.rl.ppo import (
+from attnprobe.rl.ppo.actor_critic import ActorCritic
+from attnprobe.rl.ppo.algorithm import (
     generalized_advantages,
     group_advantages,
     policy_loss,

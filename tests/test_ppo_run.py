@@ -25,8 +25,8 @@ from attnprobe.rl import (
     RandomCredit,
     RolloutCredit,
 )
-from attnprobe.rl.ppo import roll_out
-from attnprobe.rl.run_folder import finish_step_on_interrupt
+from attnprobe.rl.ppo.algorithm import roll_out
+from attnprobe.rl.ppo.run_folder import finish_step_on_interrupt
 from attnprobe.testing.tiny_models import tiny_model
 
 PROBLEMS = [{"prompt_ids": [number, *range(number % 4)], "number": number} for number in range(1, 11)]

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from attnprobe.attention import key_positions
+from attnprobe.attention.factored import FactoredAttention
+from attnprobe.attention.kernels import FlashResult, listen
+from attnprobe.attention.masks import CausalMask, split_mask
+from attnprobe.attention.operator import key_positions
 from attnprobe.errors import IncompleteRunError, UnsupportedModelError
-from attnprobe.factored import FactoredAttention
-from attnprobe.flash import FlashResult, listen
-from attnprobe.visibility import Visibility, split_mask
 
 _PREFIX = "attnprobe_"
 
@@ -241,13 +241,13 @@ class MaskMemory:
     """What the mask of a forward pass says: one serves all layers of its kind."""
 
     def __init__(self) -> None:
-        self._known: tuple[Tensor, int, Visibility, Tensor | None] | None = None
+        self._known: tuple[Tensor, int, CausalMask, Tensor | None] | None = None
 
-    def read(self, mask: Tensor, key_count: int) -> tuple[Visibility, Tensor | None]:
+    def read(self, mask: Tensor, key_count: int) -> tuple[CausalMask, Tensor | None]:
         """Return which keys a mask lets each query see, and what it adds to the scores."""
         if self._known is None or self._known[0] is not mask or self._known[1] != key_count:
             seen, bias = split_mask(mask[..., :key_count])
-            self._known = (mask, key_count, Visibility.from_mask(seen), bias)
+            self._known = (mask, key_count, CausalMask.from_mask(seen), bias)
         return self._known[2:]
 
 

@@ -12,18 +12,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.attention import Attention
+from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from attnprobe.suppression import Suppression
+from attnprobe.errors import ParameterError, UnsupportedModelError
 
 LAYER_SITES = ("layer_input", "attention", "attention_output", "mlp_output", "layer_output")
 """The sites that every layer has; all but `attention` are tensors `[batch, token, d_model]`."""
@@ -40,6 +38,8 @@ SITES = (*LAYER_SITES, "logits")
 """
 
 Value = Attention | Tensor
+
+Layers = Literal["all", "middle"] | Sequence[int]
 
 
 @runtime_checkable
@@ -126,3 +126,108 @@ class Adapter(ABC):
             UnsupportedModelError: the backend cannot.
         """
         raise UnsupportedModelError(f"the {self.backend} adapter cannot suppress attention")
+
+
+def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
+    """Return layer numbers for "all", "middle" or a list of them, ascending.
+
+    "middle" is the paper's training choice: five layers, evenly spaced from floor(L/3) to floor(2L/3),
+    of the layers that have attention.
+
+    Raises:
+        ParameterError: layers that the model does not have, or none.
+    """
+    available = adapter.layers
+    if isinstance(layers, str):
+        if layers == "all":
+            return available
+        if layers == "middle":
+            first, last = len(available) // 3, 2 * len(available) // 3
+            last = min(last, len(available) - 1)
+            steps = (first + round(i * (last - first) / 4) for i in range(5))
+            return tuple(sorted({available[step] for step in steps}))
+        raise ParameterError(f'layers is "all", "middle" or a list of numbers, got {layers!r}')
+    chosen = sorted(set(layers))
+    if not chosen:
+        raise ParameterError("layers is empty: choose at least one layer")
+    wrong = [layer for layer in chosen if layer not in available]
+    if wrong:
+        without = [layer for layer in wrong if layer in adapter.skipped_layers]
+        note = f"; layers {without} have no attention" if without else ""
+        raise ParameterError(
+            f"layers {wrong} cannot be read in {adapter.model_name}, which has attention in "
+            f"layers {available[0]}..{available[-1]} ({len(available)} in all){note}"
+        )
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """Which pairs of a query and a key are suppressed, in which heads of which layers.
+
+    Attributes:
+        heads: by layer, the heads; None for all.
+        pairs: `[pair, 2]`, columns of a query and a key, in every row.
+        queries, keys: `[batch or 1, column]`, True where a column takes part; columns beyond the last
+            do not. None: all queries; no keys.
+        everything: whether the heads see nothing at all.
+    """
+
+    heads: Mapping[int, tuple[int, ...] | None]
+    pairs: Int[Tensor, "pair 2"] | None
+    queries: Bool[Tensor, "#batch asking"] | None
+    keys: Bool[Tensor, "#batch column"] | None
+    everything: bool
+
+    def removed(
+        self,
+        layer: int,
+        batch_size: int,
+        head_count: int,
+        queries: Int[Tensor, " query"],
+        keys: Int[Tensor, " key"],
+    ) -> Bool[Tensor, "#batch #head query key"]:
+        """Return True where a query of a layer's attention call is not to see a key.
+
+        Args:
+            layer: the layer's number.
+            batch_size, head_count: of the call.
+            queries, keys: the columns of the sequence that they stand for.
+
+        Raises:
+            ParameterError: heads or rows that the call does not have.
+        """
+        device = queries.device
+        removed = torch.zeros(1, len(queries), len(keys), dtype=torch.bool, device=device)
+        if self.everything:
+            removed = ~removed
+        if self.pairs is not None:
+            pairs = self.pairs.to(device)
+            at_query = (pairs[:, 0, None] == queries).float()
+            at_key = (pairs[:, 1, None] == keys).float()
+            removed = removed | (at_query.T @ at_key > 0)
+        if self.keys is not None:
+            chosen = _at(self.keys, keys)[:, None, :]
+            asking = torch.ones(1, len(queries), dtype=torch.bool, device=device)
+            if self.queries is not None:
+                asking = _at(self.queries, queries)
+            # A token's attention to itself is left alone: the question is what others read from it.
+            removed = removed | (chosen & asking[..., None] & (queries[:, None] > keys))
+        if removed.shape[0] not in (1, batch_size):
+            raise ParameterError(
+                f"queries and keys were given for {removed.shape[0]} rows, but the model runs {batch_size}"
+            )
+        heads = self.heads[layer]
+        if heads is None:
+            return removed[:, None]
+        if max(heads) >= head_count:
+            raise ParameterError(f"layer {layer} has heads 0..{head_count - 1}, got {list(heads)}")
+        chosen_heads = torch.zeros(head_count, dtype=torch.bool, device=device)
+        chosen_heads[list(heads)] = True
+        return removed[:, None] & chosen_heads[:, None, None]
+
+
+def _at(mask: Tensor, columns: Tensor) -> Bool[Tensor, "#batch column"]:
+    """Return a mask at columns, some of which may lie beyond its end, where it is False."""
+    inside = columns < mask.shape[1]
+    return mask.to(columns.device)[:, columns.clamp(max=mask.shape[1] - 1)] & inside

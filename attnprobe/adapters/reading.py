@@ -31,7 +31,7 @@ from attnprobe.adapters.attention_call import (
     reads_calls,
 )
 from attnprobe.adapters.base import Observer
-from attnprobe.attention import DenseAttention
+from attnprobe.attention.operator import DenseAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
 

@@ -29,11 +29,10 @@ from attnprobe.adapters.attention_call import (
     suppresses_calls,
     watched_implementation,
 )
-from attnprobe.adapters.base import Adapter, Observer
+from attnprobe.adapters.base import Adapter, Observer, Suppression
 from attnprobe.adapters.reading import ForwardWatch, LastLayerSeen, Reading, computes_layers_again
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
-from attnprobe.suppression import Suppression
 
 
 class TransformersAdapter(Adapter):

@@ -26,14 +26,12 @@ from attnprobe.rl.credit import (
     credit_of,
     needs_of,
 )
-from attnprobe.rl.ppo import PPO
-from attnprobe.rl.ppo_config import PPOConfig
+from attnprobe.rl.ppo import PPO, PPOConfig
 from attnprobe.rl.rollout_credit import RolloutCredit
 from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
 
 if TYPE_CHECKING:
-    from attnprobe.rl.lifecycle import CreditCallback
-    from attnprobe.rl.trl import CreditHandle, CreditMixin, attach_credit
+    from attnprobe.rl.trl import CreditCallback, CreditHandle, CreditMixin, attach_credit
 
 __all__ = [
     "PPO",
@@ -61,7 +59,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "CreditCallback": "attnprobe.rl.lifecycle",
+    "CreditCallback": "attnprobe.rl.trl",
     "CreditHandle": "attnprobe.rl.trl",
     "CreditMixin": "attnprobe.rl.trl",
     "attach_credit": "attnprobe.rl.trl",

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from attnprobe.adapters import adapter_for
+from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.heads import HeadGroups
-from attnprobe.probe import Layers, resolve_layers
 
 
 class HeadGrouping:

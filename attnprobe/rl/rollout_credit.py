@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnprobe.adapters.base import Layers
 from attnprobe.errors import ParameterError
 from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.metrics import Horizon, check_horizon, check_window
-from attnprobe.probe import Layers
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import HeadGrouping, choose_layers
 from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout

@@ -8,6 +8,7 @@ time, and no further than the last layer of interest. What is left to others: wh
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +17,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe.adapters import adapter_for
+from attnprobe.adapters.base import Layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import BatchError, ResultError
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
 from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.measurement import measure
 from attnprobe.metrics import Horizon
-from attnprobe.probe import Layers, attach
+from attnprobe.probe import attach
 from attnprobe.rl.advantage import response_mask_of
 from attnprobe.scores import TokenScores, score_tokens
 
@@ -169,6 +171,16 @@ def score_rollout(
         entropy=None if entropy is None else entropy.to(mask.device),
         response_mask=mask,
     )
+
+
+def bare_policy(policy: Any) -> Any:
+    """Return a policy without what `torch.compile` and PEFT have wrapped around it."""
+    policy = getattr(policy, "_orig_mod", policy)
+    peft = sys.modules.get("peft")
+    if peft is not None and isinstance(policy, peft.PeftModel):
+        # Its adapters live in the layers of the base model.
+        return policy.get_base_model()
+    return policy
 
 
 @torch.no_grad()

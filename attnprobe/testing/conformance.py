@@ -24,7 +24,7 @@ from torch import Tensor
 from attnprobe import metrics
 from attnprobe.adapters import LAYER_SITES, adapter_for
 from attnprobe.adapters.base import Value
-from attnprobe.attention import Attention
+from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import UnsupportedModelError
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from attnprobe.adapters import adapter_for
 from attnprobe.adapters.base import Value
+from attnprobe.attention.factored import FactoredAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import IncompleteRunError, UnsupportedModelError
-from attnprobe.factored import FactoredAttention
 from attnprobe.measurement import measure
 from attnprobe.probe import Probe, attach
 from attnprobe.suppression import suppress_attention

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 import attnprobe
+from attnprobe.analysis.perturbation import perturb
 from attnprobe.models import LoadedModel, load_model
-from attnprobe.perturb import perturb
 from experiments.rhythm import document, figures, generate, measure, problems, suppress, tables
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ from typing import Any
 import pandas
 
 import attnprobe
-from attnprobe.couplings import NAMES
+from attnprobe.analysis.couplings import NAMES
 
 PAPER = {
     "entropy_at_preplans": {"random": 0.2386, "observed": 0.3608, "lift": 0.5197},

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import attnprobe
+from attnprobe.analysis.perturbation import choose_positions
 from attnprobe.models import LoadedModel
-from attnprobe.perturb import choose_positions
 from attnprobe.progress import progress_bar
 from experiments.rhythm.measure import batch_of
 from experiments.rhythm.records import append_record, read_records

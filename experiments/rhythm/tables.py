@@ -14,10 +14,10 @@ import torch
 
 import attnprobe
 from attnprobe import metrics
-from attnprobe.agreement import rank_correlation
-from attnprobe.bootstrap import bootstrap_weights, percentile_estimate, ratio_estimate
-from attnprobe.couplings import NAMES
-from attnprobe.probe import resolve_layers
+from attnprobe.adapters.base import resolve_layers
+from attnprobe.analysis.agreement import rank_correlation
+from attnprobe.analysis.bootstrap import bootstrap_weights, percentile_estimate, ratio_estimate
+from attnprobe.analysis.couplings import NAMES
 from experiments.rhythm.measure import Measured
 
 

@@ -6,7 +6,7 @@ matrix: `attend` (`A @ F`), `receive` (`A.T @ G`), `band` (the diagonals near th
 (chosen rows, for pictures). Metrics are written once, against these questions.
 
 `DenseAttention` answers them from a pattern that is already there; it is short, obvious, and the
-oracle for `attnprobe.factored.FactoredAttention`, which answers them from the query and key without
+oracle for `attnprobe.attention.factored.FactoredAttention`, which answers them from the query and key without
 ever storing a map. What is left to others: where the pattern or the inputs come from (adapters), and
 what the answers mean (metrics).
 """

@@ -22,19 +22,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe import metrics
+from attnprobe.adapters.base import Layers
 from attnprobe.errors import ParameterError, TrainerError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.metrics import Horizon
-from attnprobe.probe import Layers
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import credit_weights
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import choose_layers
-from attnprobe.rl.lifecycle import CreditCallback
-from attnprobe.rl.routes import ROUTES, Through, choose_route
 from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
-from attnprobe.rl.trainers import (
+from attnprobe.rl.trl.callback import CreditCallback
+from attnprobe.rl.trl.routes import ROUTES, Through, choose_route
+from attnprobe.rl.trl.trainers import (
     HANDLE,
     check_trainer,
     is_sharded,

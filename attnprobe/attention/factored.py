@@ -23,10 +23,10 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.attention import Attention, reduction_dtype
+from attnprobe.attention.kernels import flash_attention
+from attnprobe.attention.masks import CausalMask, split_mask
+from attnprobe.attention.operator import Attention, reduction_dtype
 from attnprobe.errors import PatternError
-from attnprobe.flash import flash_attention
-from attnprobe.visibility import Visibility, split_mask
 
 # What one block of scores over all keys may hold: far below one layer's activations.
 _BLOCK_BYTES = 32 * 2**20
@@ -82,7 +82,7 @@ class FactoredAttention(Attention):
         softcap: float | None = None,
         sinks: Tensor | None = None,
         bias: Tensor | None = None,
-        visibility: Visibility | None = None,
+        visibility: CausalMask | None = None,
         log_sum_exp: Float[Tensor, "batch head query"] | None = None,
         mean_position: Float[Tensor, "batch head query"] | None = None,
         key_start: int = 0,
@@ -115,7 +115,7 @@ class FactoredAttention(Attention):
         if mask is not None:
             self._check_pairs(mask, "mask")
             seen, mask_bias = split_mask(mask.detach())
-            visibility = Visibility.from_mask(seen)
+            visibility = CausalMask.from_mask(seen)
             if mask_bias is not None:
                 self._bias = mask_bias if self._bias is None else self._bias + mask_bias
         self._visibility = visibility or self._causal_visibility(window, key_mask)
@@ -137,18 +137,18 @@ class FactoredAttention(Attention):
                 f"got {list(tensor.shape)}"
             )
 
-    def _causal_visibility(self, window: int | None, key_mask: Tensor | None) -> Visibility:
+    def _causal_visibility(self, window: int | None, key_mask: Tensor | None) -> CausalMask:
         if window is not None and window < 1:
             raise PatternError(f"a sliding window holds at least one key, got {window}")
         if key_mask is None or bool(key_mask.all()):
-            return Visibility.causal(self.query_count, self.key_count, window, self.device)
+            return CausalMask.causal(self.query_count, self.key_count, window, self.device)
         if key_mask.shape != (self.batch_size, self.key_count):
             raise PatternError(
                 f"expected key_mask [batch={self.batch_size}, key={self.key_count}], "
                 f"got {list(key_mask.shape)}"
             )
         kept = key_mask.to(device=self.device, dtype=torch.bool)
-        return Visibility.from_key_mask(kept, self.query_count, window)
+        return CausalMask.from_key_mask(kept, self.query_count, window)
 
     def key_fingerprint(self) -> Float[Tensor, "batch key"]:
         """Return the sum of each key's numbers: the same again while its cache row stays in place."""

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from attnprobe.analysis.bootstrap import Estimate, ratio_estimate
+from attnprobe.analysis.content_words import content_overlap
+from attnprobe.analysis.forced_tokens import check_generates, force_tokens
 from attnprobe.batch import TokenBatch
-from attnprobe.bootstrap import Estimate, ratio_estimate
-from attnprobe.content_words import content_overlap
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.progress import progress_bar
-from attnprobe.rollout import check_generates, force_tokens
 from attnprobe.scores import TokenScores
 from attnprobe.storage import check_writable, import_pandas, library_versions, write_atomically
 

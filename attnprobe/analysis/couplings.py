@@ -17,7 +17,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnprobe.bootstrap import Estimate, bootstrap_weights, divide, percentile_estimate, ratio_estimate
+from attnprobe.analysis.bootstrap import (
+    Estimate,
+    bootstrap_weights,
+    divide,
+    percentile_estimate,
+    ratio_estimate,
+)
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.rhythm import find_peaks, top_quantile
 from attnprobe.scores import TokenScores

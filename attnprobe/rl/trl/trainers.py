@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.errors import MissingDependencyError, TrainerError
-from attnprobe.rl.actor_critic import bare_policy
-from attnprobe.rl.scoring import Rollout
+from attnprobe.rl.scoring import Rollout, bare_policy
 
 HANDLE = "_attnprobe_credit"
 """The attribute by which a trainer knows its credit."""

@@ -28,16 +28,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.errors import ResultError
+from attnprobe.models import end_tokens
 from attnprobe.progress import progress_bar
-from attnprobe.rl.actor_critic import ActorCritic, bare_policy
 from attnprobe.rl.advantage import apply_credit
 from attnprobe.rl.credit import Credit
-from attnprobe.rl.ppo_config import PPOConfig
-from attnprobe.rl.problems import Problem, Reward, check_problems, judge, problems_of_step
+from attnprobe.rl.ppo.actor_critic import ActorCritic
+from attnprobe.rl.ppo.config import PPOConfig
+from attnprobe.rl.ppo.problems import Problem, Reward, check_problems, judge, problems_of_step
+from attnprobe.rl.ppo.run_folder import RunFolder, finish_step_on_interrupt
 from attnprobe.rl.rollout_credit import RolloutCredit
-from attnprobe.rl.run_folder import RunFolder, finish_step_on_interrupt
-from attnprobe.rl.scoring import Rollout
-from attnprobe.rollout import end_tokens
+from attnprobe.rl.scoring import Rollout, bare_policy
 
 # ---- rollout ----------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Which keys each query may see: nearly always one interval, else any mask.
 
-Causal, left-padded, windowed, chunked and packed masks all let a query see one run of keys. `Visibility`
+Causal, left-padded, windowed, chunked and packed masks all let a query see one run of keys. `CausalMask`
 finds it, so that a block of queries meets only the keys that it can see; a mask of any other form is kept
 as it is. What is left to others: the scores of the pairs that are seen (factored).
 """
@@ -17,7 +17,7 @@ from attnprobe.errors import PatternError
 
 
 @dataclass(frozen=True)
-class Visibility:
+class CausalMask:
     """Which keys each query may see: an interval per query, less masked keys, or any mask.
 
     `first` and `last` are inclusive and `[batch or 1, query]`; `last < first` where nothing is seen.
@@ -31,22 +31,22 @@ class Visibility:
     plain: bool
 
     @staticmethod
-    def causal(query_count: int, key_count: int, window: int | None, device: torch.device) -> Visibility:
+    def causal(query_count: int, key_count: int, window: int | None, device: torch.device) -> CausalMask:
         """Return the visibility of causal attention, where a query sees `window` keys at most."""
         last = torch.arange(query_count, device=device)[None] + (key_count - query_count)
         first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
         plain = window is None or window >= key_count
-        return Visibility(first, last, None, plain)
+        return CausalMask(first, last, None, plain)
 
     @staticmethod
-    def from_mask(mask: Bool[Tensor, "#batch #head query key"]) -> Visibility:
+    def from_mask(mask: Bool[Tensor, "#batch #head query key"]) -> CausalMask:
         """Return the visibility that a boolean mask (True: may see) describes.
 
         Raises:
             PatternError: a mask that lets a query see later keys.
         """
         query_count, key_count = mask.shape[-2:]
-        causal = Visibility.causal(query_count, key_count, None, mask.device)
+        causal = CausalMask.causal(query_count, key_count, None, mask.device)
         if mask.shape[1] > 1 and bool((mask == mask[:, :1]).all()):
             mask = mask[:, :1]
         if mask.shape[1] == 1:
@@ -64,26 +64,26 @@ class Visibility:
                         "the mask lets a query see later keys: attnprobe reads causal attention only"
                     )
                 plain = bool((first == 0).all()) and bool((last == causal.last).all())
-                return Visibility(first, last, None, plain)
+                return CausalMask(first, last, None, plain)
         if bool(mask.triu(key_count - query_count + 1).any()):
             raise PatternError("the mask lets a query see later keys: attnprobe reads causal attention only")
-        return Visibility(causal.first, causal.last, mask, plain=False)
+        return CausalMask(causal.first, causal.last, mask, plain=False)
 
     @staticmethod
     def from_key_mask(
         kept: Bool[Tensor, "batch key"], query_count: int, window: int | None = None
-    ) -> Visibility:
+    ) -> CausalMask:
         """Return the visibility of causal attention that skips keys (False: padding)."""
         key_count = kept.shape[1]
-        causal = Visibility.causal(query_count, key_count, window, kept.device)
+        causal = CausalMask.causal(query_count, key_count, window, kept.device)
         start = kept.byte().argmax(-1, keepdim=True)
         stop = key_count - 1 - kept.flip(-1).byte().argmax(-1, keepdim=True)
         stop = stop.masked_fill(~kept.any(-1, keepdim=True), -1)
         if bool((kept.sum(-1, keepdim=True) == (stop - start + 1)).all()):
             first, last = torch.maximum(causal.first, start), torch.minimum(causal.last, stop)
-            return Visibility(first, last, None, plain=False)
+            return CausalMask(first, last, None, plain=False)
         every = causal.block(slice(0, query_count), slice(0, key_count))
-        return Visibility(causal.first, causal.last, every & kept[:, None, None], plain=False)
+        return CausalMask(causal.first, causal.last, every & kept[:, None, None], plain=False)
 
     def block(self, queries: slice | Tensor, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
         """Return the mask of one block."""

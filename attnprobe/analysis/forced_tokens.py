@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from attnprobe.errors import ParameterError, UnsupportedModelError
+from attnprobe.models import end_tokens
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,3 @@ def _greedy(model: Any, max_new_tokens: int) -> Any:
         eos_token_id=ends or None,
         pad_token_id=ends[0] if ends else 0,
     )
-
-
-def end_tokens(model: Any) -> set[int]:
-    """Return the tokens that end a text."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None:
-        return set()
-    return set(ends if isinstance(ends, list) else [ends])

@@ -6,13 +6,13 @@ What is left to others: sampling, advantages, losses (ppo).
 from __future__ import annotations
 
 import inspect
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from attnprobe.errors import ParameterError, UnsupportedModelError
+from attnprobe.rl.scoring import bare_policy
 
 
 class ActorCritic(torch.nn.Module):
@@ -85,13 +85,3 @@ class ActorCritic(torch.nn.Module):
             )
         values = self.value_head(read[0][:, -keep:].float())[..., 0]
         return output.logits[:, -keep:].float(), values, cache
-
-
-def bare_policy(policy: Any) -> Any:
-    """Return a policy without what `torch.compile` and PEFT have wrapped around it."""
-    policy = getattr(policy, "_orig_mod", policy)
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(policy, peft.PeftModel):
-        # Its adapters live in the layers of the base model.
-        return policy.get_base_model()
-    return policy

@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe.adapters import Adapter, adapter_for
+from attnprobe.adapters.base import Layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError
 from attnprobe.metrics import Horizon, check_horizon
-from attnprobe.probe import Layers
 from attnprobe.progress import progress_bar
 from attnprobe.suppression import suppress_attention
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.bootstrap import Estimate, bootstrap_weights, divide, percentile_estimate
+from attnprobe.analysis.bootstrap import Estimate, bootstrap_weights, divide, percentile_estimate
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import Group, HeadGroups, group_heads

@@ -1,0 +1,27 @@
+"""The reference PPO: `algorithm` reads from top to bottom; the other rooms hold what it is given."""
+
+from attnprobe.rl.ppo.algorithm import (
+    PPO,
+    Episodes,
+    generalized_advantages,
+    group_advantages,
+    policy_loss,
+    roll_out,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from attnprobe.rl.ppo.config import PPOConfig
+
+__all__ = [
+    "PPO",
+    "Episodes",
+    "PPOConfig",
+    "generalized_advantages",
+    "group_advantages",
+    "policy_loss",
+    "roll_out",
+    "token_rewards",
+    "value_loss",
+    "whiten",
+]
