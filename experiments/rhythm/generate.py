@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnprobe.batch import chat_prompt_ids
+from attnprobe.texts import chat_prompt_ids
 from attnprobe.models import LoadedModel
 from attnprobe.progress import progress_bar
 from experiments.rhythm.problems import Problem, is_right
