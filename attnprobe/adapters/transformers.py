@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from attnprobe.adapters.attention_call import (
     suppresses_calls,
     watched_implementation,
 )
-from attnprobe.adapters.base import Adapter, Observer, Suppression
+from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
 from attnprobe.adapters.reading import ForwardWatch, LastLayerSeen, Reading, computes_layers_again
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
@@ -49,9 +48,7 @@ class TransformersAdapter(Adapter):
         text_config = config.get_text_config(decoder=True)
         self.model = model
         self.family = type(model).__name__
-        name = getattr(config, "_name_or_path", "") or self.family
-        # A folder's path says where the model lies on this machine, not which model it is.
-        self.model_name = Path(name).name if Path(name).is_absolute() else name
+        self.model_name = display_name(model)
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
                 f"{self.family} is an encoder-decoder model: attnprobe reads decoder-only causal models"
@@ -136,23 +133,19 @@ class TransformersAdapter(Adapter):
         keeps = "logits_to_keep" in accepted
         if keeps:
             arguments["logits_to_keep"] = 1 if logits_at is None else logits_at.to(self.device)
-        was_training = [module for module in self._all_modules() if module.training]
-        for module in was_training:
-            module.training = False
         reading = None if self._last_reading is None else self._last_reading[0]
         if reading is not None:
             reading.is_own_pass = True
         try:
-            if logits_at is None:
-                self._run_to_last_layer(arguments)
-                return None
-            logits = self._logits(arguments)
-            return logits if keeps else logits[:, logits_at.to(logits.device)]
+            with evaluation_mode(self._all_modules()):
+                if logits_at is None:
+                    self._run_to_last_layer(arguments)
+                    return None
+                logits = self._logits(arguments)
+                return logits if keeps else logits[:, logits_at.to(logits.device)]
         finally:
             if reading is not None:
                 reading.is_own_pass = False
-            for module in was_training:
-                module.training = True
 
     def _run_to_last_layer(self, arguments: dict[str, Any]) -> None:
         """Run the model as far as its last observed layer, if there is one."""
