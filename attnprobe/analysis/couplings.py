@@ -129,7 +129,7 @@ class Couplings(Summary):
         }
 
     def _table(self) -> dict[str, Any]:
-        """Return a line for each coupling: random, observed and lift with their limits, p-value and counts."""
+        """Return a line for each coupling: random, observed, lift, their limits, p-value and counts."""
         measured = self._measured()
         of = measured.values()
         columns: dict[str, Any] = {"coupling": list(measured), "random": [each.random for each in of]}
