@@ -103,6 +103,13 @@ def run_one(backend: str, way: str, tokens: int, layers: int) -> None:
     print(json.dumps({"seconds": seconds, "mebibytes": (peak.bytes - before) / MEBIBYTE}))
 
 
+def compared(own: dict[str, float], ours: dict[str, float], unit: str) -> str:
+    """Say how many times less, or more, of something our way took than the backend's own."""
+    if ours[unit] <= own[unit]:
+        return f"{own[unit] / ours[unit]:.1f} times less"
+    return f"{ours[unit] / own[unit]:.1f} times more"
+
+
 class Peak:
     """The largest resident memory of this process while the context is open."""
 
@@ -167,11 +174,10 @@ def main() -> None:
             for way in ("usual", "measure")
         }
         own, ours = median["usual"], median["measure"]
-        less = {unit: own[unit] / ours[unit] for unit in own}
         print(f"| {backend} | {USUAL[backend]} | {own['mebibytes']:.0f} MiB | {own['seconds']:.2f} s |")
         print(
-            f"| | `attnprobe.measure` | {ours['mebibytes']:.0f} MiB, **{less['mebibytes']:.1f} times less** "
-            f"| {ours['seconds']:.2f} s, **{less['seconds']:.1f} times less** |"
+            f"| | `attnprobe.measure` | {ours['mebibytes']:.0f} MiB, **{compared(own, ours, 'mebibytes')}** "
+            f"| {ours['seconds']:.2f} s, **{compared(own, ours, 'seconds')}** |"
         )
 
 
