@@ -1,7 +1,7 @@
-"""What `attnprobe doctor` finds out: versions, backends, and attention implementations that can be read.
+"""What `attnprobe doctor` finds out: versions, backends, and which attention implementations can be read.
 
-Everything is tried, not looked up: a backend is imported, and an attention implementation runs a tiny
-model whose statistics are compared with the eager ones.
+The command line prints these tables. Everything is tried, not looked up: a backend is imported, and an
+attention implementation runs a tiny model whose statistics are compared with the eager ones.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def backend_table() -> Table:
 
 
 def implementation_table() -> tuple[Table, bool]:
-    """Return which attention implementations run and are read right, and whether any is."""
+    """Return which attention implementations run and are read correctly, and whether any is."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -72,9 +72,9 @@ def implementation_table() -> tuple[Table, bool]:
         except Exception as error:
             table.add_row(implementation, f"does not run: {escape(_first_line(error))}")
             continue
-        right = difference < 1e-3
-        any_works |= right
-        verdict = "[green]reads right[/]" if right else "[red]reads wrong[/]"
+        correct = difference < 1e-3
+        any_works |= correct
+        verdict = "[green]reads correctly[/]" if correct else "[red]misreads[/]"
         table.add_row(implementation, f"{verdict}, {difference:.1e} from eager maps")
     return table, any_works
 

@@ -3,7 +3,7 @@
     python -m benchmarks.backends                     # T = 2048, a SmolLM2-shaped model
     python -m benchmarks.backends --tokens 256 --layers 4 --repeats 1
 
-Each way runs in a process of its own, since memory once taken is seldom given back: it loads the model
+Each way runs in a process of its own, since memory that was taken is seldom returned: it loads the model
 with random weights, runs a small pass to warm up, notes the memory of the process, runs the pass, and
 reports how far the peak rose above. The ways are interleaved over the repeats, and medians are printed.
 The usual ways end with the maps of all layers at hand, from which nothing is computed yet; `measure`

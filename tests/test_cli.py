@@ -128,8 +128,8 @@ def test_doctor_tries_everything(run) -> None:
     assert code == 0
     assert "transformers" in out
     assert "eager" in out
-    assert "reads right" in out
-    assert "reads wrong" not in out
+    assert "reads correctly" in out
+    assert "misreads" not in out
 
 
 def test_version(run) -> None:

@@ -312,7 +312,7 @@ def test_a_page_without_receivers_entropy_texts_and_maps_says_so() -> None:
     results["heads"] = dataclasses.replace(results["heads"], receiver_heads=None, receiver_kurtosis=None)
     page = Page(Report(**results).html())
     assert "Entropy was not measured" in page.texts["curves"]
-    assert "No maps were given" in page.texts["maps"]
+    assert "group_maps" in page.texts["maps"]
     assert "token ids are shown" in page.texts["response"]
     assert "kurtosis" not in page.texts["local-heads"]
     names = [trace.get("name") for trace in page.figure("curves")["data"]]
@@ -427,7 +427,7 @@ def test_a_long_map_is_pooled_to_the_largest_of_each_block() -> None:
 
 def test_a_page_says_that_its_maps_are_pooled() -> None:
     page = Page(Report(**make_results(length=600), maps=make_maps(600)).html())
-    assert "each cell stands for 2 \N{MULTIPLICATION SIGN} 2 tokens" in page.texts["maps"]
+    assert "each cell covers 2 \N{MULTIPLICATION SIGN} 2 tokens" in page.texts["maps"]
     local = page.figure("maps")["data"][0]
     assert len(local["x"]) == 300
     assert local["x"][0].startswith("6-7 ")

@@ -45,7 +45,7 @@ def check_seed(seed: IntLike) -> int:
 def bootstrap_weights(
     units: IntLike, resamples: IntLike = 2000, seed: IntLike = 0
 ) -> Float[Tensor, "resample unit"]:
-    """Return how often each unit is drawn in each resample; every row sums to `units`.
+    """Return how often each unit is drawn in each resample; a resample sums to `units`.
 
     Raises:
         ParameterError: no units or no resamples.

@@ -114,7 +114,7 @@ class Couplings(Summary):
         return {name: coupling for name, coupling in found.items() if coupling is not None}
 
     def _headline(self) -> str:
-        # The alignment stands in the provenance.
+        # The provenance has the alignment.
         told = [f"{name}={value}" for name, value in self.parameters.items() if name != "align"]
         return ", ".join([*told, str(self.provenance)])
 
@@ -226,7 +226,7 @@ def couplings(
 
     Raises:
         ParameterError: an unknown alignment, definition or baseline, a quantile outside (0, 1], a negative
-            lookback, no permutations or resamples, packed rows, or no problem.
+            lookback, no permutations or resamples, packed examples, or no problem.
         ResultError: scores of different models, layers, windows, horizons or alignments.
     """
     choice(align, "align", get_args(Align))

@@ -1,8 +1,8 @@
 """Greedy continuations of a text from several forced tokens, all from one key/value cache.
 
 `perturb` calls `force_tokens` at each position that it tries. The text before the forced tokens is run once;
-its cache is copied for each of them, and they go on together as one batch. What is left to others: which
-tokens are forced where, and how texts are compared (perturbation).
+its cache is copied for each of them, and all are continued together as one batch. What is left to others:
+which tokens are forced where, and how texts are compared (perturbation).
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def check_vocabulary(model: Any, ids: Int[Tensor, "..."]) -> None:
 def force_tokens(
     model: Any, before: ArrayLike, token: IntLike, candidates: IntLike, max_new_tokens: IntLike
 ) -> ForcedTokens:
-    """Force a token and its likeliest alternatives after a text, and let the model go on greedily.
+    """Force a token and its likeliest alternatives after a text, and let the model continue greedily.
 
     Args:
         model: a transformers causal language model; it runs in evaluation mode and is left as it was.
         before: the ids of the text, without padding.
-        token: what stands after it.
+        token: the token that follows it there.
         candidates: how many others are forced, the likeliest first; no more than the vocabulary has.
         max_new_tokens: how long continuations may become.
 
@@ -114,7 +114,7 @@ def force_tokens(
 
 
 def _greedy(model: Any, max_new_tokens: int) -> Any:
-    """Return a generation config of its own: the model's may hold sampling options or penalties."""
+    """Return a fresh generation config: the model's own may hold sampling options or penalties."""
     from transformers import GenerationConfig
 
     ends = sorted(end_tokens(model))

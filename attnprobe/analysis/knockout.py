@@ -45,7 +45,7 @@ def knockout_divergence(
     that were not asked about, outside the response, and where no row lies in the horizon.
 
     What every later token reads from token s is suppressed in the layers and heads given, at whatever
-    distance: rows nearer than `low` carry on what they have read, so all of them must be kept from it.
+    distance: rows nearer than `low` pass on what they have read, so they must not read it either.
 
     Args:
         model: a model that an adapter knows.
@@ -61,7 +61,7 @@ def knockout_divergence(
     Raises:
         BatchError: ids out of the vocabulary, or sequences longer than the model's context.
         ParameterError: a mask of another shape, a horizon, layers or heads that make no sense, packed
-            rows, or a batch size below 1.
+            examples, or a batch size below 1.
         UnsupportedModelError: a model whose attention cannot be suppressed.
     """
     batch = TokenBatch.of(batch)
@@ -136,7 +136,7 @@ class _Runs:
             logits = self.adapter.forward(copies, logits_at=self.rows)
         assert logits is not None
         divergence = torch.empty(count, len(self.rows))
-        # One at a time: a vocabulary for every row is large.
+        # One key at a time: a distribution over the vocabulary for every row is large.
         for i, of_key in enumerate(logits):
             other = of_key.float().log_softmax(-1)
             divergence[i] = (self.own.exp() * (self.own - other)).sum(-1).clamp(min=0.0).cpu()

@@ -1,7 +1,7 @@
 """What happens when a token is replaced: the perturbation of Table 1 of arXiv 2510.13554v2.
 
 At a response's positions of highest and of lowest FAI, `perturb` forces the likeliest other tokens, one after
-the other, and lets the model go on greedily from each. If a token is an anchor, replacing it should change
+the other, and lets the model continue greedily from each. If a token is an anchor, replacing it should change
 more of what follows. What is left to others: FAI (scores), running the model (forced_tokens), how much two
 texts have in common (content_words), and the results with their file (trials).
 """
@@ -50,7 +50,7 @@ def perturb(
     Args:
         model: a transformers causal language model.
         tokenizer: its tokenizer: overlaps are of words.
-        batch: prompts and responses, as for `measure`; one sequence in each row.
+        batch: prompts and responses, as for `measure`, but not packed.
         scores: of that batch; positions are chosen by `scores.fai`, where it is defined.
         candidates: how many other tokens are forced at a position, the likeliest first.
         positions: how many positions of each kind a response gives; of equal FAI, the earliest.
@@ -58,13 +58,14 @@ def perturb(
         min_remaining: positions with fewer tokens after them, up to the next gap, are not chosen.
         path: a JSON-lines file to which each trial is written when it is done. Trials that it holds
             already, of the same model, parameters, text and position, are not run again: an interrupted
-            run goes on, and a batch may grow.
+            run continues, and a batch may grow.
         progress: whether to show a progress bar.
 
     Greedy continuations need no seed: the same call gives the same result.
 
     Raises:
-        ParameterError: counts below 1, packed rows, no position to choose, or something that is no tokenizer.
+        ParameterError: counts below 1, packed examples, no position to choose, or something other than a
+            tokenizer.
         BatchError: ids out of the model's vocabulary.
         ResultError: scores of another batch, or a path that holds something else or cannot be written.
         UnsupportedModelError: a model that cannot generate.
@@ -182,7 +183,7 @@ def _try(
 
 
 def _check_same_responses(batch: TokenBatch, scores: TokenScores) -> None:
-    """Check that scores are of the responses of a batch of one sequence in each row."""
+    """Check that scores are of the responses of a batch that is not packed."""
     check_unpacked(batch.segment_ids, "perturb")
     instance(scores, TokenScores, "scores", "score_tokens returns them")
     check_same_tokens(batch, scores, "the scores")

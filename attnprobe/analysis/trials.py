@@ -1,9 +1,9 @@
 """Trials: what was written after tokens of one response were replaced, and the file that trials are kept in.
 
 `perturb` makes trials and returns them as `Perturbations`, which users summarise, table, save and load. The
-file holds one JSON object a line, a header first, and grows with each trial, so that an interrupted run goes
-on where it stopped; `TrialFile` is that file while a run lasts. What is left to others: which tokens are
-replaced, and running a model (perturbation).
+file holds one JSON object a line, a header first, and grows with each trial, so that an interrupted run
+continues where it stopped; `TrialFile` is that file while a run lasts. What is left to others: which tokens
+are replaced, and running a model (perturbation).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Trial:
         digest: of the example's tokens: what tells one text from another in a file of trials.
         kind: whether the position's FAI is among the highest or the lowest.
         position: the column in the batch; None in trials of older files, which did not know it.
-        response_position: how many tokens of the response stand before it.
+        response_position: how many tokens of the response come before it.
         length: of the response, in tokens.
         fai: at the position.
         token: the id of the response's own token there.
@@ -149,8 +149,8 @@ class Perturbations(Summary):
 
         Args:
             reference: what continuations are compared with: "response", the response's own continuation;
-                or "greedy", the greedy continuation of the response's own token, which leaves out the
-                difference between greedy and sampled text.
+                or "greedy", the greedy continuation of the response's own token (the original in v2 of the
+                paper), which leaves out the difference between greedy and sampled text.
             resamples, confidence, seed: of the bootstrap over responses.
 
         Raises:

@@ -132,7 +132,7 @@ def _check_maps(batch: TokenBatch, maps: GroupMaps, example: int) -> None:
     hint = f"pass group_maps(..., example={example})"
     if not columns or not inside.issuperset(columns):
         raise ResultError(
-            f"the maps are of columns {_range(columns)}, but the response of example {example} stands in "
+            f"the maps are of columns {_range(columns)}, but the response of example {example} is in "
             f"columns {_range(sorted(inside))}: {hint}"
         )
     if maps.input_ids is None:

@@ -273,7 +273,7 @@ class Report:
         return self.maps.select(maps_entry(self.maps, self.batch, self.example), trim=True)
 
     def _map_block(self) -> int:
-        """Return how many tokens a cell of the maps stands for."""
+        """Return how many tokens a cell of the maps covers."""
         maps = self._maps_of_example()
         return 1 if maps is None else math.ceil(maps.columns.shape[1] / MOST_CELLS)
 

@@ -1,8 +1,8 @@
 """The report's figures of scores and heads: curves over the response, and a map of all heads.
 
-`curves_figure` draws WAAD, FAI and entropy over the response with their peaks (Fig. 2 of arXiv
-2510.13554v2); `heads_figure` draws the mean span of every head. Both return plotly figures. What is left to
-others: attention maps (maps), the look that all figures share (plotting), and words (the page).
+`Report` draws both. `curves_figure` draws WAAD, FAI and entropy over the response with their peaks (Fig. 2
+of arXiv 2510.13554v2); `heads_figure` draws the mean span of every head. Both return plotly figures. What is
+left to others: attention maps (maps), the look that all figures share (plotting), and words (the page).
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def curves_figure(
 
 
 def _token_axis(tokens: Sequence[ResponseToken], panels: int) -> dict[str, Any]:
-    """Return the horizontal axis, which stands below the last panel."""
+    """Return the horizontal axis, which is below the last panel."""
     return {
         "title": {"text": "token (column in the batch)"},
         "anchor": f"y{panels}" if panels > 1 else "y",

@@ -1,7 +1,7 @@
 """The report's pictures of attention: the mean maps of the local and the global heads side by side.
 
-A map of a long response is pooled before it is drawn, as a page cannot show more cells than a screen
-has dots. What is left to others: computing maps (measurement) and the shared look (plotting).
+`Report` draws them. A map of a long response is pooled before it is drawn, as a page cannot show more cells
+than a screen has dots. What is left to others: computing maps (measurement) and the shared look (plotting).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PooledMap:
 
     Attributes:
         values: the attention of each cell; NaN where the key comes after the query.
-        block: how many tokens one cell stands for, in each direction.
+        block: how many tokens one cell covers, in each direction.
     """
 
     values: Float[Tensor, "cell cell"]
@@ -131,7 +131,7 @@ def _colour_axis(low: float, high: float) -> dict[str, Any]:
 
 
 # From the tone of an empty page to nearly black, so that what is read stands out. It is the one scale
-# here that may be dark: no text stands on it.
+# here that may be dark: there is no text on it.
 _COLOURS = [
     [0.0, "#f1f3f5"],
     [0.25, "#c6dbef"],

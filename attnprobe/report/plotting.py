@@ -30,7 +30,7 @@ def import_plotly() -> Any:
 
 
 def plotly_source() -> str:
-    """Return plotly.js, fit to stand inside a script element."""
+    """Return plotly.js, safe inside a script element."""
     import_plotly()
     from plotly.offline import get_plotlyjs
 
@@ -56,7 +56,7 @@ def empty_figure(height: int) -> Any:
 
 
 def figure_json(figure: Any) -> str:
-    """Return a figure as JSON that can stand inside a script element: no `<`, `>` or `&` in it."""
+    """Return a figure as JSON that is safe inside a script element: no `<`, `>` or `&` in it."""
     text: str = figure.to_json()
     # All three occur only inside JSON strings, where an escape means the same.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,8 +1,9 @@
 """One response of a batch as a sequence of tokens, each with everything that is known about it.
 
-Results are tensors over a whole batch; a page shows one response, token by token. `read_response`
-gathers the tokens, and `coupled_pairs` the preplans and anchors that belong together. What is left to
-others: whether the results fit each other (document) and how anything looks (tokens, figures, page).
+`Report` reads its response here. Results are tensors over a whole batch; a page shows one response, token by
+token. `read_response` gathers the tokens, and `coupled_pairs` the preplans and anchors that belong together.
+What is left to others: whether the results fit each other (checks) and how anything looks (tokens, figures,
+page).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class CoupledPair:
 def read_response(
     batch: TokenBatch, scores: TokenScores, rhythm: Rhythm, example: int
 ) -> tuple[ResponseToken, ...]:
-    """Return the response tokens of one example; without texts, ids stand in for them."""
+    """Return the response tokens of one example; without texts, their ids are used."""
     columns = batch.response_mask[example].nonzero()[:, 0].tolist()
     if batch.texts is not None:
         texts = [visible(batch.texts[example][column]) for column in columns]

@@ -1,7 +1,7 @@
 """The response as text, each token's background coloured by a score (Fig. 9 of arXiv 2510.13554v2).
 
-`coloured_text` turns a response and a score into styled pieces and a legend. What is left to others:
-the markup (the page's template, which also escapes every text) and the curves (figures).
+`Report` shows it. `coloured_text` turns a response and a score into styled pieces and a legend. What is left
+to others: the markup (the page's template, which also escapes every text) and the curves (figures).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ColouredToken:
 
 @dataclass(frozen=True)
 class Legend:
-    """What the ends of the ramp stand for."""
+    """What the ends of the ramp mean."""
 
     low: str
     high: str
@@ -160,6 +160,6 @@ def format_score(value: float) -> str:
 
 
 def _pieces(text: str) -> tuple[Piece, ...]:
-    """Split a text so that line breaks stand alone: the page gives them a visible sign."""
+    """Split a text so that line breaks are pieces of their own: the page gives them a visible sign."""
     found = (part for part in _LINE_BREAKS.split(text) if part)
     return tuple(Piece(part, part[0] in "\r\n") for part in found)

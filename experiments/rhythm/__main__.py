@@ -2,7 +2,7 @@
 
     python -m experiments.rhythm
 
-Each step keeps what it has done, so that an interrupted run goes on where it stopped.
+Each step keeps what it has done, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations

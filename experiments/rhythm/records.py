@@ -1,4 +1,4 @@
-"""Records: one JSON object a line, each written as soon as it is known, so that a run can go on.
+"""Records: one JSON object a line, each written as soon as it is known, so that a run can continue.
 
 What is left to others: what a record says.
 """

@@ -34,7 +34,7 @@ def scores_for(
 ) -> attnprobe.TokenScores:
     """Return the token scores of all answers under some choices.
 
-    `per_response` ranks the heads of each answer anew; `disjoint` takes from the receivers those heads
+    `per_response` ranks the heads of each answer by itself; `disjoint` takes from the receivers those heads
     that are global too, so that the two share nothing; `sentence_receivers` finds receivers by sentence;
     `all_tokens` finds them over the last tokens too, which few rows say anything about.
     """
@@ -175,7 +175,7 @@ def _at_equal_position(perturbations: attnprobe.Perturbations, reference: str) -
     """Return highest less lowest overlap where both positions are equally far into the response.
 
     The intercept of a straight line: difference in overlap on difference in relative position. Early
-    tokens have more text after them to change, and high FAI may stand early.
+    tokens have more text after them to change, and tokens of high FAI may come early.
     """
     pairs: dict[int, dict[str, Any]] = {}
     for trial in perturbations.trials:
