@@ -381,7 +381,8 @@ def check_horizon(horizon: Any) -> Horizon:
     >>> check_horizon([10, None])
     (10, None)
     """
-    parts: Any = horizon.tolist() if isinstance(horizon, Tensor) else horizon
+    is_array = isinstance(horizon, Tensor) or type(horizon).__module__ == "numpy"
+    parts: Any = horizon.tolist() if is_array else horizon
     if isinstance(parts, list | tuple) and len(parts) == 2:
         low, high = parts
         try:

@@ -19,7 +19,17 @@ from attnprobe.batch import TokenBatch, check_unpacked, token_columns
 from attnprobe.errors import ParameterError
 from attnprobe.results import Provenance, Result, html_table
 from attnprobe.scores import TokenScores, check_same_tokens
-from attnprobe.validation import FloatLike, IntLike, as_tensor, brief, instance, real_number, whole_number
+from attnprobe.validation import (
+    ArrayLike,
+    FloatLike,
+    IntLike,
+    as_mask,
+    as_tensor,
+    brief,
+    instance,
+    real_number,
+    whole_number,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -151,9 +161,7 @@ def find_rhythm(scores: TokenScores, *, quantile: FloatLike = 0.4, lookback: Int
     )
 
 
-def top_quantile(
-    values: Float[Tensor, "batch token"], quantile: FloatLike = 0.4
-) -> Bool[Tensor, "batch token"]:
+def top_quantile(values: ArrayLike, quantile: FloatLike = 0.4) -> Bool[Tensor, "batch token"]:
     """Mark the `ceil(quantile * n)` largest of the n defined values of each row; ties: the earliest.
 
     Raises:
@@ -171,9 +179,7 @@ def top_quantile(
     return defined & (rank < _quantile_counts(values, quantile)[:, None])
 
 
-def find_peaks(
-    values: Float[Tensor, "batch token"], *, quantile: FloatLike = 0.4
-) -> Bool[Tensor, "batch token"]:
+def find_peaks(values: ArrayLike, *, quantile: FloatLike = 0.4) -> Bool[Tensor, "batch token"]:
     """Mark the peaks of each row: strict local maxima among the top quantile of defined values.
 
     A plateau that is higher than both its neighbours is one peak, at its first position. The first and
@@ -206,24 +212,25 @@ def find_peaks(
     return peaks & (values >= threshold)
 
 
-def waad_change(waad: Float[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
+def waad_change(waad: ArrayLike) -> Float[Tensor, "batch token"]:
     """Return `|WAAD[t] - WAAD[t + 1]|` (Eq. 14 of arXiv 2510.13554v2); NaN for the last token.
 
     >>> waad_change(torch.tensor([[1.0, 3.0, 2.5]]))
     tensor([[2.0000, 0.5000,    nan]])
     """
+    waad = check_values(waad)
     delta = torch.full_like(waad, torch.nan)
     delta[:, :-1] = (waad[:, :-1] - waad[:, 1:]).abs()
     return delta
 
 
 def dominated_anchors(
-    anchor: Bool[Tensor, "batch token"],
-    waad: Float[Tensor, "batch token"],
+    anchor: ArrayLike,
+    waad: ArrayLike,
     *,
     lookback: IntLike = 3,
-    waad_threshold: float | None = None,
-    delta_threshold: float | None = None,
+    waad_threshold: FloatLike | None = None,
+    delta_threshold: FloatLike | None = None,
 ) -> tuple[Bool[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
     """Mark the anchors that a chunk's opening dominates, and the tokens that opened the chunks.
 
@@ -236,9 +243,9 @@ def dominated_anchors(
     Raises:
         ParameterError: a lookback below 1, or shapes that differ.
     """
-    lookback = min(check_lookback(lookback), max(1, waad.shape[-1]))
-    if anchor.shape != waad.shape:
-        raise ParameterError(f"anchor is {list(anchor.shape)}, waad {list(waad.shape)}")
+    waad = check_values(waad)
+    anchor = as_mask(anchor, "anchor", tuple(waad.shape), device=waad.device)
+    lookback = min(check_lookback(lookback), max(1, waad.shape[1]))
     delta = waad_change(waad)
     low = _threshold(waad, waad_threshold)
     high = _threshold(delta, delta_threshold)
@@ -255,9 +262,9 @@ def dominated_anchors(
     return dominated, intro
 
 
-def _threshold(values: Float[Tensor, "batch token"], given: float | None) -> Tensor:
+def _threshold(values: Float[Tensor, "batch token"], given: FloatLike | None) -> Tensor:
     if given is not None:
-        return values.new_full((values.shape[0], 1), given)
+        return values.new_full((values.shape[0], 1), real_number(given, "a threshold"))
     # Half precision has no median.
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     return wide.nanquantile(0.5, dim=-1, keepdim=True)
@@ -308,7 +315,7 @@ def check_lookback(lookback: IntLike, minimum: int = 1) -> int:
     return whole_number(lookback, "lookback", minimum=minimum)
 
 
-def check_values(values: Tensor) -> Float[Tensor, "batch token"]:
+def check_values(values: ArrayLike) -> Float[Tensor, "batch token"]:
     """Return scores of tokens `[batch, token]`, or raise `ParameterError`."""
     values = as_tensor(values, "values")
     if values.ndim != 2 or not values.is_floating_point():
