@@ -484,8 +484,9 @@ def test_the_gate_keeps_values_and_weights_gradients() -> None:
         (torch.ones(1, 2), torch.ones(1, 3), ["weights", "[1, 2]", "[1, 3]"]),
         (torch.ones(1, 2), [[1.0, NAN]], ["weights", "nan", "[0, 1]"]),
         (torch.ones(1, 2), None, ["weights", "None"]),
-        (torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2), ["values", "floats", "int64"]),
-        ([[1.0]], [[1.0]], ["values", "floats", "[[1.0]]"]),
+        (torch.ones(1, 2), [[1.0, -2.0]], ["weights", "-2.0", "[0, 1]", "negative"]),
+        (torch.ones(1, 2).bool(), torch.ones(1, 2), ["values", "bool"]),
+        ("text", [[1.0]], ["values", "'text'"]),
     ],
 )
 def test_what_the_gate_refuses(values, weights, told, as_users_call) -> None:

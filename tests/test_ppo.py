@@ -491,6 +491,7 @@ def test_what_is_ruled_out_leaves_the_entropy_finite() -> None:
         ({"target_kl": 0.0}, ["target_kl", "0.0"]),
         ({"learning_rate": math.inf}, ["learning_rate", "inf"]),
         ({"seed": 1.5}, ["seed", "1.5"]),
+        ({"seed": -1}, ["seed", "at least 0", "-1"]),
         ({"whiten": "yes"}, ["whiten", "'yes'"]),
     ],
 )

@@ -190,6 +190,7 @@ IDS, ONES = [[5, 6], [7, 8]], [[1, 1], [1, 1]]
         ((IDS, ONES, [[1.5, 2.0]] * 2, ONES), ["completion_ids", "float32"]),
         (([5, 6], ONES, IDS, ONES), ["prompt_ids", "[2]"]),
         ((IDS, ONES, "text", ONES), ["completion_ids", "'text'"]),
+        (([[5, 6], [7, -1]], ONES, IDS, ONES), ["prompt_ids", "negative", "-1"]),
         ((IDS, ONES, None, ONES), ["completion_ids", "None"]),
         ((IDS, ONES, [[1, 2], [3]], ONES), ["completion_ids"]),
         ((IDS, ONES, IDS, None), ["completion_mask", "None"]),
@@ -249,5 +250,5 @@ def test_wrong_arguments_of_scoring(as_users_call) -> None:
 def test_masks_with_holes_are_refused(as_users_call) -> None:
     rollout = rollout_of()
     rollout.completion_mask[0, 4] = 0
-    with pytest.raises(BatchError, match="hole in row 0"):
+    with pytest.raises(BatchError, match="hole in example 0"):
         measure_rollout(tiny_model("llama"), rollout)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.errors import ParameterError
-from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, brief, finite
+from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, finite
 
 _AXES = "completion, token"
 
@@ -123,11 +123,11 @@ def gate_gradient(values: ArrayLike, weights: ArrayLike) -> Float[Tensor, "compl
     log-probabilities: a KL term of the loss too.
 
     Args:
-        values: `[completion, token]`, floats.
-        weights: `[completion, token]`, finite; they are constants.
+        values: `[completion, token]`; log-probabilities may be minus infinity.
+        weights: `[completion, token]`, finite and not negative; they are constants.
 
     Raises:
-        ParameterError: values that have no gradients, or weights of another shape or not finite.
+        ParameterError: values that are no numbers, or weights of another shape, negative or not finite.
 
     >>> logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     >>> gated = gate_gradient(logps, torch.tensor([[1.0, 3.0]]))
@@ -135,11 +135,10 @@ def gate_gradient(values: ArrayLike, weights: ArrayLike) -> Float[Tensor, "compl
     >>> gated.detach(), logps.grad
     (tensor([[-1., -2.]]), tensor([[1., 3.]]))
     """
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise ParameterError(f"values must be a tensor of floats, which has gradients; got {brief(values)}")
+    values = as_float_tensor(values, "values")
     factors = as_float_tensor(weights, "weights", tuple(values.shape), axes=_AXES).detach()
-    factors = finite(factors, "weights", _AXES).to(values)
-    gated: Tensor = _GatedGradient.apply(values, factors)  # type: ignore[no-untyped-call]
+    check_not_negative(finite(factors, "weights", _AXES), "weights")
+    gated: Tensor = _GatedGradient.apply(values, factors.to(values))  # type: ignore[no-untyped-call]
     return gated
 
 

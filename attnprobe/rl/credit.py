@@ -296,7 +296,7 @@ class RandomCredit(CreditStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set("quantile", real_number(self.quantile, "quantile", above=0, maximum=1))
-        self._set("seed", whole_number(self.seed, "seed", minimum=None))
+        self._set("seed", whole_number(self.seed, "seed"))
 
     def share(self, scores: TokenScores) -> Tensor:
         """Return 1 for the tokens that were drawn."""

@@ -41,8 +41,8 @@ class Rollout:
         tool_mask: False where a tool wrote, True where the policy did; None where there are no tools.
 
     Raises:
-        BatchError: ids that are not whole numbers, shapes that do not fit, or masks of something else than
-            0 and 1.
+        BatchError: ids that are negative or not whole numbers, shapes that do not fit, or masks of
+            something else than 0 and 1.
 
     >>> rollout = Rollout([[5, 6]], [[1, 1]], [[7, 8, 9]], [[1, 1, 1]], tool_mask=[[1, 0, 1]])
     >>> rollout.response_mask
@@ -136,6 +136,8 @@ def _token_ids(value: Any, name: str) -> Int[Tensor, "completion token"]:
         raise BatchError(f"{name} must be [{_AXES}]; got {list(ids.shape)}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise BatchError(f"{name} must be whole numbers; got {str(ids.dtype).removeprefix('torch.')}")
+    if ids.numel() and int(ids.min()) < 0:
+        raise BatchError(f"{name} must not be negative, not even on padding; got {int(ids.min())}")
     return ids
 
 
@@ -190,6 +192,7 @@ def measure_rollout(
         waad=statistics.waad[..., start:].masked_fill(~own[:, None, None], torch.nan),
         fai=statistics.fai[..., start:].masked_fill(~own[:, None, None], torch.nan),
         response_mask=own,
+        input_ids=rollout.completion_ids.to(own.device),
     )
 
 

@@ -89,7 +89,7 @@ class PPOConfig:
         for name, limits in _RANGES.items():
             if name != "target_kl" or self.target_kl is not None:
                 self._keep(name, real_number(getattr(self, name), name, **limits))
-        self._keep("seed", whole_number(self.seed, "seed", minimum=None))
+        self._keep("seed", whole_number(self.seed, "seed"))
         self._keep("whiten", truth(self.whiten, "whiten"))
         choice(self.estimator, "estimator", get_args(Estimator))
         if self.estimator == "group" and self.group_size < 2:
