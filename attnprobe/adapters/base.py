@@ -46,13 +46,7 @@ Layers = Literal["all", "middle"] | Sequence[int]
 
 @runtime_checkable
 class Observer(Protocol):
-    """Who is told what happens in the forward passes of a model.
-
-    Attributes:
-        reads_distance: whether `mean_distance` will be asked for.
-    """
-
-    reads_distance: bool
+    """Who is told what happens in the forward passes of a model."""
 
     def begin(self, batch: TokenBatch, cached: int) -> None:
         """Take note that a forward pass over these tokens starts, `cached` columns of keys before them."""
@@ -60,7 +54,8 @@ class Observer(Protocol):
     def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
         """Look at the value at a site, and return a tensor to put in its place, or None.
 
-        `layer` is None where the site belongs to no layer.
+        `layer` is None where the site belongs to no layer. An attention is shown after it was checked against
+        what the model made of it.
         """
 
     def end(self) -> None:
