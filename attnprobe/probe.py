@@ -41,9 +41,6 @@ class Probe:
     """
 
     sites: frozenset[str] = frozenset({"attention"})
-    reads_distance: bool = False
-    """Whether the probe asks for `Attention.mean_distance`: in forward passes of attnprobe's own, such as
-    those of `measure`, it is then computed along with the model's attention, at a tenth of the cost."""
 
     def begin(self, batch: TokenBatch) -> None:
         """Take note that a forward pass over these tokens starts."""
@@ -135,7 +132,6 @@ class _Run:
         self._layers = layers
         self._sites = [site for site in LAYER_SITES if site in sites]
         self._response_mask = response_mask
-        self.reads_distance = any(probe.reads_distance for probe in probes)
         self._seen: Counter[tuple[str, int | None]] = Counter()
         self._batch: TokenBatch | None = None
 

@@ -14,6 +14,7 @@ import torch
 import attnprobe
 from attnprobe import adapters
 from attnprobe.adapters import adapter_for
+from attnprobe.adapters.base import display_name, evaluation_mode
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.errors import AttnprobeError, ParameterError
 from attnprobe.testing.backends import BACKENDS
@@ -135,6 +136,53 @@ def test_choosing_an_adapter_imports_no_backend() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# ---- a model's name and mode --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("organisation/model", "organisation/model"),
+        ("/home/someone/models/tiny", "tiny"),
+        ("/home/someone/models/tiny/", "tiny"),
+        ("runs/step-10", "step-10"),
+        ("./runs/not-there-yet", "not-there-yet"),
+        ("~/models/tiny", "tiny"),
+        ("/", "LlamaForCausalLM"),
+        ("", "LlamaForCausalLM"),
+        (None, "LlamaForCausalLM"),
+    ],
+)
+def test_a_model_is_never_shown_by_a_path(
+    name: str | None, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results travel to other machines, where a path means nothing and says too much."""
+    (tmp_path / "runs" / "step-10").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama")
+    model.config._name_or_path = name
+    assert display_name(model) == shown
+    assert adapter_for(model).model_name == shown
+
+
+def test_every_module_gets_its_own_mode_back() -> None:
+    """Also where a part was in another mode than the whole, and after an error."""
+    model = tiny_model("llama").train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    inside: list[bool] = []
+
+    def failing() -> None:
+        with evaluation_mode(model.modules()):
+            inside.extend(module.training for module in model.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert inside == [False] * len(before)
+    assert [module.training for module in model.modules()] == before
 
 
 # ---- threads ------------------------------------------------------------------------------------

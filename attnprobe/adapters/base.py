@@ -9,15 +9,17 @@ left to others: what is done with the values (probes), and counting that all of 
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
@@ -44,13 +46,7 @@ Layers = Literal["all", "middle"] | Sequence[int]
 
 @runtime_checkable
 class Observer(Protocol):
-    """Who is told what happens in the forward passes of a model.
-
-    Attributes:
-        reads_distance: whether `mean_distance` will be asked for.
-    """
-
-    reads_distance: bool
+    """Who is told what happens in the forward passes of a model."""
 
     def begin(self, batch: TokenBatch, cached: int) -> None:
         """Take note that a forward pass over these tokens starts, `cached` columns of keys before them."""
@@ -58,7 +54,8 @@ class Observer(Protocol):
     def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
         """Look at the value at a site, and return a tensor to put in its place, or None.
 
-        `layer` is None where the site belongs to no layer.
+        `layer` is None where the site belongs to no layer. An attention is shown after it was checked against
+        what the model made of it.
         """
 
     def end(self) -> None:
@@ -161,6 +158,48 @@ def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
             f"layers {available[0]}..{available[-1]} ({len(available)} in all){note}"
         )
     return tuple(chosen)
+
+
+@contextmanager
+def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put modules into evaluation mode while the context is open, and back into the mode of each.
+
+    Give all of them, as `model.modules()` does: the flags themselves are set, and not `model.eval()`
+    called, since wrappers do more than that in their `train` (merge weights), and since a model may hold
+    parts whose mode differs from its own (a frozen dropout), which `model.train()` would lose.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with evaluation_mode(model.modules()):
+    ...     [module.training for module in model.modules()]
+    [False, False, False]
+    >>> [module.training for module in model.modules()]
+    [True, True, False]
+    """
+    was_training = [module for module in modules if module.training]
+    try:
+        for module in was_training:
+            module.training = False
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def display_name(model: Any) -> str:
+    """Return a model's name for messages and results: what its config was loaded from, or its class.
+
+    Of a folder, the last part: its path says where the model lies on this machine, not which model it is.
+
+    >>> display_name(nn.Linear(1, 1))
+    'Linear'
+    """
+    family = type(model).__name__
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or family)
+    path = Path(name)
+    if path.is_absolute() or path.is_dir() or name.startswith((".", "~")):
+        # abspath and not resolve: a link is named by the user, its target need not be.
+        return Path(os.path.abspath(path)).name or family
+    return name
 
 
 @dataclass(frozen=True)
