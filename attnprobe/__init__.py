@@ -36,12 +36,15 @@ from attnprobe.errors import (
     TrainerError,
     UnsupportedModelError,
 )
+from attnprobe.head_selection import HeadSelection
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
 from attnprobe.heads import HeadGroups, classify_heads
-from attnprobe.measurement import GroupMaps, group_maps, measure
+from attnprobe.maps import GroupMaps
+from attnprobe.measurement import group_maps, measure
 from attnprobe.probe import Attachment, Probe, attach
 from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.report import Report
+from attnprobe.results import Provenance
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.sentences import sentence_ids
@@ -65,6 +68,7 @@ __all__ = [
     "GroupMaps",
     "GroupStability",
     "HeadGroups",
+    "HeadSelection",
     "HeadStatistics",
     "HeadStatisticsProbe",
     "IncompleteRunError",
@@ -75,6 +79,7 @@ __all__ = [
     "PatternError",
     "Perturbations",
     "Probe",
+    "Provenance",
     "Report",
     "ResultError",
     "Rhythm",

@@ -1,78 +1,51 @@
-"""TokenBatch: token ids, which of them are real, which are response, and how rows are laid out.
+"""TokenBatch: token ids, which of them are real, which are response, and how examples are laid out.
 
-Callers hand in what they have: texts, chats, ids padded on either side, packed rows, a trainer's
-rollouts. The batch keeps that layout, and results come back aligned with it. For the forward pass
-`TokenBatch.unpadded_rows` gives the same tokens as right-padded rows of one sequence each: then a
-causal model needs no mask at all, positions start at 0, and neither padding nor a packed neighbour
-can leak into a statistic. `RowLayout` remembers the way back.
+Callers hand in what they have: texts, chats, a tokenizer's output, ids padded on either side, packed rows,
+a trainer's rollouts. The batch keeps that layout, and results come back aligned with it. For the forward
+pass `TokenBatch.unpadded_rows` gives the same tokens as right-padded rows of one sequence each: then a
+causal model needs no mask at all, positions start at 0, and neither padding nor a packed neighbour can
+leak into a statistic.
 
 What is left to others: running a model (adapters) and the meaning of a response mask (metrics).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attnprobe.errors import BatchError
+from attnprobe.errors import BatchError, ParameterError
+from attnprobe.layout import RowLayout, check_padding, packed_segments
+from attnprobe.results import Result
+from attnprobe.texts import as_texts, chat_prompt_ids, encoded, token_texts
+from attnprobe.validation import ArrayLike, as_mask, as_tensor, brief
+
+if TYPE_CHECKING:
+    BatchLike: TypeAlias = "TokenBatch" | Mapping[str, Any] | ArrayLike
+else:
+    BatchLike = Any
 
 
-@dataclass(frozen=True)
-class RowLayout:
-    """Where each right-padded row stands in the caller's layout.
-
-    Row `i` holds the caller's tokens `start[i] .. start[i] + length[i] - 1` of row `source[i]`.
-    """
-
-    source: Int[Tensor, " row"]
-    start: Int[Tensor, " row"]
-    length: Int[Tensor, " row"]
-    shape: tuple[int, int]
-
-    def tokens(self, values: Float[Tensor, "row *axes row_token"]) -> Float[Tensor, "batch *axes token"]:
-        """Return per-token values of the rows in the caller's layout, NaN where no row has a token."""
-        batch, width = self.shape
-        by_token = values.movedim(-1, 1)
-        column = torch.arange(by_token.shape[1])
-        inside = column < self.length[:, None]
-        target = (self.source[:, None] * width + self.start[:, None] + column)[inside]
-        out = values.new_full((batch * width, *by_token.shape[2:]), torch.nan)
-        out[target.to(values.device)] = by_token[inside.to(values.device)]
-        return out.view(batch, width, *by_token.shape[2:]).movedim(1, -1)
-
-    def responses(
-        self, values: Float[Tensor, "row *axes"], weights: Real[Tensor, " row"]
-    ) -> Float[Tensor, "batch *axes"]:
-        """Return per-row values as the weighted mean over the rows that came from one caller's row.
-
-        Rows with weight 0 or an undefined value do not count; NaN where none counts.
-        """
-        source = self.source.to(values.device)
-        spread = weights.to(values).view(-1, *[1] * (values.ndim - 1)).expand_as(values)
-        spread = spread.masked_fill(values.isnan(), 0.0)
-        total = values.new_zeros(self.shape[0], *values.shape[1:])
-        weight = torch.zeros_like(total)
-        total.index_add_(0, source, (values.nan_to_num() * spread))
-        weight.index_add_(0, source, spread)
-        return total / weight.masked_fill(weight == 0, torch.nan)
-
-
-@dataclass(frozen=True)
-class TokenBatch:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenBatch(Result):
     """Token ids with their masks, in the caller's layout; build it with one of the `from_` methods.
 
     Attributes:
-        input_ids: the tokens; padding holds any valid id.
-        attention_mask: True where a token is real. One run per row: left or right padding only.
-        response_mask: True where a token belongs to a response; metrics describe these tokens.
+        input_ids: the tokens, int64; padding holds any valid id.
+        attention_mask: True where a token is real. One run per example: left or right padding only.
+        response_mask: True where a token belongs to a response; metrics describe these tokens. It may have
+            gaps, such as a tool's output between two turns.
         segment_ids: in packed rows, which sequence of the row a token belongs to; -1 on padding.
             None where each row is one sequence.
         texts: the text of each token, for pictures; None where no tokenizer was given.
+
+    Raises:
+        BatchError: ids that are negative or no whole numbers, or masks and texts that do not fit them.
     """
 
     input_ids: Int[Tensor, "batch token"]
@@ -81,9 +54,22 @@ class TokenBatch:
     segment_ids: Int[Tensor, "batch token"] | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
 
+    _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
+
+    def __post_init__(self) -> None:
+        """Check the parts, and make ids int64, which every model takes."""
+        self._check(BatchError)
+        object.__setattr__(self, "input_ids", _as_ids(self.input_ids, "input_ids"))
+        outside = self.response_mask & ~self.attention_mask
+        if bool(outside.any()):
+            raise BatchError(
+                f"response_mask marks padding in example {int(outside.nonzero()[0, 0])}: it must lie in "
+                "attention_mask"
+            )
+
     @property
     def batch_size(self) -> int:
-        """The number of the caller's rows."""
+        """The number of examples."""
         return self.input_ids.shape[0]
 
     @property
@@ -91,96 +77,136 @@ class TokenBatch:
         """The number of the caller's columns."""
         return self.input_ids.shape[1]
 
+    def _used(self) -> Tensor:
+        return self.attention_mask
+
+    def _table(self) -> dict[str, Any]:
+        """Return example, position, token_id, text and whether a token is response, of each real token."""
+        place = self.attention_mask.nonzero()
+        columns = token_columns(place, self.input_ids, self.texts)
+        columns["response"] = self.response_mask[place[:, 0], place[:, 1]].cpu().numpy()
+        return columns
+
     # ---- building -----------------------------------------------------------------------------
 
     @staticmethod
+    def of(value: BatchLike) -> TokenBatch:
+        """Return a batch from whatever stands for one; every function that takes a batch calls this.
+
+        A `TokenBatch` is returned as it is. A tokenizer's output, or a dictionary like it, has `input_ids`
+        and may have `attention_mask`, `position_ids`, and `response_mask` or `labels` (-100 outside the
+        response). A tensor, an array or lists are ids. Where nothing says what is response, all of it is.
+
+        Raises:
+            BatchError: anything else, such as a text, which needs a tokenizer.
+
+        >>> TokenBatch.of({"input_ids": [[5, 6], [7]]}).attention_mask.tolist()
+        [[True, True], [True, False]]
+        """
+        if isinstance(value, TokenBatch):
+            return value
+        if isinstance(value, Mapping):
+            return _of_mapping(value)
+        if isinstance(value, str) or (
+            isinstance(value, list | tuple) and value and isinstance(value[0], str)
+        ):
+            raise BatchError("a text needs a tokenizer: TokenBatch.from_text(tokenizer, prompts, responses)")
+        return TokenBatch.from_ids(value)
+
+    @staticmethod
     def from_ids(
-        input_ids: Tensor | Sequence[Sequence[int]],
-        attention_mask: Tensor | None = None,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
         *,
-        response_mask: Tensor | None = None,
-        response_start: int | Tensor | None = None,
-        position_ids: Tensor | None = None,
+        response_mask: ArrayLike | None = None,
+        response_start: Any = None,
+        position_ids: ArrayLike | None = None,
         tokenizer: Any = None,
     ) -> TokenBatch:
         """Build a batch from token ids.
 
         Args:
-            input_ids: `[batch, token]` (or `[token]`: a batch of one), or lists of ids of any lengths,
-                which are padded on the right.
+            input_ids: `[batch, token]` (or `[token]`: a batch of one), of any integer dtype; or lists of
+                ids of any lengths, which are padded on the right.
             attention_mask: `[batch, token]`, 1 where a token is real; default: all are.
-            response_mask: `[batch, token]`, 1 where a token belongs to the response.
+            response_mask: `[batch, token]`, 1 where a token belongs to the response; it may have gaps.
             response_start: instead of `response_mask`, the column where the response starts, one for
-                all rows or `[batch]`; it runs to the last real token. With neither, every real token
+                all examples or `[batch]`; it runs to the last real token. With neither, every real token
                 counts as response.
             position_ids: `[batch, token]`; give it for packed rows, where several sequences stand in
                 one row and positions restart at each. Each sequence is then measured on its own.
             tokenizer: gives the tokens their texts, for pictures.
 
+        Tensors, numpy arrays and lists are accepted; masks hold 0 and 1.
+
         Raises:
-            BatchError: shapes that do not fit, masks with holes, empty rows or responses.
+            BatchError: shapes that do not fit, masks with other values, an attention mask with holes,
+                empty examples or responses.
 
         >>> batch = TokenBatch.from_ids([[5, 6, 7, 8], [5, 6, 7]], response_start=2)
         >>> batch.response_mask.int().tolist()
         [[0, 0, 1, 1], [0, 0, 1, 0]]
         """
-        if not isinstance(input_ids, Tensor):
-            if attention_mask is not None:
-                raise BatchError("lists of ids carry their own lengths: pass a tensor to use attention_mask")
-            input_ids, attention_mask = _pad_right([list(row) for row in input_ids])
-        if input_ids.ndim == 1:
-            input_ids = input_ids[None]
-        if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise BatchError(f"input_ids must be [batch, token], got {list(input_ids.shape)}")
-        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise BatchError(f"input_ids must be integers, got {input_ids.dtype}")
-        if int(input_ids.min()) < 0:
-            raise BatchError(f"input_ids must not be negative, got {int(input_ids.min())}")
-        shape = input_ids.shape
-        real = _as_mask(attention_mask, "attention_mask", shape, input_ids.device)
+        lengths = _ragged_lengths(input_ids)
+        ids = _as_ids(_rectangle(input_ids, "input_ids", lengths), "input_ids")
+        if ids.ndim == 1:
+            ids = ids[None]
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise BatchError(f"input_ids must be [batch, token], got {list(ids.shape)}")
+
+        def mask_of(value: Any, name: str) -> Tensor:
+            whole = _rectangle(value, name, lengths)
+            return as_mask(whole, name, tuple(ids.shape), device=ids.device, error=BatchError)
+
+        real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        if lengths is not None:
+            real = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        if attention_mask is not None:
+            real = real & mask_of(attention_mask, "attention_mask")
         segments = None
         if position_ids is not None:
-            segments = _segments(position_ids, real)
-        _check_runs(real, "attention_mask", None)
+            segments = packed_segments(
+                _as_ids(_rectangle(position_ids, "position_ids", lengths), "position_ids"), real
+            )
+        check_padding(real)
         if response_mask is not None and response_start is not None:
             raise BatchError("pass response_mask or response_start, not both")
+        response = real
         if response_start is not None:
-            starts = torch.as_tensor(response_start, device=input_ids.device).reshape(-1, 1)
-            if starts.is_floating_point() or bool((starts < 0).any()):
-                raise BatchError(
-                    f"response_start is a column, a whole number from 0; got {starts.flatten().tolist()}"
-                )
-            if starts.shape[0] not in (1, shape[0]):
-                raise BatchError(
-                    f"response_start must be one column or one for each of {shape[0]} rows, "
-                    f"got {starts.shape[0]}"
-                )
             if segments is not None:
                 raise BatchError("packed rows hold several responses: pass response_mask")
-            response = real & (torch.arange(shape[1], device=input_ids.device) >= starts)
-        else:
-            response = _as_mask(response_mask, "response_mask", shape, input_ids.device)
-            if response_mask is None:
-                response = real
-        _check_responses(response, real, segments)
+            response = real & (torch.arange(ids.shape[1], device=ids.device) >= _starts(response_start, ids))
+        elif response_mask is not None:
+            response = mask_of(response_mask, "response_mask")
+        empty = ~response.any(-1)
+        if bool(empty.any()):
+            raise BatchError(
+                f"example {int(empty.nonzero()[0])} has an empty response: there is no token to describe"
+            )
         texts = None
         if tokenizer is not None:
-            texts = tuple(token_texts(tokenizer, row) for row in input_ids.tolist())
-        return TokenBatch(input_ids, real, response, segments, texts)
+            texts = tuple(token_texts(tokenizer, row) for row in ids.tolist())
+        return TokenBatch(ids, real, response, segments, texts)
 
     @staticmethod
-    def from_text(tokenizer: Any, prompts: Sequence[str], responses: Sequence[str]) -> TokenBatch:
-        """Build a batch from prompts and responses as text.
+    def from_text(
+        tokenizer: Any, prompts: Sequence[str] | str, responses: Sequence[str] | str | None = None
+    ) -> TokenBatch:
+        """Build a batch from prompts and responses as text; without responses all of each text is response.
 
         Prompt and response are tokenized apart, the way a response is generated, so that no token
         straddles their border; only the prompt gets the tokenizer's special tokens.
 
         Raises:
-            BatchError: different numbers of prompts and responses, or an empty response.
+            BatchError: something that is no tokenizer, different numbers of prompts and responses, or an
+                empty response.
         """
-        prompts, responses = _as_texts(prompts, "prompts"), _as_texts(responses, "responses")
-        heads = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-        return _join(tokenizer, heads, responses)
+        prompts = as_texts(prompts, "prompts")
+        heads = [encoded(tokenizer, prompt) for prompt in prompts]
+        if responses is None:
+            return _join(tokenizer, [[] for _ in heads], heads)
+        tails = as_texts(responses, "responses")
+        return _join(tokenizer, heads, [encoded(tokenizer, tail, special=False) for tail in tails])
 
     @staticmethod
     def from_chat(
@@ -193,48 +219,55 @@ class TokenBatch:
         `messages` is one conversation or several; each ends where the assistant is to speak.
 
         Raises:
-            BatchError: a tokenizer without a chat template, different numbers of conversations and
-                responses, or an empty response.
+            BatchError: a tokenizer without a chat template, messages that it does not take, different
+                numbers of conversations and responses, or an empty response.
         """
         if getattr(tokenizer, "chat_template", None) is None:
             raise BatchError("this tokenizer has no chat template: use TokenBatch.from_text")
-        conversations: Sequence[Any] = messages
-        if len(messages) > 0 and isinstance(messages[0], dict):
-            conversations = [messages]
+        if not isinstance(messages, list | tuple) or not messages:
+            raise BatchError(f"messages must be one conversation or a list of them; got {brief(messages)}")
+        conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
         heads = [chat_prompt_ids(tokenizer, conversation) for conversation in conversations]
-        texts = [responses] if isinstance(responses, str) else list(responses)
-        return _join(tokenizer, heads, texts)
+        tails = as_texts(responses, "responses")
+        return _join(tokenizer, heads, [encoded(tokenizer, tail, special=False) for tail in tails])
 
     @staticmethod
     def from_rollout(
-        prompt_ids: Int[Tensor, "batch prompt"],
-        prompt_mask: Tensor,
-        completion_ids: Int[Tensor, "batch completion"],
-        completion_mask: Tensor,
+        prompt_ids: ArrayLike,
+        prompt_mask: ArrayLike,
+        completion_ids: ArrayLike,
+        completion_mask: ArrayLike,
         *,
+        response_mask: ArrayLike | None = None,
         tokenizer: Any = None,
     ) -> TokenBatch:
         """Build a batch from a trainer's rollout: prompts padded left, completions padded right.
 
-        The columns are those of the prompts followed by those of the completions.
+        The columns are those of the prompts followed by those of the completions. `response_mask`
+        `[batch, completion]` marks what the policy wrote itself, where a tool wrote the rest; default: all.
 
         Raises:
             BatchError: shapes or masks that do not fit.
         """
-        if prompt_ids.ndim != 2 or completion_ids.ndim != 2:
+        prompt, completion = _as_ids(prompt_ids, "prompt_ids"), _as_ids(completion_ids, "completion_ids")
+        if prompt.ndim != 2 or completion.ndim != 2:
             raise BatchError(
                 "prompt_ids and completion_ids must be [batch, token], got "
-                f"{list(prompt_ids.shape)} and {list(completion_ids.shape)}"
+                f"{list(prompt.shape)} and {list(completion.shape)}"
             )
-        if prompt_ids.shape[0] != completion_ids.shape[0]:
-            raise BatchError(f"{prompt_ids.shape[0]} prompts but {completion_ids.shape[0]} completions")
-        device = prompt_ids.device
-        prompt = _as_mask(prompt_mask, "prompt_mask", prompt_ids.shape, device)
-        completion = _as_mask(completion_mask, "completion_mask", completion_ids.shape, device)
+        if prompt.shape[0] != completion.shape[0]:
+            raise BatchError(f"{prompt.shape[0]} prompts but {completion.shape[0]} completions")
+
+        def mask_of(value: Any, name: str, ids: Tensor) -> Tensor:
+            return as_mask(value, name, tuple(ids.shape), device=prompt.device, error=BatchError)
+
+        asked = mask_of(prompt_mask, "prompt_mask", prompt)
+        written = mask_of(completion_mask, "completion_mask", completion)
+        own = written if response_mask is None else mask_of(response_mask, "response_mask", completion)
         return TokenBatch.from_ids(
-            torch.cat([prompt_ids, completion_ids], dim=1),
-            torch.cat([prompt, completion], dim=1),
-            response_mask=torch.cat([torch.zeros_like(prompt), completion], dim=1),
+            torch.cat([prompt, completion.to(prompt.device)], dim=1),
+            torch.cat([asked, written], dim=1),
+            response_mask=torch.cat([torch.zeros_like(asked), own], dim=1),
             tokenizer=tokenizer,
         )
 
@@ -244,7 +277,11 @@ class TokenBatch:
         """Return the same tokens as right-padded rows of one sequence each, and the way back.
 
         A packed row becomes as many rows as it has sequences with a response in them.
+
+        Raises:
+            BatchError: an attention mask with holes, or no response at all.
         """
+        check_padding(self.attention_mask)
         spans: list[tuple[int, int, int]] = []
         for row in range(self.batch_size):
             if self.segment_ids is None:
@@ -275,159 +312,117 @@ class TokenBatch:
             )
         return TokenBatch(ids, real, response, texts=texts), layout
 
-    def select(self, rows: slice) -> TokenBatch:
-        """Return some rows, without the columns after their last token."""
-        used = self.attention_mask[rows].any(0).nonzero()[:, 0]
-        columns = slice(0, int(used.max()) + 1)
-        segments = None if self.segment_ids is None else self.segment_ids[rows, columns]
-        texts = None
-        if self.texts is not None:
-            texts = tuple(row[columns] for row in self.texts[rows])
-        return TokenBatch(
-            self.input_ids[rows, columns],
-            self.attention_mask[rows, columns],
-            self.response_mask[rows, columns],
-            segments,
-            texts,
-        )
 
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """Return the batch with its tensors on a device."""
-        segments = None if self.segment_ids is None else self.segment_ids.to(device)
-        return TokenBatch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.response_mask.to(device),
-            segments,
-            self.texts,
-        )
+def token_columns(
+    place: Int[Tensor, "place 2"],
+    input_ids: Int[Tensor, "batch token"] | None,
+    texts: tuple[tuple[str, ...], ...] | None,
+) -> dict[str, Any]:
+    """Return the columns by which tables of tokens are joined: example, position, and token_id and text."""
+    example, position = place[:, 0].cpu(), place[:, 1].cpu()
+    columns: dict[str, Any] = {"example": example.numpy(), "position": position.numpy()}
+    if input_ids is not None:
+        columns["token_id"] = input_ids.cpu()[example, position].numpy()
+    if texts is not None:
+        columns["text"] = [texts[i][j] for i, j in place.tolist()]
+    return columns
 
 
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """Return the text of each token, so that joined they give the text of the whole.
+def check_unpacked(segment_ids: Tensor | None, action: str) -> None:
+    """Refuse packed rows where the tokens of one response would be ranked among those of another.
 
-    Characters whose bytes are spread over several tokens stand with the first of these tokens, and the
-    others are empty.
+    Raises:
+        ParameterError: rows are packed.
     """
-
-    def decode(some: list[int]) -> str:
-        return str(tokenizer.decode(some, clean_up_tokenization_spaces=False)) if some else ""
-
-    texts: list[str] = []
-    pending: list[int] = []
-    # The tokens before are decoded along: a lone SentencePiece token would lose its leading space.
-    context: list[int] = []
-    for i, token in enumerate(ids):
-        pending.append(token)
-        whole = decode(context + pending)
-        if whole.endswith("\ufffd") and i + 1 < len(ids):
-            # The last character is not complete yet.
-            continue
-        texts += [whole[len(decode(context)) :], *[""] * (len(pending) - 1)]
-        context, pending = pending, []
-    return tuple(texts)
+    if segment_ids is not None:
+        raise ParameterError(
+            f"cannot {action} in packed rows, which hold several sequences each: take one sequence a row, "
+            "batch.unpadded_rows()[0]"
+        )
 
 
-def chat_prompt_ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> list[int]:
-    """Return the ids of a conversation up to where the assistant speaks, by the chat template."""
-    text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _join(tokenizer: Any, heads: list[list[int]], responses: Sequence[str]) -> TokenBatch:
-    """Join tokenized prompts and response texts into a right-padded batch."""
-    if len(heads) != len(responses):
-        raise BatchError(f"{len(heads)} prompts but {len(responses)} responses")
+def _join(tokenizer: Any, heads: list[list[int]], tails: list[list[int]]) -> TokenBatch:
+    """Join tokenized prompts and responses into a right-padded batch."""
+    if len(heads) != len(tails):
+        raise BatchError(f"{len(heads)} prompts but {len(tails)} responses")
     if not heads:
         raise BatchError("the batch is empty: pass at least one prompt and response")
-    tails = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in responses]
     for i, tail in enumerate(tails):
         if not tail:
             raise BatchError(f"response {i} is empty: there is no token to describe")
-    ids, real = _pad_right([head + tail for head, tail in zip(heads, tails, strict=True)])
-    starts = torch.tensor([len(head) for head in heads])
-    return TokenBatch.from_ids(ids, real, response_start=starts, tokenizer=tokenizer)
+    return TokenBatch.from_ids(
+        [head + tail for head, tail in zip(heads, tails, strict=True)],
+        response_start=[len(head) for head in heads],
+        tokenizer=tokenizer,
+    )
 
 
-def _as_texts(texts: Sequence[str], name: str) -> list[str]:
-    if isinstance(texts, str):
-        return [texts]
-    if not all(isinstance(text, str) for text in texts):
-        raise BatchError(f"{name} must be a list of strings")
-    return list(texts)
-
-
-def _pad_right(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    if not rows or any(len(row) == 0 for row in rows):
-        raise BatchError("every row needs at least one token")
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([row + [row[0]] * (width - len(row)) for row in rows])
-    real = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
-    return ids, real
-
-
-def _as_mask(
-    mask: Tensor | None, name: str, shape: torch.Size, device: torch.device
-) -> Bool[Tensor, "batch token"]:
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    if mask.ndim == 1 and shape[0] == 1:
-        mask = mask[None]
-    if mask.shape != shape:
-        raise BatchError(f"{name} must be {list(shape)} like the token ids, got {list(mask.shape)}")
-    if bool(((mask != 0) & (mask != 1)).any()):
-        raise BatchError(f"{name} must hold 0 and 1 (or False and True) only")
-    return mask.to(device=device, dtype=torch.bool)
-
-
-def _segments(position_ids: Tensor, real: Tensor) -> Tensor:
-    """Number the sequences of packed rows: a new one starts where positions do not go on by one."""
-    if position_ids.ndim == 1:
-        position_ids = position_ids[None]
-    if position_ids.shape[0] == 1:
-        position_ids = position_ids.expand(real.shape[0], -1)
-    if position_ids.shape != real.shape:
+def _of_mapping(value: Mapping[str, Any]) -> TokenBatch:
+    """Return the batch that a tokenizer's output, or a dictionary like it, describes."""
+    known = {"input_ids", "attention_mask", "position_ids", "response_mask", "labels"}
+    # What tokenizers add of their own accord, and causal models do not need.
+    unused = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "texts"}
+    if "input_ids" not in value:
+        raise BatchError(f"a batch needs input_ids; got a mapping with {sorted(map(str, value))}")
+    if strange := sorted(set(map(str, value)) - known - unused):
         raise BatchError(
-            f"position_ids must be {list(real.shape)} like the token ids, got {list(position_ids.shape)}"
+            f"a batch holds {', '.join(sorted(known))}, not {', '.join(strange)}: attention is measured over "
+            "text only"
         )
-    starts = torch.ones_like(real)
-    starts[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1) | ~real[:, :-1]
-    starts &= real
-    if bool((position_ids[starts] != 0).any()):
-        raise BatchError("each packed sequence must start at position 0")
-    return (starts.cumsum(-1) - 1).masked_fill(~real, -1)
+    response = value.get("response_mask")
+    if response is None and value.get("labels") is not None:
+        labels = as_tensor(value["labels"], "labels", BatchError)
+        response = labels != -100
+    return TokenBatch.from_ids(
+        value["input_ids"],
+        value.get("attention_mask"),
+        response_mask=response,
+        position_ids=value.get("position_ids"),
+    )
 
 
-def _check_runs(mask: Tensor, name: str, segments: Tensor | None) -> None:
-    """Check that each row (of each segment) holds one unbroken run of True, or none."""
-    rises = mask.clone()
-    rises[:, 1:] &= ~mask[:, :-1]
-    if segments is not None:
-        same = segments[:, 1:] == segments[:, :-1]
-        rises[:, 1:] |= mask[:, 1:] & ~same
-        for row in range(mask.shape[0]):
-            of_run = segments[row][rises[row]]
-            if len(of_run) != len(of_run.unique()):
-                raise BatchError(f"{name} has a hole in row {row}: one run for each sequence")
-        return
-    count = rises.sum(-1)
-    if bool((count > 1).any()):
-        row = int((count > 1).nonzero()[0])
+def _ragged_lengths(ids: Any) -> list[int] | None:
+    """Return the lengths of lists of ids that differ in length; None where ids are a rectangle."""
+    if not isinstance(ids, list | tuple) or not ids or not all(isinstance(row, list | tuple) for row in ids):
+        return None
+    lengths = [len(row) for row in ids]
+    if min(lengths) == 0:
+        raise BatchError(f"example {lengths.index(0)} is empty: every example needs at least one token")
+    return lengths if len(set(lengths)) > 1 else None
+
+
+def _rectangle(value: Any, name: str, lengths: list[int] | None) -> Any:
+    """Return ragged lists as a rectangle: ids are padded with the row's first, masks with 0."""
+    if lengths is None or not isinstance(value, list | tuple):
+        return value
+    if [len(row) if isinstance(row, list | tuple) else None for row in value] != lengths:
+        raise BatchError(f"{name} must be lists of {lengths} like the token ids; got {brief(value)}")
+    width = max(lengths)
+    padding = [row[0] if name == "input_ids" else 0 for row in value]
+    return [[*row, *[pad] * (width - len(row))] for row, pad in zip(value, padding, strict=True)]
+
+
+def _as_ids(ids: Any, name: str) -> Int[Tensor, "..."]:
+    tensor = as_tensor(ids, name, BatchError)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise BatchError(f"{name} must be whole numbers; got {brief(tensor)}")
+    tensor = tensor.long()
+    if tensor.numel() and int(tensor.min()) < 0:
+        raise BatchError(f"{name} must not be negative; got {int(tensor.min())}")
+    return tensor
+
+
+def _starts(response_start: Any, ids: Tensor) -> Int[Tensor, "batch_or_1 1"]:
+    """Return the column where each response starts."""
+    starts = as_tensor(response_start, "response_start", BatchError).to(ids.device).reshape(-1, 1)
+    whole = not (starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool)
+    if not whole or bool((starts < 0).any()):
         raise BatchError(
-            f"{name} has a hole in row {row}: a row may be padded on the left or right, and a response "
-            "is one run of tokens"
+            f"response_start is a column, a whole number from 0; got {starts.flatten().tolist()}"
         )
-    if bool((count == 0).any()):
-        raise BatchError(f"{name} is empty in row {int((count == 0).nonzero()[0])}")
-
-
-def _check_responses(response: Tensor, real: Tensor, segments: Tensor | None) -> None:
-    empty = ~response.any(-1)
-    if bool(empty.any()):
+    if starts.shape[0] not in (1, ids.shape[0]):
         raise BatchError(
-            f"row {int(empty.nonzero()[0])} has an empty response: there is no token to describe"
+            f"response_start must be one column, or one for each of {ids.shape[0]} examples; got "
+            f"{starts.shape[0]}"
         )
-    if bool((response & ~real).any()):
-        row = int((response & ~real).nonzero()[0, 0])
-        raise BatchError(f"response_mask marks padding in row {row}: it must lie in attention_mask")
-    _check_runs(response, "response_mask", segments)
+    return starts

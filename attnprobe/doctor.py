@@ -93,7 +93,7 @@ def _difference_from_eager(implementation: str) -> float:
         maps = tiny_model("llama", implementation="eager")(ids, output_attentions=True).attentions
     worst = 0.0
     for index, pattern in enumerate(maps):
-        expected = metrics.windowed_attention_distance(pattern, 10, batch.response_mask)
+        expected = metrics.windowed_attention_distance(pattern, batch.response_mask, 10)
         worst = max(worst, float((measured.waad[:, index] - expected).nan_to_num().abs().max()))
     return worst
 

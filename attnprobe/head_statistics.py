@@ -12,39 +12,34 @@ What is left to others: the definitions (metrics), adding rows up (sequence_sums
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe import metrics
-from attnprobe.adapters.base import Value
+from attnprobe.adapters.base import Layers, Value
 from attnprobe.attention.operator import Attention
-from attnprobe.batch import TokenBatch
-from attnprobe.errors import ParameterError, ResultError
+from attnprobe.batch import TokenBatch, token_columns
+from attnprobe.errors import AttnprobeError, ParameterError, ResultError
 from attnprobe.metrics import Horizon
 from attnprobe.probe import Probe
+from attnprobe.results import Result, html_table, ranges
 from attnprobe.sequence_sums import LayerSums, add_rows
-from attnprobe.storage import import_pandas, load_result, save_result
-
-if TYPE_CHECKING:
-    import pandas
+from attnprobe.validation import IntLike, choice, instance, truth, whole_numbers
 
 ReceiverLevel = Literal["token", "sentence"]
 
-_PER_TOKEN = ("waad", "fai", "entropy", "response_mask", "segment_ids")
 
-
-@dataclass(frozen=True)
-class HeadStatistics:
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadStatistics(Result):
     """Per-head results of a batch; NaN where undefined, and for heads that a layer does not have.
 
     Attributes:
-        span: mean backward distance over response rows, in tokens (Eq. 7 of arXiv 2510.13554); None if
+        span: mean backward distance over response rows, in tokens (Eq. 7 of arXiv 2510.13554v2); None if
             not measured.
         waad: windowed average attention distance (Eq. 9), in `[0, window]`.
         fai: future attention influence (Eq. 10), in `[0, 1]`.
@@ -57,6 +52,10 @@ class HeadStatistics:
         model_name: the model, as it calls itself.
         segment_ids: in packed rows, which sequence of the row a token belongs to; else None.
         receiver_level: whether the kurtosis is over tokens or over sentences; None if not measured.
+        input_ids, texts: the tokens that were measured, as in the batch; None where they are not known.
+
+    Raises:
+        ResultError: tensors of other kinds or sizes than these.
     """
 
     span: Float[Tensor, "batch layer head"] | None
@@ -72,137 +71,130 @@ class HeadStatistics:
     model_name: str = ""
     segment_ids: Int[Tensor, "batch token"] | None = None
     receiver_level: ReceiverLevel | None = None
+    input_ids: Int[Tensor, "batch token"] | None = None
+    texts: tuple[tuple[str, ...], ...] | None = None
 
-    def save(self, path: str | Path) -> Path:
-        """Save as one safetensors file with JSON metadata, and return its path.
+    _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
-        Raises:
-            ResultError: a place that cannot be written.
-        """
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        metadata = {name: getattr(self, name) for name in _METADATA}
-        return save_result(path, "HeadStatistics", tensors, metadata)
+    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
+        super()._check(error)
+        if len(self.layers) != self.waad.shape[1]:
+            raise error(
+                f"there are {len(self.layers)} layers {list(self.layers)}, but {self.waad.shape[1]} in waad"
+            )
 
     @property
     def head_count(self) -> int:
         """The number of heads in a layer; in models whose layers differ in it, the largest."""
         return self.waad.shape[2]
 
-    @staticmethod
-    def load(path: str | Path) -> HeadStatistics:
-        """Load what `save` wrote.
-
-        Raises:
-            ResultError: a file that is missing, damaged, or holds something else.
-        """
-        required = ("waad", "fai", "response_mask", *_METADATA)
-        tensors, metadata = load_result(path, "HeadStatistics", required)
-        low, high = metadata["horizon"]
-        return HeadStatistics(
-            **{name: tensors.get(name) for name in _TENSORS},  # type: ignore[arg-type]
-            layers=tuple(metadata["layers"]),
-            skipped_layers=tuple(metadata["skipped_layers"]),
-            window=metadata["window"],
-            horizon=(low, high),
-            model_name=metadata["model_name"],
-            receiver_level=metadata["receiver_level"],
-        )
-
-    def select(self, rows: slice) -> HeadStatistics:
-        """Return the statistics of some responses: `select(slice(0, 1))` of the first."""
-        chosen = {name: value[rows] for name in _TENSORS if (value := getattr(self, name)) is not None}
-        return dataclasses.replace(self, **chosen)
-
-    def at_layers(self, layers: Sequence[int]) -> HeadStatistics:
+    def at_layers(self, layers: Layers) -> HeadStatistics:
         """Return the statistics of some of the layers, as if only these had been measured.
 
         Raises:
             ParameterError: no layers, or layers that were not measured.
         """
-        chosen = tuple(sorted(set(layers)))
+        chosen = tuple(sorted(set(whole_numbers(layers, "layers"))))
         missing = [layer for layer in chosen if layer not in self.layers]
-        if missing or not chosen:
-            raise ParameterError(
-                f"layers {missing or list(layers)} were not measured; there are {list(self.layers)}"
-            )
+        if missing:
+            raise ParameterError(f"layers {missing} were not measured; there are {list(self.layers)}")
         index = [self.layers.index(layer) for layer in chosen]
-        kurtosis = self.receiver_kurtosis
-        return dataclasses.replace(
-            self,
-            span=None if self.span is None else self.span[:, index],
-            waad=self.waad[:, index],
-            fai=self.fai[:, index],
-            receiver_kurtosis=None if kurtosis is None else kurtosis[:, index],
-            layers=chosen,
-        )
+        changed: dict[str, Any] = {f.name: t[:, index] for f, t in self._tensors() if "layer" in f.axes}
+        return dataclasses.replace(self, **changed, layers=chosen)
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return a table with a row for each response and head.
+    def _table(self, *, per: Literal["head", "token"] = "head") -> dict[str, Any]:
+        """Return a line for each example and head, or (`per="token"`) for each example, head and token.
 
         Raises:
-            MissingDependencyError: pandas is not installed.
-            ResultError: span was not measured: there is nothing of a head to show.
+            ParameterError: another `per`.
+            ResultError: span was not measured, which a line for each head would show.
         """
-        frame = import_pandas()
+        choice(per, "per", ("head", "token"))
+        if per == "token":
+            return self._token_table()
         if self.span is None:
             raise ResultError("span was not measured: measure(..., span=True)")
-        batch, layer, head = (index.flatten() for index in _indices(self.span.shape))
-        columns = {
-            "response": batch.numpy(),
+        place = (~self.span.isnan()).nonzero()
+        example, layer, head = place.cpu().unbind(1)
+        columns: dict[str, Any] = {
+            "example": example.numpy(),
             "layer": torch.tensor(self.layers)[layer].numpy(),
             "head": head.numpy(),
-            "span": self.span.flatten().cpu().numpy(),
         }
+        for name in ("span", "receiver_kurtosis"):
+            values = getattr(self, name)
+            if values is not None:
+                columns[name] = values[tuple(place.T)].cpu().numpy()
+        return columns
+
+    def _token_table(self) -> dict[str, Any]:
+        """Return the long table: example, layer, head, position, token, WAAD and FAI."""
+        inside = self.response_mask[:, None, None].expand(self.waad.shape).to(self.waad.device)
+        place = (inside & ~self.waad.isnan()).nonzero()
+        example, layer, head, position = place.cpu().unbind(1)
+        tokens = token_columns(torch.stack([example, position], 1), self.input_ids, self.texts)
+        return {
+            "example": tokens.pop("example"),
+            "layer": torch.tensor(self.layers)[layer].numpy(),
+            "head": head.numpy(),
+            **tokens,
+            "waad": self.waad[tuple(place.T)].cpu().numpy(),
+            "fai": self.fai[tuple(place.T)].cpu().numpy(),
+        }
+
+    def _repr_html_(self) -> str:
+        """Return what was measured, as a small table."""
+        rows: list[tuple[object, object]] = [
+            ("model", self.model_name or "not known"),
+            ("layers", f"{ranges(self.layers)} of {self.head_count} heads"),
+            ("examples", f"{self.waad.shape[0]}, {int(self.response_mask.sum())} response tokens"),
+            ("WAAD", f"window {self.window}, mean {_mean(self.waad)} tokens"),
+            ("FAI", f"horizon {self.horizon}, mean {_mean(self.fai)}"),
+        ]
+        if self.span is not None:
+            rows.append(("span", f"mean {_mean(self.span)} tokens"))
+        if self.entropy is not None:
+            rows.append(("entropy", f"mean {_mean(self.entropy)} nats"))
         if self.receiver_kurtosis is not None:
-            columns["receiver_kurtosis"] = self.receiver_kurtosis.flatten().cpu().numpy()
-        table: pandas.DataFrame = frame.DataFrame(columns)
-        return table.dropna(subset=["span"]).reset_index(drop=True)
-
-    @staticmethod
-    def concatenate(parts: Sequence[HeadStatistics]) -> HeadStatistics:
-        """Join results of several batches along the batch axis, padding tokens on the right.
-
-        Raises:
-            ResultError: nothing to join, or results of different models, layers or parameters.
-        """
-        if not parts:
-            raise ResultError("there are no statistics to join: no forward pass was observed")
-        first = parts[0]
-        for part in parts[1:]:
-            for name in _METADATA:
-                if getattr(part, name) != getattr(first, name):
-                    raise ResultError(
-                        f"cannot join statistics whose {name} differ: {getattr(first, name)!r} and "
-                        f"{getattr(part, name)!r}"
-                    )
-            if part.head_count != first.head_count:
-                raise ResultError(f"cannot join statistics of {first.head_count} and {part.head_count} heads")
-            for name in _TENSORS:
-                if (getattr(part, name) is None) != (getattr(first, name) is None):
-                    raise ResultError(f"cannot join statistics with and without {name}")
-        width = max(part.response_mask.shape[-1] for part in parts)
-        joined: dict[str, Any] = {}
-        for name in _TENSORS:
-            values = [getattr(part, name) for part in parts]
-            if getattr(first, name) is None:
-                joined[name] = None
-                continue
-            if name in _PER_TOKEN:
-                fill = {"response_mask": False, "segment_ids": -1}.get(name, torch.nan)
-                values = [
-                    torch.nn.functional.pad(value, (0, width - value.shape[-1]), value=fill)
-                    for value in values
-                ]
-            joined[name] = torch.cat(values)
-        return dataclasses.replace(first, **joined)
+            rows.append(
+                ("receiver kurtosis", f"by {self.receiver_level}, mean {_mean(self.receiver_kurtosis)}")
+            )
+        return html_table("HeadStatistics", ("measured", ""), rows)
 
 
-_TENSORS = tuple(field.name for field in dataclasses.fields(HeadStatistics) if "Tensor" in str(field.type))
-_METADATA = tuple(field.name for field in dataclasses.fields(HeadStatistics) if field.name not in _TENSORS)
+def _mean(values: Tensor) -> str:
+    return f"{float(values.double().nanmean()):.4g}"
 
 
-def _indices(shape: torch.Size) -> tuple[Tensor, ...]:
-    return torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
+def check_same_measurement(first: HeadStatistics, part: HeadStatistics, action: str) -> None:
+    """Check that two parts of a data set were measured alike, so that heads can be ranked over both.
+
+    Raises:
+        ResultError: other models, layers, heads or receiver levels.
+    """
+    for name in ("layers", "head_count", "model_name", "receiver_level"):
+        ours, theirs = getattr(first, name), getattr(part, name)
+        if ours != theirs:
+            raise ResultError(f"cannot {action} statistics whose {name} differ: {ours!r} and {theirs!r}")
+    for name in ("span", "receiver_kurtosis"):
+        if (getattr(first, name) is None) != (getattr(part, name) is None):
+            raise ResultError(f"cannot {action} statistics with and without {name}")
+
+
+def statistics_parts(statistics: HeadStatistics | Iterable[HeadStatistics]) -> Iterable[HeadStatistics]:
+    """Return one or several statistics as an iterable of them, checked one by one.
+
+    Raises:
+        ParameterError: something else.
+    """
+    if isinstance(statistics, HeadStatistics):
+        return (statistics,)
+    if isinstance(statistics, str | bytes | Tensor) or not isinstance(statistics, Iterable):
+        instance(statistics, HeadStatistics, "statistics", "measure returns them")
+    return (
+        instance(part, HeadStatistics, "each of the statistics", "measure returns them")
+        for part in statistics
+    )
 
 
 class HeadStatisticsProbe(Probe):
@@ -231,7 +223,7 @@ class HeadStatisticsProbe(Probe):
     def __init__(
         self,
         *,
-        window: int = 10,
+        window: IntLike = 10,
         horizon: Horizon = (10, 50),
         span: bool = True,
         receiver: bool = False,
@@ -239,9 +231,9 @@ class HeadStatisticsProbe(Probe):
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
-        self.span = span
-        self.receiver = receiver
-        self.sites = frozenset({"attention", "logits"} if entropy else {"attention"})
+        self.span = truth(span, "span")
+        self.receiver = truth(receiver, "receiver")
+        self.sites = frozenset({"attention", "logits"} if truth(entropy, "entropy") else {"attention"})
         self._sequence = _Sequence()
         self._pass: dict[int, LayerSums] = {}
         self._continues = False
@@ -310,6 +302,7 @@ class HeadStatisticsProbe(Probe):
                 entropy=sequence.entropy,
                 response_mask=mask,
                 segment_ids=segments,
+                input_ids=sequence.input_ids,
                 layers=tuple(layers),
                 window=self.window,
                 horizon=self.horizon,
@@ -340,6 +333,7 @@ class _Sequence:
     layers: dict[int, LayerSums] = dataclasses.field(default_factory=dict)
     response_mask: Bool[Tensor, "batch token"] | None = None
     segment_ids: Int[Tensor, "batch token"] | None = None
+    input_ids: Int[Tensor, "batch token"] | None = None
     entropy: Float[Tensor, "batch token"] | None = None
     next_entropy: Float[Tensor, " batch"] | None = None
 
@@ -350,11 +344,13 @@ class _Sequence:
 
         `distribution_entropy` is `[batch, token]`, of the last tokens of the pass at least.
         """
-        mask, segments = batch.response_mask, batch.segment_ids
+        mask, segments, ids = batch.response_mask, batch.segment_ids, batch.input_ids
         if self.response_mask is not None:
             if segments is not None or self.segment_ids is not None:
                 raise ResultError("packed rows cannot be continued: run each sequence in a row of its own")
             mask = torch.cat([self.response_mask, mask], dim=-1)
+        if self.input_ids is not None:
+            ids = torch.cat([self.input_ids, ids], dim=-1)
         entropy, following = None, None
         if distribution_entropy is not None:
             rows, count = batch.input_ids.shape
@@ -369,7 +365,7 @@ class _Sequence:
             if self.entropy is not None:
                 entropy = torch.cat([self.entropy, entropy], dim=-1)
             entropy = entropy.masked_fill(~mask, torch.nan)
-        return _Sequence(layers, mask, segments, entropy, following)
+        return _Sequence(layers, mask, segments, ids, entropy, following)
 
     def _has_token_before(self, batch: TokenBatch) -> Bool[Tensor, "batch token"]:
         """Return which tokens follow one of their own sequence: a first token was sampled from nothing."""

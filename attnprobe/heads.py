@@ -8,28 +8,38 @@ left to others: the measuring (measurement) and the use of groups (scores).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from itertools import zip_longest
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnprobe.errors import ParameterError, ResultError
-from attnprobe.head_statistics import HeadStatistics, ReceiverLevel
-from attnprobe.storage import import_pandas, load_result, save_result
-
-if TYPE_CHECKING:
-    import pandas
+from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.head_selection import HeadSelection, HeadsLike
+from attnprobe.head_statistics import (
+    HeadStatistics,
+    ReceiverLevel,
+    check_same_measurement,
+    statistics_parts,
+)
+from attnprobe.results import Result, html_table, ranges
+from attnprobe.validation import FloatLike, IntLike, choice, real_number, whole_number
 
 Group = Literal["local", "global", "receiver"]
 
 
-@dataclass(frozen=True)
-class HeadGroups:
+GROUPS: tuple[Group, ...] = ("local", "global", "receiver")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HeadGroups(Result):
     """Which heads are local, global and receivers.
+
+    `groups["local"]`, `groups.local` and so on (`groups.global_`, since `global` is a word of Python's) are
+    selections, which every function accepts: `(4, 2) in groups.local`.
 
     Attributes:
         local_heads, global_heads: masks; the heads of lowest and of highest span. They are disjoint.
@@ -40,6 +50,10 @@ class HeadGroups:
         layers: the layer number behind each index of the layer axis.
         model_name: the model that the groups belong to.
         receiver_level: whether receivers were found by token or by sentence; None if they were not.
+        quantile: the share of heads that is local, and that is global; None where groups were made by hand.
+
+    Raises:
+        ResultError: tensors of other kinds or sizes than these.
     """
 
     local_heads: Bool[Tensor, "layer head"]
@@ -50,6 +64,17 @@ class HeadGroups:
     layers: tuple[int, ...]
     model_name: str = ""
     receiver_level: ReceiverLevel | None = None
+    quantile: float | None = None
+
+    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
+        super()._check(error)
+        if len(self.layers) != self.span.shape[0]:
+            raise error(f"there are layers {list(self.layers)}, but span is of {self.span.shape[0]} layers")
+
+    @property
+    def head_count(self) -> int:
+        """The number of heads in a layer; in models whose layers differ in it, the largest."""
+        return self.span.shape[1]
 
     def mask(self, group: Group) -> Bool[Tensor, "layer head"]:
         """Return the mask of a group.
@@ -57,14 +82,8 @@ class HeadGroups:
         Raises:
             ParameterError: an unknown group, or receivers where kurtosis was not measured.
         """
-        masks = {
-            "local": self.local_heads,
-            "global": self.global_heads,
-            "receiver": self.receiver_heads,
-        }
-        if group not in masks:
-            raise ParameterError(f"there are local, global and receiver heads, not {group!r}")
-        mask = masks[group]
+        choice(group, "a group", GROUPS)
+        mask: Tensor | None = getattr(self, f"{group}_heads")
         if mask is None:
             raise ParameterError("receiver heads are unknown: measure(..., receiver=True)")
         return mask
@@ -72,90 +91,139 @@ class HeadGroups:
     def pairs(self, group: Group) -> list[tuple[int, int]]:
         """Return a group's heads as (layer number, head), the most typical first."""
         mask = self.mask(group)
-        value = {
-            "local": self.span,
-            "global": -self.span,
-            "receiver": -self.receiver_kurtosis if self.receiver_kurtosis is not None else None,
-        }[group]
-        assert value is not None
+        value = self.span if group == "local" else -self.span
+        if group == "receiver" and self.receiver_kurtosis is not None:
+            value = -self.receiver_kurtosis
         found = mask.nonzero().tolist()
         found.sort(key=lambda place: float(value[place[0], place[1]]))
         return [(self.layers[layer], head) for layer, head in found]
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return a table with a row for each head: layer, head, span, kurtosis and group.
+    def __getitem__(self, group: Group) -> HeadSelection:
+        """Return a group as a selection of heads, the most typical first.
 
         Raises:
-            MissingDependencyError: pandas is not installed.
+            ParameterError: an unknown group, or receivers where kurtosis was not measured.
         """
-        frame = import_pandas()
-        rows = []
-        for index, layer in enumerate(self.layers):
-            for head in range(self.span.shape[1]):
-                if bool(self.span[index, head].isnan()):
-                    continue
-                row = {"layer": layer, "head": head, "span": float(self.span[index, head])}
-                if self.receiver_kurtosis is not None:
-                    row["receiver_kurtosis"] = float(self.receiver_kurtosis[index, head])
-                row["local"] = bool(self.local_heads[index, head])
-                row["global"] = bool(self.global_heads[index, head])
-                if self.receiver_heads is not None:
-                    row["receiver"] = bool(self.receiver_heads[index, head])
-                rows.append(row)
-        table: pandas.DataFrame = frame.DataFrame(rows)
-        return table
+        return HeadSelection(tuple((*pair, 1.0) for pair in self.pairs(group)), self.model_name)
 
-    def save(self, path: str | Path) -> Path:
-        """Save as one safetensors file with JSON metadata, and return its path.
+    @property
+    def local(self) -> HeadSelection:
+        """The local heads."""
+        return self["local"]
+
+    @property
+    def global_(self) -> HeadSelection:
+        """The global heads."""
+        return self["global"]
+
+    @property
+    def receiver(self) -> HeadSelection:
+        """The receiver heads."""
+        return self["receiver"]
+
+    def check_fits(self, layers: tuple[int, ...], head_count: int | None, model_name: str) -> None:
+        """Check that these groups can be used with what was measured, or with a model.
 
         Raises:
-            ResultError: a place that cannot be written.
+            ResultError: groups of other layers, another number of heads, or another model.
         """
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        metadata = {name: getattr(self, name) for name in ("layers", "model_name", "receiver_level")}
-        return save_result(path, "HeadGroups", tensors, metadata)
-
-    @staticmethod
-    def load(path: str | Path) -> HeadGroups:
-        """Load what `save` wrote.
-
-        Raises:
-            ResultError: a file that is missing, damaged, or holds something else.
-        """
-        tensors, metadata = load_result(
-            path, "HeadGroups", ("local_heads", "global_heads", "span", "layers", "model_name")
-        )
-        return HeadGroups(
-            **{name: tensors.get(name) for name in _TENSORS},  # type: ignore[arg-type]
-            layers=tuple(metadata["layers"]),
-            model_name=metadata["model_name"],
-            receiver_level=metadata.get("receiver_level"),
-        )
-
-    def check_fits(self, statistics: HeadStatistics) -> None:
-        """Check that these groups can be used with statistics of another batch.
-
-        Raises:
-            ResultError: statistics of other layers, another number of heads, or another model.
-        """
-        ours = (self.layers, self.span.shape[1], self.model_name)
-        theirs = (statistics.layers, statistics.head_count, statistics.model_name)
-        if ours[:2] != theirs[:2] or (self.model_name and theirs[2] and ours[2] != theirs[2]):
+        missing = [layer for layer in self.layers if layer not in layers]
+        other_heads = head_count is not None and head_count != self.head_count
+        if missing or other_heads or (self.model_name and model_name and self.model_name != model_name):
             raise ResultError(
-                f"these head groups were made for {_describe(*ours)}, but the statistics are of "
-                f"{_describe(*theirs)}"
+                f"these head groups were made for "
+                f"{_described(self.model_name, self.layers, self.head_count)}; they do not fit "
+                f"{_described(model_name, layers, head_count)}"
             )
 
+    def _table(self) -> dict[str, Any]:
+        """Return a line for each head: layer, head, span, kurtosis, and which groups it is in."""
+        place = (~self.span.isnan()).nonzero().cpu()
+        layer, head = place.unbind(1)
+        columns: dict[str, Any] = {
+            "layer": torch.tensor(self.layers)[layer].numpy(),
+            "head": head.numpy(),
+            "span": self.span.cpu()[layer, head].numpy(),
+        }
+        if self.receiver_kurtosis is not None:
+            columns["receiver_kurtosis"] = self.receiver_kurtosis.cpu()[layer, head].numpy()
+        for group in GROUPS:
+            mask = getattr(self, f"{group}_heads")
+            if mask is not None:
+                columns[group] = mask.cpu()[layer, head].numpy()
+        return columns
 
-_TENSORS = ("local_heads", "global_heads", "receiver_heads", "span", "receiver_kurtosis")
+    def _repr_html_(self) -> str:
+        """Return the most typical heads of each group, as a small table."""
+        known = [group for group in GROUPS if getattr(self, f"{group}_heads") is not None]
+        columns = []
+        for group in known:
+            values = self.receiver_kurtosis if group == "receiver" else self.span
+            cells = []
+            for layer, head in self.pairs(group)[:10]:
+                value = "" if values is None else f" {float(values[self.layers.index(layer), head]):.1f}"
+                cells.append(f"L{layer}H{head}{value}")
+            columns.append(cells)
+        names = {
+            "local": "most local, span",
+            "global": "most global, span",
+            "receiver": "receivers, kurtosis",
+        }
+        title = f"HeadGroups({self._headline()})"
+        return html_table(title, [names[group] for group in known], zip_longest(*columns, fillvalue=""))
 
 
-def _describe(layers: tuple[int, ...], heads: int, model_name: str) -> str:
-    return f"{model_name or 'an unnamed model'} with layers {list(layers)} of {heads} heads"
+def _described(model_name: str, layers: tuple[int, ...], head_count: int | None) -> str:
+    heads = "" if head_count is None else f" of {head_count} heads"
+    return f"{model_name or 'an unnamed model'} with layers {ranges(layers)}{heads}"
+
+
+def head_groups(
+    heads: HeadGroups | Mapping[str, HeadsLike] | HeadsLike | None,
+    *,
+    layers: tuple[int, ...],
+    head_count: int | None,
+    model_name: str,
+    **own: HeadsLike | None,
+) -> dict[Group, HeadSelection]:
+    """Return the heads of each group, from all the forms in which functions accept them.
+
+    `heads` is `HeadGroups`, a dictionary by group, or one selection that stands for every group; `own` holds
+    selections by group, which take the place of those.
+
+    Raises:
+        ParameterError: no heads for a group that is needed, or heads that do not exist.
+        ResultError: `HeadGroups` of other layers, heads or models.
+    """
+    given: dict[str, Any] = {}
+    if isinstance(heads, HeadGroups):
+        heads.check_fits(layers, head_count, model_name)
+        given = {group: heads[group] for group in GROUPS if getattr(heads, f"{group}_heads") is not None}
+        # A group can be empty, as that of receivers whose kurtosis is undefined.
+        given = {group: selection for group, selection in given.items() if len(selection)}
+    elif isinstance(heads, Mapping) and heads and all(isinstance(key, str) for key in heads):
+        given = {choice(key, "a group", GROUPS): value for key, value in heads.items()}
+    elif heads is not None:
+        given = {"local": heads, "global": heads}
+    given |= {group: value for group, value in own.items() if value is not None}
+    if missing := [group for group in ("local", "global") if group not in given]:
+        raise ParameterError(
+            f"there are no {' and no '.join(missing)} heads: pass HeadGroups, which classify_heads "
+            f"returns, or {' and '.join(f'{group}_heads=...' for group in missing)}"
+        )
+    limits: dict[str, Any] = {"layers": layers, "head_count": head_count, "model_name": model_name}
+    return {
+        group: HeadSelection.of(given[group], name=f"{group}_heads", **limits)
+        for group in GROUPS
+        if group in given
+    }
 
 
 def classify_heads(
-    statistics: HeadStatistics | Iterable[HeadStatistics], *, quantile: float = 0.3, receivers: int = 20
+    statistics: HeadStatistics | Iterable[HeadStatistics],
+    *,
+    quantile: FloatLike = 0.3,
+    receivers: IntLike = 20,
 ) -> HeadGroups:
     """Group heads by their mean span over responses, and by receiver kurtosis where measured.
 
@@ -173,15 +241,14 @@ def classify_heads(
             statistics without span.
         ResultError: no statistics, or statistics of different models, layers, or receiver levels.
     """
-    _check_shares(quantile, receivers)
-    parts = [statistics] if isinstance(statistics, HeadStatistics) else statistics
+    quantile, receivers = _check_shares(quantile, receivers)
     first: HeadStatistics | None = None
     span, kurtosis = _RunningMean(), _RunningMean()
-    for part in parts:
+    for part in statistics_parts(statistics):
         first = part if first is None else first
         if part.span is None:
             raise ParameterError("ranking heads needs their span: measure(..., span=True)")
-        _check_same(first, part)
+        check_same_measurement(first, part, "classify heads over")
         span.add(part.span)
         if part.receiver_kurtosis is not None:
             kurtosis.add(part.receiver_kurtosis)
@@ -218,34 +285,18 @@ class _RunningMean:
         return (self._total / self._count.masked_fill(self._count == 0, torch.nan)).to(self._dtype)
 
 
-def _check_same(first: HeadStatistics, part: HeadStatistics) -> None:
-    for name in ("layers", "model_name", "receiver_level"):
-        ours, theirs = getattr(first, name), getattr(part, name)
-        if ours != theirs:
-            raise ResultError(
-                f"heads cannot be classified over statistics whose {name} differ: {ours!r} and {theirs!r}"
-            )
-    if first.head_count != part.head_count:
-        raise ResultError(
-            f"heads cannot be classified over statistics of {first.head_count} and {part.head_count} heads"
-        )
-    if (first.receiver_kurtosis is None) != (part.receiver_kurtosis is None):
-        raise ResultError("heads cannot be classified over statistics with and without receiver kurtosis")
-
-
-def _check_shares(quantile: float, receivers: int) -> None:
-    if not 0 < quantile <= 0.5:
-        raise ParameterError(f"quantile must be in (0, 0.5], so that groups do not overlap; got {quantile}")
-    if receivers < 1:
-        raise ParameterError(f"receivers must be at least 1, got {receivers}")
+def _check_shares(quantile: Any, receivers: Any) -> tuple[float, int]:
+    # Up to a half, so that local and global heads do not overlap.
+    quantile = real_number(quantile, "quantile", above=0, maximum=0.5)
+    return quantile, whole_number(receivers, "receivers", minimum=1)
 
 
 def group_heads(
     span: Float[Tensor, "layer head"],
     kurtosis: Float[Tensor, "layer head"] | None = None,
     *,
-    quantile: float = 0.3,
-    receivers: int = 20,
+    quantile: FloatLike = 0.3,
+    receivers: IntLike = 20,
 ) -> HeadGroups:
     """Group heads by given spans and kurtoses, by the rules of `classify_heads`.
 
@@ -255,7 +306,7 @@ def group_heads(
     >>> group_heads(torch.tensor([[1.0, 5.0, 3.0, 9.0]]), quantile=0.25).pairs("global")
     [(0, 3)]
     """
-    _check_shares(quantile, receivers)
+    quantile, receivers = _check_shares(quantile, receivers)
     defined = int((~span.isnan()).sum())
     if defined < 2:
         raise ParameterError(
@@ -270,6 +321,7 @@ def group_heads(
         span=span,
         receiver_kurtosis=kurtosis,
         layers=tuple(range(span.shape[0])),
+        quantile=quantile,
     )
 
 

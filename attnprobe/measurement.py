@@ -7,7 +7,7 @@ layout. What is left to others: what is computed (head_statistics, metrics) and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -21,15 +21,20 @@ from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers, Value, resolve_layers
 from attnprobe.attention.kernels import carries_positions
 from attnprobe.attention.operator import Attention
-from attnprobe.batch import RowLayout, TokenBatch
+from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.errors import BatchError, ParameterError
+from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe, ReceiverLevel
-from attnprobe.heads import HeadGroups
+from attnprobe.heads import HeadGroups, head_groups
+from attnprobe.layout import RowLayout
+from attnprobe.maps import GroupMaps
 from attnprobe.metrics import Horizon
 from attnprobe.probe import Probe, attach
 from attnprobe.progress import Advance, progress_bar
 from attnprobe.receivers import SentenceReceiverProbe
+from attnprobe.results import Provenance
 from attnprobe.sentences import sentence_ids
+from attnprobe.validation import IntLike, brief, truth, whole_number
 
 MEMORY_BUDGET = 2 * 2**30
 """The default of `measure`'s memory budget, in bytes."""
@@ -37,23 +42,24 @@ MEMORY_BUDGET = 2 * 2**30
 
 def measure(
     model: Any,
-    batch: TokenBatch,
+    batch: BatchLike,
     *,
     layers: Layers = "all",
-    window: int = 10,
+    window: IntLike = 10,
     horizon: Horizon = (10, 50),
     span: bool = True,
     receiver: bool | ReceiverLevel = False,
     entropy: bool = True,
-    batch_size: int | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    batch_size: IntLike | None = None,
+    memory_budget: IntLike = MEMORY_BUDGET,
     progress: bool = False,
 ) -> HeadStatistics:
     """Run a model over a batch once, and return what every head does there.
 
     Args:
         model: a model that an adapter knows, such as a transformers causal language model.
-        batch: the tokens, in any layout; results are aligned with it.
+        batch: the tokens, in any layout, or what `TokenBatch.of` makes a batch of, such as a tokenizer's
+            output; results are aligned with it.
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
@@ -75,8 +81,10 @@ def measure(
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
     """
-    if memory_budget < 1:
-        raise ParameterError(f"memory_budget is a number of bytes, at least 1; got {memory_budget}")
+    batch = TokenBatch.of(batch)
+    memory_budget = whole_number(memory_budget, "memory_budget", minimum=1)
+    truth(entropy, "entropy")
+    truth(progress, "progress")
     level = _receiver_level(receiver)
     probe = HeadStatisticsProbe(
         window=window, horizon=horizon, span=span, receiver=level == "token", entropy=False
@@ -113,7 +121,9 @@ def measure(
         receiver_kurtosis=None if kurtosis is None else layout.responses(kurtosis, weights),
         receiver_level=level,
         response_mask=batch.response_mask.to(run.adapter.device),
-        segment_ids=batch.segment_ids,
+        segment_ids=None if batch.segment_ids is None else batch.segment_ids.to(run.adapter.device),
+        input_ids=batch.input_ids.to(run.adapter.device),
+        texts=batch.texts,
         skipped_layers=run.adapter.skipped_layers,
         model_name=run.adapter.model_name,
     )
@@ -122,80 +132,112 @@ def measure(
 def _receiver_level(receiver: bool | ReceiverLevel) -> ReceiverLevel | None:
     if isinstance(receiver, bool):
         return "token" if receiver else None
-    if receiver in get_args(ReceiverLevel):
+    if isinstance(receiver, str) and receiver in get_args(ReceiverLevel):
         return receiver
-    raise ParameterError(f'receiver is "token", "sentence" or a truth value, got {receiver!r}')
-
-
-@dataclass(frozen=True)
-class GroupMaps:
-    """The mean attention maps of head groups over one response (Eq. 8 of arXiv 2510.13554).
-
-    Attributes:
-        local_map, global_map: `[token, token]` over the response's tokens, rows are queries.
-        columns: the caller's columns that these tokens stand in.
-    """
-
-    local_map: Float[Tensor, "token token"]
-    global_map: Float[Tensor, "token token"]
-    columns: tuple[int, ...]
+    raise ParameterError(f'receiver must be "token", "sentence", True or False; got {brief(receiver)}')
 
 
 def group_maps(
-    model: Any, batch: TokenBatch, heads: HeadGroups, *, example: int = 0, progress: bool = False
+    model: Any,
+    batch: BatchLike,
+    heads: HeadGroups | Mapping[str, HeadsLike] | HeadsLike | None = None,
+    *,
+    local_heads: HeadsLike | None = None,
+    global_heads: HeadsLike | None = None,
+    example: IntLike = 0,
+    progress: bool = False,
 ) -> GroupMaps:
     """Return the group maps of one response, for pictures: the one place that stores a map.
 
     It runs the model again: groups are known only after `measure`, and keeping the maps of all heads
-    until then would cost what attnprobe exists to avoid.
+    until then would cost what attnprobe exists to avoid. Maps of several responses are joined by
+    `GroupMaps.concatenate`.
+
+    Args:
+        model: a model that an adapter knows.
+        batch: the tokens, as for `measure`.
+        heads, local_heads, global_heads: the heads of each map, as for `score_tokens`; maps are means by
+            the heads' weights.
+        example: which of the batch's examples.
+        progress: whether to show a progress bar.
 
     Raises:
-        ParameterError: an example that the batch does not have, or a packed row.
+        ParameterError: an example that the batch does not have, a packed row, or heads that do not exist.
+        ResultError: head groups of another model.
         BatchError: ids out of the vocabulary, or sequences longer than the model's context.
         UnsupportedModelError: a model whose attention cannot be read.
     """
-    if not 0 <= example < batch.batch_size:
-        raise ParameterError(f"example must be in 0..{batch.batch_size - 1}, got {example}")
-    run = _Run.prepare(model, batch.select(slice(example, example + 1)), heads.layers)
+    batch = TokenBatch.of(batch)
+    example = whole_number(example, "example", maximum=batch.batch_size - 1)
+    truth(progress, "progress")
+    adapter = adapter_for(model)
+    groups = head_groups(
+        heads,
+        layers=adapter.layers,
+        head_count=adapter.head_count,
+        model_name=adapter.model_name,
+        local=local_heads,
+        **{"global": global_heads},
+    )
+    mapped = {str(group): groups[group] for group in ("local", "global")}
+    layers = sorted({layer for selection in mapped.values() for layer in selection.layers})
+    run = _Run.prepare(adapter, batch.select(example), layers)
     if run.rows.batch_size > 1:
         raise ParameterError(
-            f"row {example} packs {run.rows.batch_size} responses: put each in a row of its own for maps"
+            f"example {example} packs {run.rows.batch_size} sequences: take one a row for maps, "
+            "batch.unpadded_rows()[0]"
         )
     part = next(run.parts())
     inside = part.response_mask[0].nonzero()[:, 0]
-    probe = _GroupMapProbe(heads, inside)
+    probe = _GroupMapProbe(mapped, inside)
     with (
         run.progress(progress, "mapping") as ticking,
         attach(run.adapter, probe, ticking, layers=run.layers),
     ):
         run.adapter.forward(part)
-    start = int(run.layout.start[0])
-    columns = tuple(start + column for column in inside.tolist())
-    local_map, global_map = (
-        probe.total[name] / int(mask.sum())
-        for name, mask in (("local", heads.local_heads), ("global", heads.global_heads))
+    maps = {name: total[None] for name, total in probe.maps().items()}
+    return GroupMaps(
+        maps["local"],
+        maps["global"],
+        columns=(inside + int(run.layout.start[0]))[None],
+        input_ids=part.input_ids[:, inside],
+        provenance=Provenance(
+            model_name=adapter.model_name,
+            layers=tuple(layers),
+            heads={name: selection.heads for name, selection in mapped.items()},
+        ),
     )
-    return GroupMaps(local_map, global_map, columns)
 
 
 class _GroupMapProbe(Probe):
     """Adds up the maps of the heads of each group over the response."""
 
-    def __init__(self, heads: HeadGroups, inside: Tensor) -> None:
-        self._heads = heads
+    def __init__(self, groups: dict[str, HeadSelection], inside: Tensor) -> None:
+        self._groups = groups
         self._inside = inside
-        self.total: dict[str, Tensor] = {}
+        self._total: dict[str, Tensor] = {}
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
         assert isinstance(value, Attention)
         assert layer is not None
-        index = self._heads.layers.index(layer)
-        rows = value.rows(self._inside)[0][..., self._inside]
-        groups = {"local": self._heads.local_heads, "global": self._heads.global_heads}
-        for name, mask in groups.items():
-            chosen = mask[index, : rows.shape[0]].to(rows.device)
-            part = rows[chosen].sum(0)
-            self.total[name] = part + self.total.get(name, 0.0)
+        rows = value.rows(self._inside)[0][..., self._inside]  # [head, query, key]
+        for name, selection in self._groups.items():
+            of_layer = [(head, weight) for number, head, weight in selection.heads if number == layer]
+            if not of_layer:
+                continue
+            heads, weights = zip(*of_layer, strict=True)
+            if max(heads) >= len(rows):
+                raise ParameterError(f"layer {layer} has heads 0..{len(rows) - 1}, got {list(heads)}")
+            share = torch.tensor(weights, dtype=rows.dtype, device=rows.device)
+            part = torch.einsum("h,hqk->qk", share, rows[list(heads)])
+            self._total[name] = part + self._total.get(name, 0.0)
+
+    def maps(self) -> dict[str, Float[Tensor, "query key"]]:
+        """Return the weighted mean of each group."""
+        return {
+            name: total / sum(weight for _, _, weight in self._groups[name].heads)
+            for name, total in self._total.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -213,7 +255,7 @@ class _Run:
         model: Any,
         batch: TokenBatch,
         layers: Layers,
-        batch_size: int | None = None,
+        batch_size: IntLike | None = None,
         memory_budget: int = MEMORY_BUDGET,
         entropy: bool = False,
     ) -> _Run:
@@ -221,8 +263,8 @@ class _Run:
         chosen = resolve_layers(layers, adapter)
         rows, layout = batch.unpadded_rows()
         _check_fits(rows, adapter)
-        if batch_size is not None and batch_size < 1:
-            raise ParameterError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size is not None:
+            batch_size = whole_number(batch_size, "batch_size", minimum=1)
         size = batch_size or _rows_within(memory_budget, rows, adapter, entropy)
         return _Run(adapter, chosen, rows, layout, size)
 
@@ -232,7 +274,7 @@ class _Run:
 
     def parts(self) -> Iterator[TokenBatch]:
         for begin in range(0, self.rows.batch_size, self.size):
-            yield self.rows.select(slice(begin, begin + self.size)).to(self.adapter.device)
+            yield self.rows.select(slice(begin, begin + self.size), trim=True).to(self.adapter.device)
 
     @contextmanager
     def progress(self, shown: bool, label: str) -> Iterator[Probe]:

@@ -2,7 +2,8 @@
 
 Each is linear in the attention (kurtosis aside), so the metric of a mean of heads is the mean of the
 heads' metrics: values are kept per head, and groups are chosen afterwards. Definitions are those of
-arXiv 2510.13554. Undefined is NaN: outside the response, and where a horizon holds no row.
+arXiv 2510.13554v2. Undefined is NaN: outside the response, and where a horizon holds no row. Every function
+takes the attention, then the response mask `[batch, token]`; without one, all tokens are response.
 
 What is left to others: running the model (adapters), going over layers (head_statistics), choosing
 head groups (heads), and averaging over them (scores).
@@ -10,12 +11,20 @@ head groups (heads), and averaging over them (scores).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
+from attnprobe.validation import ArrayLike, IntLike, as_mask, as_tensor, brief, whole_number
+
+if TYPE_CHECKING:
+    AttentionLike: TypeAlias = Attention | ArrayLike
+else:
+    AttentionLike = Any
 
 Horizon = tuple[int, int | None]
 
@@ -28,11 +37,11 @@ band, whose memory does."""
 
 
 def mean_attention_distance(
-    attention: Attention | Tensor, response_mask: Bool[Tensor, "batch token"]
+    attention: AttentionLike, response_mask: ArrayLike | None = None
 ) -> Float[Tensor, "batch head"]:
     """Return the span of each head: its mean backward distance over response rows, in tokens.
 
-    Eq. 7 of arXiv 2510.13554: `1/|R| * sum over t in R, s <= t of A[t, s] * (t - s)`; in
+    Eq. 7 of arXiv 2510.13554v2: `1/|R| * sum over t in R, s <= t of A[t, s] * (t - s)`; in
     `[0, T - 1]`. Prompt rows and padding never count. A sink's share of a row counts as distance 0.
 
     Raises:
@@ -52,13 +61,13 @@ def mean_attention_distance(
 
 
 def windowed_attention_distance(
-    attention: Attention | Tensor,
-    window: int = 10,
-    response_mask: Bool[Tensor, "batch token"] | None = None,
+    attention: AttentionLike,
+    response_mask: ArrayLike | None = None,
+    window: IntLike = 10,
 ) -> Float[Tensor, "batch head token"]:
     """Return WAAD of each token: its mean backward distance, each distance cut off at the window.
 
-    Eq. 9 of arXiv 2510.13554: `sum over s <= t of A[t, s] * min(t - s, W)`; in `[0, W]`. NaN outside
+    Eq. 9 of arXiv 2510.13554v2: `sum over s <= t of A[t, s] * min(t - s, W)`; in `[0, W]`. NaN outside
     the response, if one is given.
 
     Raises:
@@ -68,23 +77,21 @@ def windowed_attention_distance(
     >>> windowed_attention_distance(torch.tensor([[1.0, 0.0], [0.75, 0.25]]), window=10)
     tensor([[[0.0000, 0.7500]]])
     """
-    check_window(window)
+    window = check_window(window)
     attention = as_attention(attention)
     waad = windowed_distance_by_row(attention, window)
-    if response_mask is None:
-        return waad
     return waad.masked_fill(~check_mask(attention, response_mask)[:, None], torch.nan)
 
 
 def future_attention_influence(
-    attention: Attention | Tensor,
-    response_mask: Bool[Tensor, "batch token"],
+    attention: AttentionLike,
+    response_mask: ArrayLike | None = None,
     horizon: Horizon = (10, 50),
-    segment_ids: Int[Tensor, "batch token"] | None = None,
+    segment_ids: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head token"]:
     """Return FAI of each response token: the mean attention that later response tokens give it.
 
-    Eq. 10 of arXiv 2510.13554: the mean of `A[t, s]` over the response rows `t` with
+    Eq. 10 of arXiv 2510.13554v2: the mean of `A[t, s]` over the response rows `t` with
     `s + low <= t <= s + high`; `high=None` runs to the end of the response (App. A.1). In `[0, 1]`.
     NaN outside the response, and for tokens so late that no row lies within the horizon.
     In packed rows give `segment_ids`, so that rows of another sequence do not count.
@@ -100,20 +107,21 @@ def future_attention_influence(
     low, high = check_horizon(horizon)
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
+    segments = check_segments(attention, segment_ids)
     received = received_by_key(attention, mask, (low, high))
-    return influence_of(received, mask, (low, high), segment_ids)
+    return influence_of(received, mask, (low, high), segments)
 
 
 def receiver_kurtosis(
-    attention: Attention | Tensor,
-    response_mask: Bool[Tensor, "batch token"],
+    attention: AttentionLike,
+    response_mask: ArrayLike | None = None,
     horizon: Horizon = RECEIVER_HORIZON,
-    segment_ids: Int[Tensor, "batch token"] | None = None,
-    minimum_rows: int = 10,
+    segment_ids: ArrayLike | None = None,
+    minimum_rows: IntLike = 10,
 ) -> Float[Tensor, "batch head"]:
     """Return how selective each head's inbound attention is: the kurtosis of FAI over tokens.
 
-    The token-level "column-wise kurtosis" of arXiv 2510.13554 (after arXiv 2506.19143): Fisher's
+    The token-level "column-wise kurtosis" of arXiv 2510.13554v2 (after arXiv 2506.19143): Fisher's
     kurtosis (0 for a normal distribution; biased) of what each response token receives from the later
     rows of the horizon, at least -2. NaN where it is undefined: fewer than two tokens with a value,
     or all values equal.
@@ -128,19 +136,19 @@ def receiver_kurtosis(
         PatternError: an invalid pattern.
         ParameterError: a horizon, mask or number of rows that does not fit.
     """
-    if isinstance(minimum_rows, bool) or not isinstance(minimum_rows, int) or minimum_rows < 1:
-        raise ParameterError(f"minimum_rows is a whole number, at least 1; got {minimum_rows!r}")
+    minimum_rows = whole_number(minimum_rows, "minimum_rows", minimum=1)
     horizon = check_horizon(horizon)
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
+    segments = check_segments(attention, segment_ids)
     received = received_by_key(attention, mask, horizon)
-    return selectivity_of(received, mask, horizon, segment_ids, minimum_rows)
+    return selectivity_of(received, mask, horizon, segments, minimum_rows)
 
 
 def sentence_receiver_kurtosis(
-    attention: Attention | Tensor,
-    sentence_ids: Int[Tensor, "batch token"],
-    min_distance: int = 4,
+    attention: AttentionLike,
+    sentence_ids: ArrayLike,
+    min_distance: IntLike = 4,
 ) -> Float[Tensor, "batch head"]:
     """Return how selective each head's inbound attention is, sentence by sentence.
 
@@ -156,16 +164,15 @@ def sentence_receiver_kurtosis(
         PatternError: an invalid pattern.
         ParameterError: ids or a distance that do not fit.
     """
-    if isinstance(min_distance, bool) or not isinstance(min_distance, int) or min_distance < 1:
-        raise ParameterError(f"min_distance is a number of sentences, at least 1; got {min_distance!r}")
+    min_distance = whole_number(min_distance, "min_distance", minimum=1)
     pooled = sentence_attention(attention, sentence_ids)
     count = pooled.shape[-1]
-    near = torch.ones(count, count, dtype=torch.bool, device=pooled.device).triu(1 - min_distance)
+    near = torch.ones(count, count, dtype=torch.bool, device=pooled.device).triu(1 - min(min_distance, count))
     return kurtosis(pooled.masked_fill(near, torch.nan).nanmean(-2))
 
 
 def sentence_attention(
-    attention: Attention | Tensor, sentence_ids: Int[Tensor, "batch token"]
+    attention: AttentionLike, sentence_ids: ArrayLike
 ) -> Float[Tensor, "batch head sentence sentence"]:
     """Return the mean attention between sentences: rows are the later ones, columns what they read.
 
@@ -182,13 +189,12 @@ def sentence_attention(
             [0.3750, 0.2500]])
     """
     attention = as_attention(attention)
-    expected = (attention.batch_size, attention.query_count)
-    if sentence_ids.shape != expected or sentence_ids.is_floating_point():
+    ids = _token_numbers(attention, sentence_ids, "sentence_ids")
+    if int(ids.max()) >= attention.query_count:
         raise ParameterError(
-            f"sentence_ids must be whole numbers {list(expected)}, got {sentence_ids.dtype} "
-            f"{list(sentence_ids.shape)}"
+            f"sentence_ids count the sentences from 0, so there are at most {attention.query_count}; got "
+            f"{int(ids.max())}"
         )
-    ids = sentence_ids.to(attention.device)
     sentence = torch.arange(max(1, int(ids.max()) + 1), device=attention.device)
     member = (ids[..., None] == sentence).to(attention.dtype)
     length = member.sum(1)
@@ -330,12 +336,12 @@ def kurtosis(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:
 
 
 def token_entropy(
-    logits: Float[Tensor, "batch token vocabulary"],
-    response_mask: Bool[Tensor, "batch token"] | None = None,
+    logits: ArrayLike,
+    response_mask: ArrayLike | None = None,
 ) -> Float[Tensor, "batch token"]:
     """Return the entropy, in nats, of the distribution that each token was sampled from.
 
-    `H[t] = -sum over v of p(v) log p(v)` (Sec. 4.1 of arXiv 2510.13554), of the logits at position
+    `H[t] = -sum over v of p(v) log p(v)` (Sec. 4.1 of arXiv 2510.13554v2), of the logits at position
     `t - 1`; in `[0, log vocabulary]`. NaN for the first token, and outside the response, if given.
 
     Raises:
@@ -345,17 +351,15 @@ def token_entropy(
     >>> token_entropy(torch.zeros(1, 2, 4))
     tensor([[   nan, 1.3863]])
     """
-    if logits.ndim != 3:
-        raise ParameterError(f"logits must be [batch, token, vocabulary], got {list(logits.shape)}")
+    logits = as_tensor(logits, "logits")
+    if logits.ndim != 3 or not logits.is_floating_point() or logits.numel() == 0:
+        raise ParameterError(f"logits must be floating point [batch, token, vocabulary]; got {brief(logits)}")
     entropy = torch.full(logits.shape[:2], torch.nan, device=logits.device)
     entropy[:, 1:] = distribution_entropy(logits[:, :-1])
     if response_mask is None:
         return entropy
-    if response_mask.shape != logits.shape[:2]:
-        raise ParameterError(
-            f"response_mask must be {list(logits.shape[:2])}, got {list(response_mask.shape)}"
-        )
-    return entropy.masked_fill(~response_mask.to(logits.device).bool(), torch.nan)
+    mask = as_mask(response_mask, "response_mask", tuple(logits.shape[:2]), device=logits.device)
+    return entropy.masked_fill(~mask, torch.nan)
 
 
 def distribution_entropy(logits: Float[Tensor, "*axes vocabulary"]) -> Float[Tensor, "*axes"]:
@@ -376,7 +380,7 @@ def distribution_entropy(logits: Float[Tensor, "*axes vocabulary"]) -> Float[Ten
     return entropy.clamp_(min=0.0).view(logits.shape[:-1])
 
 
-def as_attention(attention: Attention | Tensor) -> Attention:
+def as_attention(attention: AttentionLike) -> Attention:
     """Return an `Attention`: the one given, or a pattern `[batch, head, query, key]` made one.
 
     Metrics describe whole sequences, so a cached pass, with more keys than queries, is refused.
@@ -394,31 +398,52 @@ def as_attention(attention: Attention | Tensor) -> Attention:
     return attention
 
 
-def check_mask(attention: Attention, mask: Tensor) -> Bool[Tensor, "batch token"]:
-    """Return a response mask on the attention's device, or raise `ParameterError`."""
+def check_mask(attention: Attention, mask: ArrayLike | None) -> Bool[Tensor, "batch token"]:
+    """Return a response mask on the attention's device, or raise `ParameterError`; None: all tokens."""
     expected = (attention.batch_size, attention.query_count)
-    if mask.shape != expected:
-        raise ParameterError(f"response_mask must be {list(expected)}, got {list(mask.shape)}")
-    return mask.to(device=attention.device, dtype=torch.bool)
+    if mask is None:
+        return torch.ones(expected, dtype=torch.bool, device=attention.device)
+    return as_mask(mask, "response_mask", expected, device=attention.device)
 
 
-def check_window(window: int) -> int:
+def check_segments(attention: Attention, segment_ids: ArrayLike | None) -> Int[Tensor, "batch token"] | None:
+    """Return the sequence of each token on the attention's device, or raise `ParameterError`."""
+    return None if segment_ids is None else _token_numbers(attention, segment_ids, "segment_ids")
+
+
+def _token_numbers(attention: Attention, value: ArrayLike, name: str) -> Int[Tensor, "batch token"]:
+    numbers = as_tensor(value, name)
+    expected = (attention.batch_size, attention.query_count)
+    whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
+    if tuple(numbers.shape) != expected or not whole:
+        raise ParameterError(f"{name} must be whole numbers {list(expected)}; got {brief(numbers)}")
+    return numbers.to(attention.device).long()
+
+
+def check_window(window: IntLike) -> int:
     """Return a WAAD window, or raise `ParameterError`."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ParameterError(f"the window is a whole number of tokens, at least 1; got {window!r}")
-    return window
+    return whole_number(window, "window", minimum=1)
 
 
-def check_horizon(horizon: Horizon) -> Horizon:
-    """Return a horizon `(low, high)` with `0 <= low <= high`, high None for the end, or raise."""
-    low, high = horizon
-    whole = isinstance(low, int) and (high is None or isinstance(high, int))
-    if not whole or low < 0 or (high is not None and high < low):
-        raise ParameterError(
-            "a horizon is (low, high) in whole tokens with 0 <= low <= high, or high=None for the end "
-            f"of the response; got {horizon!r}"
-        )
-    return low, high
+def check_horizon(horizon: Any) -> Horizon:
+    """Return a horizon `(low, high)` with `0 <= low <= high`, high None for the end, or raise.
+
+    >>> check_horizon([10, None])
+    (10, None)
+    """
+    is_array = isinstance(horizon, Tensor) or type(horizon).__module__ == "numpy"
+    parts: Any = horizon.tolist() if is_array else horizon
+    if isinstance(parts, list | tuple) and len(parts) == 2:
+        low, high = parts
+        try:
+            low = whole_number(low, "low")
+            return low, None if high is None else whole_number(high, "high", minimum=low)
+        except ParameterError:
+            pass
+    raise ParameterError(
+        "a horizon is (low, high) in whole tokens with 0 <= low <= high, or high=None for the end "
+        f"of the response; got {brief(horizon)}"
+    )
 
 
 def _rows_in_horizon(
@@ -432,8 +457,6 @@ def _rows_in_horizon(
     token = torch.arange(count, device=mask.device).expand(mask.shape)
     end = torch.full_like(token, count - 1)
     if segment_ids is not None:
-        if segment_ids.shape != mask.shape:
-            raise ParameterError(f"segment_ids must be {list(mask.shape)}, got {list(segment_ids.shape)}")
         ids = segment_ids.to(mask.device)
         borders = torch.ones_like(mask)
         borders[:, :-1] = ids[:, 1:] != ids[:, :-1]

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from attnprobe.batch import chat_prompt_ids
 from attnprobe.errors import BatchError, MissingDependencyError, ModelLoadError, ParameterError
 from attnprobe.progress import Advance, progress_bar
+from attnprobe.texts import chat_prompt_ids
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGED_FILE = f"{PACKAGED_MODEL}.Q4_1.gguf"

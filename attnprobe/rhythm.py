@@ -1,31 +1,39 @@
 """The preplan-and-anchor rhythm: peaks of token scores, and how they belong together.
 
 A peak of WAAD is a preplan token, the onset of a chunk; a peak of FAI is an anchor token, which later
-text keeps reading (Sec. 4.2 of arXiv 2510.13554). What the paper leaves open is a documented parameter
+text keeps reading (Sec. 4.2 of arXiv 2510.13554v2). What the paper leaves open is a documented parameter
 here. What is left to others: scores (scores), pictures (report), and weights for training (rl).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attnprobe.batch import TokenBatch, check_unpacked, token_columns
 from attnprobe.errors import ParameterError
-from attnprobe.scores import TokenScores
-from attnprobe.storage import import_pandas, load_result, save_result
+from attnprobe.results import Provenance, Result, html_table
+from attnprobe.scores import TokenScores, check_same_tokens
+from attnprobe.validation import (
+    ArrayLike,
+    FloatLike,
+    IntLike,
+    as_mask,
+    as_tensor,
+    brief,
+    instance,
+    real_number,
+    whole_number,
+)
 
-if TYPE_CHECKING:
-    import pandas
 
-
-@dataclass(frozen=True)
-class Rhythm:
+@dataclass(frozen=True, eq=False, repr=False)
+class Rhythm(Result):
     """The rhythm of each response, as masks over its tokens.
 
     Attributes:
@@ -37,6 +45,12 @@ class Rhythm:
         intro: the tokens that opened the chunks of the dominated anchors.
         delta: the change of WAAD to the next token, `|WAAD[t] - WAAD[t + 1]|`; NaN where undefined.
         quantile, lookback: the parameters.
+        response_mask: the tokens that were looked at; None where that is not known.
+        input_ids, texts: the tokens, as in the batch; None where they are not known.
+        provenance: the model, layers, window, horizon and heads that the scores were computed from.
+
+    Raises:
+        ResultError: masks whose kinds or shapes differ.
     """
 
     preplan: Bool[Tensor, "batch token"]
@@ -47,58 +61,74 @@ class Rhythm:
     delta: Float[Tensor, "batch token"]
     quantile: float = 0.4
     lookback: int = 3
+    response_mask: Bool[Tensor, "batch token"] | None = None
+    input_ids: Int[Tensor, "batch token"] | None = None
+    texts: tuple[tuple[str, ...], ...] | None = None
+    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
 
-    def save(self, path: str | Path) -> Path:
-        """Save as one safetensors file with JSON metadata, and return its path.
+    _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
-        Raises:
-            ResultError: a place that cannot be written.
-        """
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        metadata = {"quantile": self.quantile, "lookback": self.lookback}
-        return save_result(path, "Rhythm", tensors, metadata)
-
-    @staticmethod
-    def load(path: str | Path) -> Rhythm:
-        """Load what `save` wrote.
+    def pairs(self, example: IntLike = 0) -> list[tuple[int, int]]:
+        """Return the (preplan, anchor) columns of one response that belong together, in order.
 
         Raises:
-            ResultError: a file that is missing, damaged, or holds something else.
+            ParameterError: an example that there is not.
         """
-        tensors, metadata = load_result(path, "Rhythm", (*_TENSORS, "quantile", "lookback"))
-        return Rhythm(
-            **{name: tensors[name] for name in _TENSORS},
-            quantile=metadata["quantile"],
-            lookback=metadata["lookback"],
-        )
-
-    def pairs(self, example: int = 0) -> list[tuple[int, int]]:
-        """Return the (preplan, anchor) columns of one response that belong together, in order."""
+        count = self.anchor.shape[0]
+        example = whole_number(example, "example", minimum=-count, maximum=count - 1)
         anchors = (self.anchor_preplan[example] >= 0).nonzero()[:, 0].tolist()
         return [(int(self.anchor_preplan[example, anchor]), anchor) for anchor in anchors]
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return a table with a row for each token that has a part in the rhythm.
+    def _used(self) -> Tensor:
+        return torch.ones_like(self.anchor) if self.response_mask is None else self.response_mask
+
+    def at_columns(self, columns: slice) -> Rhythm:
+        """Return the rhythm of some columns only; preplans that lie outside them are forgotten."""
+        part = super().at_columns(columns)
+        first = columns.indices(self.anchor.shape[1])[0]
+        inside = (part.anchor_preplan >= first) & (part.anchor_preplan < first + part.anchor.shape[1])
+        return replace(part, anchor_preplan=torch.where(inside, part.anchor_preplan - first, -1))
+
+    def _table(self, batch: TokenBatch | None = None) -> dict[str, Any]:
+        """Return a line for each token that has a part in the rhythm; a batch adds ids and texts.
 
         Raises:
-            MissingDependencyError: pandas is not installed.
+            ResultError: a batch of another shape, or of other tokens.
         """
-        frame = import_pandas()
-        masks = {name: getattr(self, name) for name in ("preplan", "anchor", "dominated", "intro")}
-        place = torch.stack(list(masks.values())).any(0).nonzero()
-        row, token = place[:, 0], place[:, 1]
-        columns: dict[str, object] = {"response": row.cpu().numpy(), "token": token.cpu().numpy()}
-        columns |= {name: mask[row, token].cpu().numpy() for name, mask in masks.items()}
-        columns["anchor_preplan"] = self.anchor_preplan[row, token].cpu().numpy()
-        table: pandas.DataFrame = frame.DataFrame(columns)
-        return table
+        ids, texts = self.input_ids, self.texts
+        if batch is not None:
+            instance(batch, TokenBatch, "batch")
+            check_same_tokens(batch, self, "the parts of the rhythm")
+            ids, texts = batch.input_ids, batch.texts
+        names = ("preplan", "anchor", "dominated", "intro")
+        place = torch.stack([getattr(self, name) for name in names]).any(0).nonzero()
+        columns = token_columns(place, ids, texts)
+        for name in (*names, "anchor_preplan"):
+            columns[name] = getattr(self, name)[tuple(place.T)].cpu().numpy()
+        return columns
+
+    def _repr_html_(self) -> str:
+        """Return how many preplans and anchors each response has, as a small table."""
+        head = ("example", "preplans", "anchors", "dominated", "pairs")
+        rows = [
+            (
+                i,
+                *(int(getattr(self, n)[i].sum()) for n in ("preplan", "anchor", "dominated")),
+                len(self.pairs(i)),
+            )
+            for i in range(min(len(self.anchor), _MOST_SHOWN))
+        ]
+        return html_table(f"Rhythm({self._headline()})", head, rows)
 
 
-_TENSORS = ("preplan", "anchor", "anchor_preplan", "dominated", "intro", "delta")
+_MOST_SHOWN = 20
 
 
-def find_rhythm(scores: TokenScores, *, quantile: float = 0.4, lookback: int = 3) -> Rhythm:
+def find_rhythm(scores: TokenScores, *, quantile: FloatLike = 0.4, lookback: IntLike = 3) -> Rhythm:
     """Find preplans, anchors, and which belongs to which.
+
+    In a response with gaps (two turns, a tool's output in between) a chunk ends at the gap: no peak is made
+    there, and no anchor follows a preplan across it.
 
     Args:
         scores: WAAD and FAI of each token.
@@ -106,29 +136,32 @@ def find_rhythm(scores: TokenScores, *, quantile: float = 0.4, lookback: int = 3
         lookback: within how many tokens an anchor "immediately follows" a preplan (the paper's k).
 
     Raises:
-        ParameterError: a quantile outside (0, 1], a lookback below 1, or packed rows.
+        ParameterError: a quantile outside (0, 1], a lookback below 1, packed rows, or no scores.
     """
-    if scores.segment_ids is not None:
-        raise ParameterError(
-            "these scores are of packed rows, where the tokens of one response would be ranked among "
-            "those of another: measure rows of one sequence each, such as batch.unpadded_rows()[0]"
-        )
+    instance(scores, TokenScores, "scores", "score_tokens returns them")
+    check_unpacked(scores.segment_ids, "find peaks")
+    quantile, lookback = check_quantile(quantile), check_lookback(lookback)
     preplan = find_peaks(scores.waad, quantile=quantile)
     anchor = find_peaks(scores.fai, quantile=quantile)
     dominated, intro = dominated_anchors(anchor, scores.waad, lookback=lookback)
+    mask = scores.response_mask.to(anchor.device)
     return Rhythm(
         preplan=preplan,
         anchor=anchor,
-        anchor_preplan=_latest_within(preplan, anchor, lookback),
+        anchor_preplan=_latest_within(preplan, anchor, mask, lookback),
         dominated=dominated,
         intro=intro,
         delta=waad_change(scores.waad),
         quantile=quantile,
         lookback=lookback,
+        response_mask=scores.response_mask,
+        input_ids=scores.input_ids,
+        texts=scores.texts,
+        provenance=scores.provenance,
     )
 
 
-def top_quantile(values: Float[Tensor, "batch token"], quantile: float = 0.4) -> Bool[Tensor, "batch token"]:
+def top_quantile(values: ArrayLike, quantile: FloatLike = 0.4) -> Bool[Tensor, "batch token"]:
     """Mark the `ceil(quantile * n)` largest of the n defined values of each row; ties: the earliest.
 
     Raises:
@@ -137,7 +170,8 @@ def top_quantile(values: Float[Tensor, "batch token"], quantile: float = 0.4) ->
     >>> top_quantile(torch.tensor([[1.0, 3.0, 3.0, torch.nan, 2.0]]), 0.5).int()
     tensor([[0, 1, 1, 0, 0]], dtype=torch.int32)
     """
-    _check_quantile(quantile)
+    quantile = check_quantile(quantile)
+    values = check_values(values)
     defined = ~values.isnan()
     order = values.nan_to_num(nan=-torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order)
@@ -145,7 +179,7 @@ def top_quantile(values: Float[Tensor, "batch token"], quantile: float = 0.4) ->
     return defined & (rank < _quantile_counts(values, quantile)[:, None])
 
 
-def find_peaks(values: Float[Tensor, "batch token"], *, quantile: float = 0.4) -> Bool[Tensor, "batch token"]:
+def find_peaks(values: ArrayLike, *, quantile: FloatLike = 0.4) -> Bool[Tensor, "batch token"]:
     """Mark the peaks of each row: strict local maxima among the top quantile of defined values.
 
     A plateau that is higher than both its neighbours is one peak, at its first position. The first and
@@ -158,7 +192,8 @@ def find_peaks(values: Float[Tensor, "batch token"], *, quantile: float = 0.4) -
     >>> find_peaks(torch.tensor([[0.0, 2.0, 2.0, 1.0, 3.0]]), quantile=1.0).int()
     tensor([[0, 1, 0, 0, 0]], dtype=torch.int32)
     """
-    _check_quantile(quantile)
+    quantile = check_quantile(quantile)
+    values = check_values(values)
     batch, count = values.shape
     peaks = torch.zeros(batch, count, dtype=torch.bool, device=values.device)
     if count < 3:
@@ -177,46 +212,48 @@ def find_peaks(values: Float[Tensor, "batch token"], *, quantile: float = 0.4) -
     return peaks & (values >= threshold)
 
 
-def waad_change(waad: Float[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
-    """Return `|WAAD[t] - WAAD[t + 1]|` (Eq. 13 of arXiv 2510.13554); NaN for the last token.
+def waad_change(waad: ArrayLike) -> Float[Tensor, "batch token"]:
+    """Return `|WAAD[t] - WAAD[t + 1]|` (Eq. 14 of arXiv 2510.13554v2); NaN for the last token.
 
     >>> waad_change(torch.tensor([[1.0, 3.0, 2.5]]))
     tensor([[2.0000, 0.5000,    nan]])
     """
+    waad = check_values(waad)
     delta = torch.full_like(waad, torch.nan)
     delta[:, :-1] = (waad[:, :-1] - waad[:, 1:]).abs()
     return delta
 
 
 def dominated_anchors(
-    anchor: Bool[Tensor, "batch token"],
-    waad: Float[Tensor, "batch token"],
+    anchor: ArrayLike,
+    waad: ArrayLike,
     *,
-    lookback: int = 3,
-    waad_threshold: float | None = None,
-    delta_threshold: float | None = None,
+    lookback: IntLike = 3,
+    waad_threshold: FloatLike | None = None,
+    delta_threshold: FloatLike | None = None,
 ) -> tuple[Bool[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
     """Mark the anchors that a chunk's opening dominates, and the tokens that opened the chunks.
 
-    Sec. 5.2 of arXiv 2510.13554: an anchor t is dominated if `WAAD[t] <= waad_threshold` and the
+    Sec. 5.2 of arXiv 2510.13554v2: an anchor t is dominated if `WAAD[t] <= waad_threshold` and the
     largest change of WAAD in `t - lookback .. t - 1` is at least `delta_threshold`; its opening is
     where that change is (ties: the latest). Thresholds default to the response's own medians of WAAD
     and of its change, over the tokens where each is defined. An anchor with no response token before
-    it is not dominated.
+    it is not dominated, and what stands before a gap (an undefined WAAD) is not looked at.
 
     Raises:
         ParameterError: a lookback below 1, or shapes that differ.
     """
-    if isinstance(lookback, bool) or not isinstance(lookback, int) or lookback < 1:
-        raise ParameterError(f"lookback is a whole number of tokens, at least 1; got {lookback!r}")
-    if anchor.shape != waad.shape:
-        raise ParameterError(f"anchor is {list(anchor.shape)}, waad {list(waad.shape)}")
+    waad = check_values(waad)
+    anchor = as_mask(anchor, "anchor", tuple(waad.shape), device=waad.device)
+    lookback = min(check_lookback(lookback), max(1, waad.shape[1]))
     delta = waad_change(waad)
     low = _threshold(waad, waad_threshold)
     high = _threshold(delta, delta_threshold)
     # before[..., i]: the change at t - 1 - i, so that the first maximum is the latest position.
     padded = torch.nn.functional.pad(delta, (lookback, 0), value=torch.nan)
     before = padded.unfold(-1, lookback, 1)[:, : waad.shape[1]].flip(-1)
+    # An undefined change is the end of a chunk at a gap: what lies before it belongs to another one.
+    before = before.masked_fill(before.isnan().cumsum(-1) > 0, torch.nan)
     largest, place = before.nan_to_num(nan=-torch.inf).max(-1)
     dominated = anchor & (waad <= low) & (largest >= high) & (largest > -torch.inf)
     intro = torch.zeros_like(anchor)
@@ -225,21 +262,39 @@ def dominated_anchors(
     return dominated, intro
 
 
-def _threshold(values: Float[Tensor, "batch token"], given: float | None) -> Tensor:
+def _threshold(values: Float[Tensor, "batch token"], given: FloatLike | None) -> Tensor:
     if given is not None:
-        return values.new_full((values.shape[0], 1), given)
+        return values.new_full((values.shape[0], 1), real_number(given, "a threshold"))
     # Half precision has no median.
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     return wide.nanquantile(0.5, dim=-1, keepdim=True)
 
 
+def near_preplans(
+    preplan: Bool[Tensor, "batch token"], response_mask: Bool[Tensor, "batch token"], lookback: int
+) -> Bool[Tensor, "batch token"]:
+    """Mark the tokens that coincide with a preplan, or follow one within `lookback` tokens, gaps aside."""
+    return _latest_preplan(preplan, response_mask, lookback) >= 0
+
+
 def _latest_within(
-    preplan: Bool[Tensor, "batch token"], anchor: Bool[Tensor, "batch token"], lookback: int
+    preplan: Bool[Tensor, "batch token"],
+    anchor: Bool[Tensor, "batch token"],
+    response_mask: Bool[Tensor, "batch token"],
+    lookback: int,
 ) -> Int[Tensor, "batch token"]:
     """Return for each anchor the column of the latest preplan in `t - lookback .. t`, else -1."""
-    column = torch.arange(preplan.shape[1], device=preplan.device).expand_as(anchor)
+    return _latest_preplan(preplan, response_mask, lookback).masked_fill(~anchor, -1)
+
+
+def _latest_preplan(
+    preplan: Bool[Tensor, "batch token"], response_mask: Bool[Tensor, "batch token"], lookback: int
+) -> Int[Tensor, "batch token"]:
+    """Return for each token the column of the latest preplan in `t - lookback .. t`; -1 across a gap."""
+    column = torch.arange(preplan.shape[1], device=preplan.device).expand_as(preplan)
     latest = column.masked_fill(~preplan, -1).cummax(-1).values
-    near = anchor & (latest >= 0) & (column - latest <= lookback)
+    gap = column.masked_fill(response_mask.to(preplan.device), -1).cummax(-1).values
+    near = (latest > gap) & (column - latest <= lookback)
     return latest.masked_fill(~near, -1)
 
 
@@ -250,6 +305,19 @@ def _quantile_counts(values: Float[Tensor, "batch token"], quantile: float) -> I
     return torch.tensor(counts, device=values.device)
 
 
-def _check_quantile(quantile: float) -> None:
-    if not 0 < quantile <= 1:
-        raise ParameterError(f"quantile must be in (0, 1], got {quantile}")
+def check_quantile(quantile: FloatLike) -> float:
+    """Return the share of tokens that is chosen, in (0, 1], or raise `ParameterError`."""
+    return real_number(quantile, "quantile", above=0, maximum=1)
+
+
+def check_lookback(lookback: IntLike, minimum: int = 1) -> int:
+    """Return a number of tokens to look back, or raise `ParameterError`."""
+    return whole_number(lookback, "lookback", minimum=minimum)
+
+
+def check_values(values: ArrayLike) -> Float[Tensor, "batch token"]:
+    """Return scores of tokens `[batch, token]`, or raise `ParameterError`."""
+    values = as_tensor(values, "values")
+    if values.ndim != 2 or not values.is_floating_point():
+        raise ParameterError(f"values must be floating point [batch, token]; got {brief(values)}")
+    return values

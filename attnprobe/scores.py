@@ -1,34 +1,33 @@
 """TokenScores: one number a token, from the statistics of a group of heads.
 
-WAAD is the mean over local heads, FAI over global heads (Def. 4.1 of arXiv 2510.13554): both are
-linear in attention, so this equals the metric of the group's mean map. What is left to others: peaks and
-what they mean (rhythm), and weights for training (rl).
+WAAD is the mean over local heads, FAI over global heads (Def. 4.1 of arXiv 2510.13554v2): both are
+linear in attention, so this equals the metric of the group's mean map. `score_tokens` is called by users,
+by `rl` and by the command line. What is left to others: peaks and what they mean (rhythm), and weights for
+training (rl).
 """
 
 from __future__ import annotations
 
+import html
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.batch import TokenBatch
-from attnprobe.errors import ResultError
+from attnprobe.batch import TokenBatch, token_columns
+from attnprobe.errors import ParameterError, ResultError
+from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import HeadGroups
-from attnprobe.storage import import_pandas, load_result, save_result
-
-if TYPE_CHECKING:
-    import pandas
-
-_TENSORS = ("waad", "fai", "entropy", "response_mask", "receiver_fai", "segment_ids")
+from attnprobe.heads import HeadGroups, head_groups
+from attnprobe.results import Align, Provenance, Result
+from attnprobe.validation import choice, instance
 
 
-@dataclass(frozen=True)
-class TokenScores:
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenScores(Result):
     """Scores of each token; NaN where undefined. It can be built by hand.
 
     Attributes:
@@ -38,9 +37,11 @@ class TokenScores:
         response_mask: the tokens that are scored.
         receiver_fai: future attention influence of the receiver heads; None where they are unknown.
         segment_ids: in packed rows, which sequence of the row a token belongs to; else None.
+        input_ids, texts: the tokens, as in the batch; None where they are not known.
+        provenance: the model, layers, window, horizon and heads that the scores were computed from.
 
     Raises:
-        ResultError: scores whose shapes differ.
+        ResultError: scores whose kinds or shapes differ.
     """
 
     waad: Float[Tensor, "batch token"]
@@ -49,81 +50,197 @@ class TokenScores:
     response_mask: Bool[Tensor, "batch token"]
     receiver_fai: Float[Tensor, "batch token"] | None = None
     segment_ids: Int[Tensor, "batch token"] | None = None
+    input_ids: Int[Tensor, "batch token"] | None = None
+    texts: tuple[tuple[str, ...], ...] | None = None
+    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
 
-    def __post_init__(self) -> None:
-        shapes = {name: list(value.shape) for name in _TENSORS if (value := getattr(self, name)) is not None}
-        if len({tuple(shape) for shape in shapes.values()}) != 1 or len(shapes["waad"]) != 2:
-            raise ResultError(f"scores must all be [batch, token], got {shapes}")
+    _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
-    def save(self, path: str | Path) -> Path:
-        """Save as one safetensors file with JSON metadata, and return its path.
-
-        Raises:
-            ResultError: a place that cannot be written.
-        """
-        return save_result(path, "TokenScores", {name: getattr(self, name) for name in _TENSORS}, {})
-
-    @staticmethod
-    def load(path: str | Path) -> TokenScores:
-        """Load what `save` wrote.
+    def _table(self, batch: TokenBatch | None = None) -> dict[str, Any]:
+        """Return a line for each response token; a batch adds ids and texts where they are not known.
 
         Raises:
-            ResultError: a file that is missing, damaged, or holds something else.
+            ResultError: a batch of another shape, or of other tokens.
         """
-        tensors, _ = load_result(path, "TokenScores", ("waad", "fai", "response_mask"))
-        return TokenScores(**{name: tensors.get(name) for name in _TENSORS})  # type: ignore[arg-type]
-
-    def to_pandas(self, batch: TokenBatch | None = None) -> pandas.DataFrame:
-        """Return a table with a row for each response token; a batch adds ids and texts.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-            ResultError: a batch of another shape.
-        """
-        frame = import_pandas()
-        if batch is not None and batch.input_ids.shape != self.waad.shape:
-            raise ResultError(
-                f"the batch is {list(batch.input_ids.shape)}, the scores {list(self.waad.shape)}"
-            )
-        place = self.response_mask.nonzero()
-        row, token = place[:, 0], place[:, 1]
-        columns: dict[str, object] = {"response": row.cpu().numpy(), "token": token.cpu().numpy()}
+        ids, texts = self.input_ids, self.texts
         if batch is not None:
-            columns["id"] = batch.input_ids[row.cpu(), token.cpu()].cpu().numpy()
-            if batch.texts is not None:
-                columns["text"] = [batch.texts[i][j] for i, j in place.tolist()]
+            instance(batch, TokenBatch, "batch")
+            check_same_tokens(batch, self, "the scores")
+            ids, texts = batch.input_ids, batch.texts
+        place = self.response_mask.nonzero()
+        columns = token_columns(place, ids, texts)
         for name in ("waad", "fai", "receiver_fai", "entropy"):
             values = getattr(self, name)
             if values is not None:
-                columns[name] = values[row, token].cpu().numpy()
-        table: pandas.DataFrame = frame.DataFrame(columns)
-        return table
+                columns[name] = values[tuple(place.to(values.device).T)].cpu().numpy()
+        return columns
+
+    def _repr_html_(self) -> str:
+        """Return the response texts, coloured by WAAD (the background) and FAI (the line below)."""
+        if self.texts is None:
+            return super()._repr_html_()
+        shown = [
+            f'<p style="line-height:2">{_coloured(self, example)}</p>'
+            for example in range(min(len(self.texts), _MOST_SHOWN))
+        ]
+        more = len(self.texts) - len(shown)
+        shown += [f"<p>and {more} more examples</p>"] if more else []
+        note = "background: WAAD, line below: FAI"
+        return f"<div><p>{html.escape(f'TokenScores({self._headline()}); {note}')}</p>{''.join(shown)}</div>"
 
 
-def score_tokens(statistics: HeadStatistics, heads: HeadGroups) -> TokenScores:
-    """Return the scores of each token: the statistics' means over head groups.
+_MOST_SHOWN = 5
 
-    The groups may come from another batch of the same model.
+
+def _coloured(scores: TokenScores, example: int) -> str:
+    """Return the spans of one example's response."""
+    assert scores.texts is not None
+    spans = []
+    shares = [_shares(values[example]) for values in (scores.waad, scores.fai)]
+    for token in scores.response_mask[example].nonzero()[:, 0].tolist():
+        waad, fai = (share[token] for share in shares)
+        style = (
+            f"background:rgba(241,122,34,{0.8 * waad:.2f});border-bottom:3px solid rgba(33,113,181,{fai:.2f})"
+        )
+        told = ", ".join(
+            f"{name} {float(values[example, token]):.3g}"
+            for name, values in (("WAAD", scores.waad), ("FAI", scores.fai), ("entropy", scores.entropy))
+            if values is not None
+        )
+        text = html.escape(scores.texts[example][token]).replace("\n", "\u21b5<br>")
+        spans.append(f'<span style="{style}" title="column {token}: {told}">{text}</span>')
+    return "".join(spans)
+
+
+def _shares(values: Float[Tensor, " token"]) -> list[float]:
+    """Return where each value lies between the 5th and the 95th percentile; 0 where it is undefined."""
+    wide = values.double().cpu()
+    low, high = wide.nanquantile(0.05), wide.nanquantile(0.95)
+    share: list[float] = ((wide - low) / (high - low)).nan_to_num(0.0).clamp(0, 1).tolist()
+    return share
+
+
+def check_same_tokens(batch: TokenBatch, result: Any, name: str) -> None:
+    """Check that a result is of the tokens of a batch.
 
     Raises:
+        ResultError: another shape, or other token ids.
+    """
+    if batch.input_ids.shape != result.response_mask.shape:
+        raise ResultError(
+            f"the batch is {list(batch.input_ids.shape)}, {name} {list(result.response_mask.shape)}"
+        )
+    if result.input_ids is None:
+        return
+    ours, theirs = batch.input_ids.cpu(), result.input_ids.cpu()
+    differs = (ours != theirs) & batch.attention_mask.cpu()
+    if bool(differs.any()):
+        example, position = differs.nonzero()[0].tolist()
+        raise ResultError(
+            f"{name} are of other tokens than the batch: at position {position} of example {example} they "
+            f"have id {int(theirs[example, position])}, the batch has {int(ours[example, position])}"
+        )
+
+
+def score_tokens(
+    statistics: HeadStatistics,
+    heads: HeadGroups | Mapping[str, HeadsLike] | HeadsLike | None = None,
+    *,
+    local_heads: HeadsLike | None = None,
+    global_heads: HeadsLike | None = None,
+    receiver_heads: HeadsLike | None = None,
+    align: Align = "token",
+) -> TokenScores:
+    """Return the scores of each token: the statistics' means over head groups.
+
+    Args:
+        statistics: from `measure` or a `HeadStatisticsProbe`.
+        heads: the groups, of this or another batch of the same model; a dictionary of selections by group;
+            or one selection, such as "all", for WAAD and FAI alike.
+        local_heads, global_heads, receiver_heads: your own selections, in any form that `HeadSelection.of`
+            knows, with weights if you like; they take the place of those in `heads`.
+        align: which token a row of attention describes. "token": row t describes token t, as in the paper.
+            "prediction": row t describes token t + 1, which it produced. WAAD moves by one; FAI, which
+            belongs to columns, stays.
+
+    Raises:
+        ParameterError: heads that do not exist, or a group without any.
         ResultError: groups of other layers, heads or models than the statistics.
     """
-    heads.check_fits(statistics)
-    receivers = heads.receiver_heads
+    instance(statistics, HeadStatistics, "statistics", "measure returns them")
+    groups = head_groups(
+        heads,
+        layers=statistics.layers,
+        head_count=statistics.head_count,
+        model_name=statistics.model_name,
+        local=local_heads,
+        receiver=receiver_heads,
+        **{"global": global_heads},
+    )
+    choice(align, "align", get_args(Align))
+    waad = _mean_over(statistics.waad, groups["local"], statistics)
+    if align == "prediction":
+        waad = described_by_prediction(waad, statistics.response_mask)
+    receivers = groups.get("receiver")
     return TokenScores(
-        waad=_group_mean(statistics.waad, heads.local_heads),
-        fai=_group_mean(statistics.fai, heads.global_heads),
+        waad=waad,
+        fai=_mean_over(statistics.fai, groups["global"], statistics),
         entropy=statistics.entropy,
         response_mask=statistics.response_mask,
-        receiver_fai=None if receivers is None else _group_mean(statistics.fai, receivers),
+        receiver_fai=None if receivers is None else _mean_over(statistics.fai, receivers, statistics),
         segment_ids=statistics.segment_ids,
+        input_ids=statistics.input_ids,
+        texts=statistics.texts,
+        provenance=Provenance(
+            model_name=statistics.model_name,
+            layers=statistics.layers,
+            window=statistics.window,
+            horizon=statistics.horizon,
+            heads={str(group): selection.heads for group, selection in groups.items()},
+            align=align,
+        ),
     )
 
 
-def _group_mean(
-    values: Float[Tensor, "batch layer head token"], heads: Bool[Tensor, "layer head"]
+def _mean_over(
+    values: Float[Tensor, "batch layer head token"], heads: HeadSelection, statistics: HeadStatistics
 ) -> Float[Tensor, "batch token"]:
-    chosen = values[:, heads.to(values.device)]
-    if chosen.shape[1] == 0:
-        return torch.full_like(values[:, 0, 0], torch.nan)
-    return chosen.mean(1)
+    """Return the mean over heads, by their weights."""
+    weights = heads.weights(statistics.layers, statistics.head_count).to(values.device)
+    chosen = values[:, weights > 0]  # [batch, chosen head, token]
+    if not heads.is_weighted:
+        return chosen.mean(1)
+    share = (weights[weights > 0] / weights.sum()).to(values.dtype)
+    return (chosen * share[:, None]).sum(1)
+
+
+def described_by_prediction(
+    values: Float[Tensor, "batch token"], response_mask: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch token"]:
+    """Return row values moved to the token that each row produced: one column to the right.
+
+    NaN for the first token of a response, or of a part of it behind a gap: its row was not measured.
+
+    >>> described_by_prediction(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool))
+    tensor([[nan, 1.]])
+    """
+    moved = torch.full_like(values, torch.nan)
+    moved[:, 1:] = values[:, :-1]
+    return moved.masked_fill(~response_mask.to(values.device), torch.nan)
+
+
+def aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "batch token"]:
+    """Return WAAD as an alignment wants it, whichever the scores have.
+
+    Raises:
+        ParameterError: an unknown alignment, or "token" wanted of scores that were moved already.
+    """
+    choice(align, "align", get_args(Align))
+    # Half precision has no median, and would tie changes that differ.
+    waad = scores.waad.to(torch.promote_types(scores.waad.dtype, torch.float32))
+    waad = waad.masked_fill(~scores.response_mask.to(waad.device), torch.nan)
+    if align == scores.provenance.align:
+        return waad
+    if align == "token":
+        raise ParameterError('these scores have align="prediction": score_tokens(..., align="token")')
+    return described_by_prediction(waad, scores.response_mask)

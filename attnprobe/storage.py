@@ -43,7 +43,7 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     Raises:
         ResultError: a folder that does not exist or cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     check_writable(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
     try:
@@ -68,7 +68,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         ResultError: a folder that does not exist or cannot be written, or a path that is a folder.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         raise ResultError(f"cannot write {path}: it is a folder; name a file")
     try:
@@ -79,48 +79,67 @@ def check_writable(path: str | Path) -> None:
 
 
 def save_result(
-    path: str | Path, kind: str, tensors: dict[str, Tensor | None], metadata: dict[str, Any]
+    path: str | Path, kind: str, tensors: dict[str, Tensor | None], settings: dict[str, Any]
 ) -> Path:
-    """Save the tensors of a result that are not None, with its metadata, as one safetensors file.
+    """Save the tensors of a result that are not None, with its settings, as one safetensors file.
 
     Raises:
         ResultError: a place that cannot be written.
     """
+    import msgspec
+
     # Copies: safetensors refuses tensors that share memory, as the scores of equal groups may.
     present = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
         if tensor is not None
     }
-    header = {"kind": kind, "versions": library_versions(), **metadata}
+    header = {"kind": kind, "versions": library_versions(), "settings": msgspec.to_builtins(settings)}
     return write_atomically(path, to_bytes(present, metadata={_KEY: json.dumps(header)}))
 
 
 def load_result(
-    path: str | Path, kind: str, required: Sequence[str] = ()
+    path: str | Path, kind: str, needed: Sequence[str], types: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load the tensors and metadata of a result of that kind, in which the required ones are present.
+    """Load a result of that kind: its tensors, of which some are needed, and its settings, of given types.
 
     Raises:
-        ResultError: a file that is missing, damaged, or holds something else.
+        ResultError: a file that is missing or damaged, or that holds something else.
     """
-    path = Path(path)
+    import msgspec
+
+    path = as_path(path)
     if not path.is_file():
         raise ResultError(f"there is no result at {path}")
     try:
         with safe_open(path, framework="pt") as stream:
             header = json.loads((stream.metadata() or {}).get(_KEY, "{}"))
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise ResultError(f"{path} is not a readable safetensors file: {error}") from error
     if not isinstance(header, dict):
         header = {}
     if header.get("kind") != kind:
         raise ResultError(f"{path} holds {header.get('kind', 'something else')}, not {kind}")
-    missing = [name for name in required if name not in tensors and name not in header]
+    settings = header.get("settings")
+    if not isinstance(settings, dict):
+        raise ResultError(f"{path} is damaged: it lacks the settings of {kind}")
+    missing = [name for name in needed if name not in tensors]
+    missing += [name for name in types if name not in settings]
     if missing:
         raise ResultError(f"{path} is damaged: it lacks {', '.join(missing)}")
-    return tensors, header
+    try:
+        converted = {name: msgspec.convert(settings[name], wanted) for name, wanted in types.items()}
+    except msgspec.ValidationError as error:
+        raise ResultError(f"{path} is damaged: {error}") from error
+    return tensors, converted
+
+
+def as_path(path: Any) -> Path:
+    """Return a path, or raise `ResultError` for what is none."""
+    if isinstance(path, str | os.PathLike) and str(path):
+        return Path(path)
+    raise ResultError(f"a file is named by a str or a Path; got {path!r}")
 
 
 def import_pandas() -> Any:
@@ -130,3 +149,12 @@ def import_pandas() -> Any:
     except ImportError as error:
         raise MissingDependencyError("tables need pandas: pip install 'attnprobe[report]'") from error
     return pandas
+
+
+def import_pyarrow() -> Any:
+    """Return the pyarrow module, or raise `MissingDependencyError` with what to install."""
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise MissingDependencyError("arrow tables need pyarrow: pip install 'attnprobe[report]'") from error
+    return pyarrow

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attnprobe import BatchError, TokenBatch
-from attnprobe.batch import RowLayout, chat_prompt_ids, token_texts
+from attnprobe.layout import RowLayout
+from attnprobe.texts import chat_prompt_ids, token_texts
 
 NAN = math.nan
 SENTENCES = [

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import attnprobe
 from attnprobe.errors import MissingDependencyError, ParameterError, ResultError
-from attnprobe.measurement import GroupMaps
+from attnprobe.maps import GroupMaps
 from attnprobe.report import Report
 from attnprobe.report.document import ranges
 from attnprobe.report.maps import pool_map

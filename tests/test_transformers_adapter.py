@@ -118,7 +118,7 @@ def test_measure_equals_metrics_of_eager_maps(family: str, implementation: str) 
     for layer, pattern in enumerate(eager.attentions):
         expected = {
             "span": metrics.mean_attention_distance(pattern, mask),
-            "waad": metrics.windowed_attention_distance(pattern, 5, mask),
+            "waad": metrics.windowed_attention_distance(pattern, mask, 5),
             "fai": metrics.future_attention_influence(pattern, mask, (3, 9)),
         }
         for name, values in expected.items():
@@ -487,8 +487,8 @@ def test_group_maps_are_the_mean_maps_of_the_groups() -> None:
     stacked = torch.stack([attentions[0][0], attentions[2][0]])
     for name, mask in (("local_map", heads.local_heads), ("global_map", heads.global_heads)):
         expected = stacked[mask].mean(0)[8:, 8:]
-        torch.testing.assert_close(getattr(maps, name), expected, rtol=1e-4, atol=1e-5)
-    assert maps.columns == tuple(range(8, 30))
+        torch.testing.assert_close(getattr(maps, name)[0], expected, rtol=1e-4, atol=1e-5)
+    assert maps.columns_of(0) == list(range(8, 30))
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -594,7 +594,7 @@ def test_a_model_with_nan_is_refused() -> None:
         ({"window": 2.5}, "whole number"),
         ({"horizon": (5, 4)}, r"got \(5, 4\)"),
         ({"horizon": (-1, None)}, r"got \(-1, None\)"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size .* 0"),
     ],
 )
 @pytest.mark.usefixtures("as_users_call")

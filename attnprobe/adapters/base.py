@@ -80,6 +80,7 @@ class Adapter(ABC):
         refused_sites: the sites that this model cannot give with the meaning that they have
             everywhere, and why.
         reads: "factored" (query and key: no map is stored) or "dense" (the model's own maps).
+        head_count: how many heads a layer has; None where that is not known, or layers differ in it.
         vocabulary_size: ids below it are valid.
         context_length: how many tokens the model takes, None where there is no limit.
         device: where the model's embeddings are.
@@ -93,6 +94,7 @@ class Adapter(ABC):
     skipped_layers: tuple[int, ...]
     refused_sites: Mapping[str, str]
     reads: str
+    head_count: int | None = None
     vocabulary_size: int
     context_length: int | None
     device: torch.device

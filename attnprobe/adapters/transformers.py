@@ -60,6 +60,8 @@ class TransformersAdapter(Adapter):
         self.layers = tuple(self._architecture.layers)
         depth = int(getattr(text_config, "num_hidden_layers", 0) or len(self.layers))
         self.skipped_layers = tuple(i for i in range(depth) if i not in self._architecture.layers)
+        heads = getattr(text_config, "num_attention_heads", None)
+        self.head_count = heads if isinstance(heads, int) else None
         embedding = model.get_input_embeddings()
         self.vocabulary_size = int(getattr(embedding, "num_embeddings", text_config.vocab_size))
         self.context_length = getattr(text_config, "max_position_embeddings", None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +25,7 @@ from attnprobe.analysis.bootstrap import (
     ratio_estimate,
 )
 from attnprobe.errors import ParameterError, ResultError
+from attnprobe.results import Result
 from attnprobe.rhythm import find_peaks, top_quantile
 from attnprobe.scores import TokenScores
 from attnprobe.storage import import_pandas, load_result, save_result
@@ -40,8 +41,8 @@ NAMES = ("entropy_at_preplans", "receiver_at_global", "anchor_after_preplan")
 """The couplings, in the order of Table 2."""
 
 
-@dataclass(frozen=True)
-class Coupling:
+@dataclass(frozen=True, eq=False, repr=False)
+class Coupling(Result):
     """One coupling: the mean of a value over some peaks, beside its mean over shuffled peaks.
 
     Attributes:
@@ -115,7 +116,7 @@ class Couplings:
             if coupling is None:
                 continue
             tensors |= {f"{name}.{field}": getattr(coupling, field) for field in _TENSORS}
-            numbers[name] = {field: getattr(coupling, field) for field in _NUMBERS}
+            numbers[name] = {field: getattr(coupling, field) for field in _Numbers.__annotations__}
         metadata = {"parameters": self.parameters, "couplings": numbers}
         return save_result(path, "Couplings", tensors, metadata)
 
@@ -126,24 +127,29 @@ class Couplings:
         Raises:
             ResultError: a file that is missing, damaged, or holds something else.
         """
-        tensors, metadata = load_result(path, "Couplings", ("parameters", "couplings"))
+        types = {"parameters": dict[str, float | int | str], "couplings": dict[_Name, _Numbers]}
+        tensors, settings = load_result(path, "Couplings", (), types)
         loaded: dict[str, Coupling | None] = dict.fromkeys(NAMES)
-        for name, numbers in metadata["couplings"].items():
+        for name, numbers in settings["couplings"].items():
             missing = [field for field in _TENSORS if f"{name}.{field}" not in tensors]
             if missing:
                 raise ResultError(f"{path} is damaged: {name} lacks {', '.join(missing)}")
-            loaded[name] = Coupling(
-                observed=Estimate(*numbers["observed"]),
-                random=numbers["random"],
-                lift=Estimate(*numbers["lift"]),
-                p_value=numbers["p_value"],
-                **{field: tensors[f"{name}.{field}"] for field in _TENSORS},
-            )
-        return Couplings(**loaded, parameters=metadata["parameters"])  # type: ignore[arg-type]
+            sums = {field: tensors[f"{name}.{field}"] for field in _TENSORS}
+            loaded[name] = Coupling(**{**numbers, **sums})
+        if loaded["anchor_after_preplan"] is None:
+            raise ResultError(f"{path} is damaged: it lacks anchor_after_preplan")
+        return Couplings(**loaded, parameters=settings["parameters"])  # type: ignore[arg-type]
 
 
+class _Numbers(TypedDict):
+    observed: Estimate
+    random: float
+    lift: Estimate
+    p_value: float
+
+
+_Name = Literal["entropy_at_preplans", "receiver_at_global", "anchor_after_preplan"]
 _TENSORS = ("observed_sum", "random_sum", "peaks")
-_NUMBERS = ("observed", "random", "lift", "p_value")
 
 
 def couplings(

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnprobe.errors import ParameterError, PatternError
-from attnprobe.validation import brief, whole_number
+from attnprobe.validation import ArrayLike, as_tensor, brief, whole_number
 
 NARROW_BAND = 1024
 """A band may reach beyond the first key, as far as this: wider ones may not be wider than there are keys."""
@@ -185,8 +185,9 @@ class DenseAttention(Attention):
             [0.7500, 0.2500]])
     """
 
-    def __init__(self, pattern: Tensor, *, key_start: int = 0) -> None:
+    def __init__(self, pattern: ArrayLike, *, key_start: int = 0) -> None:
         self.key_start = key_start
+        pattern = as_tensor(pattern, "a pattern", PatternError)
         if pattern.ndim == 2:
             pattern = pattern[None, None]
         if pattern.ndim != 4:
@@ -196,7 +197,7 @@ class DenseAttention(Attention):
         if not pattern.is_floating_point():
             raise PatternError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
         self.batch_size, self.head_count, self.query_count, self.key_count = pattern.shape
-        if self.query_count == 0 or self.key_count < self.query_count:
+        if pattern.numel() == 0 or self.key_count < self.query_count:
             raise PatternError(
                 f"a causal pattern has at least as many keys as queries and at least one query, "
                 f"got {self.query_count} queries and {self.key_count} keys"

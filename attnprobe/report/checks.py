@@ -13,7 +13,7 @@ from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups
-from attnprobe.measurement import GroupMaps
+from attnprobe.maps import GroupMaps
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
 
@@ -80,7 +80,7 @@ def _check_responses(
 
 def _check_heads(statistics: HeadStatistics, heads: HeadGroups) -> None:
     """Check that statistics and head groups are of the same layers and heads."""
-    heads.check_fits(statistics)
+    heads.check_fits(statistics.layers, statistics.head_count, statistics.model_name)
     named = {"local_heads": heads.local_heads, "global_heads": heads.global_heads, "span": heads.span}
     if heads.receiver_heads is not None:
         named["receiver_heads"] = heads.receiver_heads

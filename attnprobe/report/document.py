@@ -19,7 +19,7 @@ from attnprobe.batch import TokenBatch
 from attnprobe.errors import MissingDependencyError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import Group, HeadGroups
-from attnprobe.measurement import GroupMaps
+from attnprobe.maps import GroupMaps
 from attnprobe.report import tokens as coloured
 from attnprobe.report.checks import check_results_fit
 from attnprobe.report.figures import curves_figure, group_names, heads_figure, response_curves

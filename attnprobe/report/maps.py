@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.measurement import GroupMaps
+from attnprobe.maps import GroupMaps
 from attnprobe.report.plotting import empty_figure, import_plotly, log_ticks
 from attnprobe.report.response import ResponseToken
 

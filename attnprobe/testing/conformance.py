@@ -261,7 +261,7 @@ def _check_measure(case: _Case) -> None:
     for index, pattern in enumerate(maps):
         expected = {
             "span": metrics.mean_attention_distance(pattern, batch.response_mask),
-            "waad": metrics.windowed_attention_distance(pattern, 4, batch.response_mask),
+            "waad": metrics.windowed_attention_distance(pattern, batch.response_mask, 4),
             "fai": metrics.future_attention_influence(pattern, batch.response_mask, (2, 6)),
         }
         for name, values in expected.items():

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnprobe.batch import chat_prompt_ids
 from attnprobe.models import LoadedModel
 from attnprobe.progress import progress_bar
+from attnprobe.texts import chat_prompt_ids
 from experiments.rhythm.problems import Problem, is_right
 from experiments.rhythm.records import append_record, read_records
 

@@ -1,0 +1,90 @@
+"""How examples are laid out: padding, packing, and the way back from right-padded rows.
+
+`TokenBatch` checks its masks here. `TokenBatch.unpadded_rows` makes a `RowLayout`, by which `measure` brings
+results back to the caller's layout. What is left to others: the tokens themselves (batch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Real
+from torch import Tensor
+
+from attnprobe.errors import BatchError
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each right-padded row stands in the caller's layout.
+
+    Row `i` holds the caller's tokens `start[i] .. start[i] + length[i] - 1` of row `source[i]`.
+    """
+
+    source: Int[Tensor, " row"]
+    start: Int[Tensor, " row"]
+    length: Int[Tensor, " row"]
+    shape: tuple[int, int]
+
+    def tokens(self, values: Float[Tensor, "row *axes row_token"]) -> Float[Tensor, "batch *axes token"]:
+        """Return per-token values of the rows in the caller's layout, NaN where no row has a token."""
+        batch, width = self.shape
+        by_token = values.movedim(-1, 1)
+        column = torch.arange(by_token.shape[1])
+        inside = column < self.length[:, None]
+        target = (self.source[:, None] * width + self.start[:, None] + column)[inside]
+        out = values.new_full((batch * width, *by_token.shape[2:]), torch.nan)
+        out[target.to(values.device)] = by_token[inside.to(values.device)]
+        return out.view(batch, width, *by_token.shape[2:]).movedim(1, -1)
+
+    def responses(
+        self, values: Float[Tensor, "row *axes"], weights: Real[Tensor, " row"]
+    ) -> Float[Tensor, "batch *axes"]:
+        """Return per-row values as the weighted mean over the rows that came from one caller's row.
+
+        Rows with weight 0 or an undefined value do not count; NaN where none counts.
+        """
+        source = self.source.to(values.device)
+        spread = weights.to(values).view(-1, *[1] * (values.ndim - 1)).expand_as(values)
+        spread = spread.masked_fill(values.isnan(), 0.0)
+        total = values.new_zeros(self.shape[0], *values.shape[1:])
+        weight = torch.zeros_like(total)
+        total.index_add_(0, source, (values.nan_to_num() * spread))
+        weight.index_add_(0, source, spread)
+        return total / weight.masked_fill(weight == 0, torch.nan)
+
+
+def packed_segments(
+    position_ids: Int[Tensor, "..."], real: Bool[Tensor, "batch token"]
+) -> Int[Tensor, "batch token"]:
+    """Number the sequences of packed rows: a new one starts where positions do not go on by one."""
+    positions = position_ids.to(real.device)
+    if positions.ndim == 1:
+        positions = positions[None]
+    if positions.shape[0] == 1:
+        positions = positions.expand(real.shape[0], -1)
+    if positions.shape != real.shape:
+        raise BatchError(
+            f"position_ids must be {list(real.shape)} like the token ids, got {list(positions.shape)}"
+        )
+    starts = torch.ones_like(real)
+    starts[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1) | ~real[:, :-1]
+    starts &= real
+    if bool((positions[starts] != 0).any()):
+        raise BatchError("each packed sequence must start at position 0")
+    return (starts.cumsum(-1) - 1).masked_fill(~real, -1)
+
+
+def check_padding(real: Bool[Tensor, "batch token"]) -> None:
+    """Check that each example is one unbroken run of real tokens."""
+    starts = real.clone()
+    starts[:, 1:] &= ~real[:, :-1]
+    runs = starts.sum(-1)
+    if bool((runs == 0).any()):
+        raise BatchError(f"attention_mask is empty in example {int((runs == 0).nonzero()[0])}")
+    if bool((runs > 1).any()):
+        raise BatchError(
+            f"attention_mask has a hole in example {int((runs > 1).nonzero()[0])}: padding stands on the "
+            "left or on the right. Tokens that are read but not described are left out of response_mask"
+        )

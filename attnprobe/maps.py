@@ -1,0 +1,68 @@
+"""GroupMaps: the mean attention maps of head groups over responses, for pictures.
+
+`attnprobe.group_maps` makes them, and the report draws them. They are the one result that holds maps, so
+they are of the few responses that are worth a picture. What is left to others: running a model for them
+(measurement), pooling and drawing (report).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from attnprobe.errors import AttnprobeError, ResultError
+from attnprobe.results import Provenance, Result
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupMaps(Result):
+    """The mean attention maps of head groups over responses (Eq. 8 of arXiv 2510.13554v2).
+
+    Attributes:
+        local_map, global_map: attention among the response's tokens; NaN behind the end of a shorter one.
+        columns: the caller's columns that these tokens stand in, -1 behind the end of a shorter response.
+        input_ids: the ids of these tokens; None where they are not known.
+        provenance: the model, layers and heads that the maps are of.
+
+    Raises:
+        ResultError: maps that are not square, or of other kinds and sizes than these.
+    """
+
+    local_map: Float[Tensor, "batch query key"]
+    global_map: Float[Tensor, "batch query key"]
+    columns: Int[Tensor, "batch query"]
+    input_ids: Int[Tensor, "batch query"] | None = None
+    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
+
+    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
+        super()._check(error)
+        if self.local_map.shape[1] != self.local_map.shape[2]:
+            raise error(f"maps have as many queries as keys; got {list(self.local_map.shape)}")
+
+    def _used(self) -> Tensor:
+        return self.columns >= 0
+
+    def columns_of(self, example: int) -> list[int]:
+        """Return the caller's columns of one response, in order."""
+        return [column for column in self.columns[example].tolist() if column >= 0]
+
+    def _table(self) -> dict[str, Any]:
+        """Return a line for each pair of tokens: example, position (the query), key_position and the maps."""
+        real = self.columns >= 0
+        causal = torch.ones_like(self.local_map[0], dtype=torch.bool).tril()
+        place = (real[:, :, None] & real[:, None] & causal).nonzero()
+        example, query, key = place.unbind(1)
+        columns: dict[str, Any] = {
+            "example": example.cpu().numpy(),
+            "position": self.columns[example, query].cpu().numpy(),
+            "key_position": self.columns[example, key].cpu().numpy(),
+        }
+        if self.input_ids is not None:
+            columns["token_id"] = self.input_ids[example, query].cpu().numpy()
+        for name in ("local_map", "global_map"):
+            columns[name] = getattr(self, name)[example, query, key].cpu().numpy()
+        return columns

@@ -1,0 +1,470 @@
+"""Result: what every result of the library can do, and `Provenance`: what token results were computed from.
+
+A result is a frozen dataclass of tensors with named axes and of settings. Which axes a tensor has stands in
+its annotation (`Float[Tensor, "batch layer head"]`), and everything here follows from that: results are
+checked when they are made, selected and joined along their examples, moved, compared, shown, saved, loaded
+and turned into tables by one piece of code. TokenBatch, HeadStatistics, HeadGroups, TokenScores, Rhythm,
+GroupMaps and Couplings are results; their modules say what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.storage import import_pandas, import_pyarrow, load_result, save_result
+from attnprobe.validation import as_tensor, brief, instance, whole_number
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+Align = Literal["token", "prediction"]
+
+# Not typing.Self, which run-time type checkers refuse in a method.
+ResultT = TypeVar("ResultT", bound="Result")
+
+_PADDED = ("token", "query", "key")
+"""The axes along which examples differ in length: `concatenate` pads them on the right."""
+_KINDS = {"Float": "floating point", "Int": "whole numbers", "Bool": "bool"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the scores of tokens were computed from.
+
+    Attributes:
+        model_name: the model, as it calls itself.
+        layers: the layers that were measured.
+        window, horizon: the parameters of WAAD and FAI.
+        heads: of each group ("local", "global", "receiver"): the heads as (layer, head, weight).
+        align: which token a row of attention describes: "token", its own; "prediction", the next one.
+    """
+
+    model_name: str = ""
+    layers: tuple[int, ...] = ()
+    window: int | None = None
+    horizon: tuple[int, int | None] | None = None
+    heads: dict[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
+    align: Align = "token"
+
+    def __str__(self) -> str:
+        groups = ", ".join(f"{len(heads)} {name}" for name, heads in self.heads.items())
+        told = {
+            "model": self.model_name,
+            "layers": ranges(self.layers),
+            "window": self.window,
+            "horizon": self.horizon,
+            "heads": groups,
+            "align": self.align,
+        }
+        return ", ".join(f"{name}={value}" for name, value in told.items() if value not in ("", None))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return ascending whole numbers in short.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+@dataclass(frozen=True)
+class TensorField:
+    """A field of a result that holds a tensor: its name, kind and axes, and whether it may be None."""
+
+    name: str
+    kind: str
+    axes: tuple[str, ...]
+    optional: bool
+
+
+def tensor_fields(kind: Any) -> tuple[TensorField, ...]:
+    """Return the tensor fields of a result's class, as their annotations say."""
+    found = []
+    for each in dataclasses.fields(kind):
+        match = re.match(r"(Float|Int|Bool)\[Tensor, [\"']([^\"']*)[\"']\]( \| None)?$", str(each.type))
+        if match:
+            found.append(TensorField(each.name, match[1], tuple(match[2].split()), bool(match[3])))
+    return tuple(found)
+
+
+def setting_names(kind: Any) -> tuple[str, ...]:
+    """Return the names of a result's fields that are no tensors."""
+    tensors = {each.name for each in tensor_fields(kind)}
+    return tuple(each.name for each in dataclasses.fields(kind) if each.name not in tensors)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result:
+    """Base of all results; subclass it as a frozen dataclass with `eq=False, repr=False`.
+
+    The tensors of a result share the sizes of their named axes, and lie on one device. `batch` is the axis of
+    examples; results without it (head groups) cannot be selected from or joined.
+    """
+
+    _FILL: ClassVar[dict[str, Any]] = {}
+    """What pads a field in `concatenate`, where it is not NaN, False or -1."""
+    _PER_EXAMPLE: ClassVar[tuple[str, ...]] = ("texts",)
+    """The settings that have an entry for each example, in the order of the batch axis."""
+
+    def __post_init__(self) -> None:
+        """Check that tensors are of the right kind and that their shapes agree."""
+        self._check()
+
+    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
+        sizes: dict[str, tuple[int, str]] = {}
+        for each in tensor_fields(type(self)):
+            value = getattr(self, each.name)
+            if value is None and each.optional:
+                continue
+            if not isinstance(value, Tensor) or not _is_kind(value, each.kind):
+                raise error(
+                    f"{each.name} of {type(self).__name__} must be a tensor of {_KINDS[each.kind]}, "
+                    f"[{', '.join(each.axes)}]; got {brief(value)}"
+                )
+            if value.ndim != len(each.axes):
+                raise error(
+                    f"{each.name} of {type(self).__name__} must be [{', '.join(each.axes)}]; "
+                    f"got {list(value.shape)}"
+                )
+            for axis, size in zip(each.axes, value.shape, strict=True):
+                known, owner = sizes.setdefault(axis, (size, each.name))
+                if size != known:
+                    shapes = {f.name: list(t.shape) for f, t in self._tensors()}
+                    raise error(
+                        f"{type(self).__name__} must have one size for its axis {axis}, but {owner} has "
+                        f"{known} and {each.name} has {size}: {shapes}"
+                    )
+        for name in self._PER_EXAMPLE:
+            of_examples = getattr(self, name, None)
+            if of_examples is not None and "batch" in sizes:
+                self._check_per_example(name, of_examples, sizes, error)
+
+    def _check_per_example(
+        self, name: str, entries: Any, sizes: dict[str, tuple[int, str]], error: type[AttnprobeError]
+    ) -> None:
+        examples, tokens = sizes["batch"][0], sizes.get("token", (None, ""))[0]
+        lengths = [len(entry) for entry in entries] if isinstance(entries, tuple) else None
+        if lengths is None or len(lengths) != examples or any(length != tokens for length in lengths):
+            found = brief(entries) if lengths is None else f"{len(lengths)} of {sorted(set(lengths))}"
+            raise error(
+                f"{name} of {type(self).__name__} must be a tuple for each of {examples} examples, each of "
+                f"{tokens} tokens; got {found}"
+            )
+
+    def _tensors(self) -> list[tuple[TensorField, Tensor]]:
+        """Return the tensor fields that are not None, with their values."""
+        pairs = ((each, getattr(self, each.name, None)) for each in tensor_fields(type(self)))
+        return [(each, value) for each, value in pairs if isinstance(value, Tensor)]
+
+    # ---- selecting, joining, moving, comparing --------------------------------------------------
+
+    def select(self: ResultT, examples: Any, *, trim: bool = False) -> ResultT:
+        """Return some of the examples, in the order given; the batch axis stays.
+
+        Args:
+            examples: a number, a list of numbers, a slice, or a mask `[batch]` of True and False.
+            trim: whether to drop the columns behind the last one that an example uses; without it columns
+                stay where they are, so that parts selected alike fit together.
+
+        Raises:
+            ParameterError: examples that are not there, or something that chooses none.
+        """
+        sizes = {axis: size for f, t in self._tensors() for axis, size in zip(f.axes, t.shape, strict=True)}
+        if "batch" not in sizes:
+            raise ParameterError(f"{type(self).__name__} has no examples to select from")
+        chosen = example_indices(examples, sizes["batch"])
+        changed: dict[str, Any] = {}
+        for each, value in self._tensors():
+            axis = each.axes.index("batch")
+            changed[each.name] = value.index_select(axis, torch.tensor(chosen, device=value.device))
+        for name in self._PER_EXAMPLE:
+            if getattr(self, name, None) is not None:
+                changed[name] = tuple(getattr(self, name)[example] for example in chosen)
+        selected = dataclasses.replace(self, **changed)
+        if not trim:
+            return selected
+        used = selected._used().any(0).nonzero()[:, 0]
+        return selected.at_columns(slice(0, int(used.max()) + 1 if len(used) else 1))
+
+    def at_columns(self: ResultT, columns: slice) -> ResultT:
+        """Return the result with some of its columns: `at_columns(slice(8, None))` without the first 8."""
+        changed: dict[str, Any] = {}
+        for each, value in self._tensors():
+            index = tuple(columns if axis in _PADDED else slice(None) for axis in each.axes)
+            changed[each.name] = value[index]
+        for name in self._PER_EXAMPLE:
+            if getattr(self, name, None) is not None:
+                changed[name] = tuple(entry[columns] for entry in getattr(self, name))
+        return dataclasses.replace(self, **changed)
+
+    def _used(self) -> Tensor:
+        """Return the columns that each example uses, `[batch, token]`."""
+        mask: Tensor = getattr(self, "response_mask")  # noqa: B009
+        return mask
+
+    @classmethod
+    def concatenate(cls: type[ResultT], parts: Iterable[ResultT]) -> ResultT:
+        """Join results along their examples; shorter ones are padded on the right.
+
+        Raises:
+            ResultError: nothing to join, or parts of other models, layers or settings.
+        """
+        parts = list(parts) if isinstance(parts, Iterable) else [parts]
+        if not parts:
+            raise ResultError(f"there is no {cls.__name__} to join")
+        for part in parts:
+            instance(part, cls, f"each part to join as {cls.__name__}", error=ResultError)
+        first = parts[0]
+        cls._check_joins(parts)
+        joined: dict[str, Any] = {}
+        for each, value in first._tensors():
+            fill = cls._FILL.get(each.name, {"Float": torch.nan, "Bool": False, "Int": -1}[each.kind])
+            values = [getattr(part, each.name).to(value.device) for part in parts]
+            for axis, name in enumerate(each.axes):
+                if name in _PADDED:
+                    width = max(part.shape[axis] for part in values)
+                    values = [_padded(part, axis, width, fill) for part in values]
+            joined[each.name] = torch.cat(values, dim=each.axes.index("batch"))
+        for name in cls._PER_EXAMPLE:
+            if getattr(first, name, None) is not None:
+                width = max(len(entry) for part in parts for entry in getattr(part, name))
+                joined[name] = tuple(
+                    (*entry, *[""] * (width - len(entry))) for part in parts for entry in getattr(part, name)
+                )
+        return dataclasses.replace(first, **joined)
+
+    @classmethod
+    def _check_joins(cls, parts: Sequence[Any]) -> None:
+        first = parts[0]
+        if not any("batch" in each.axes for each, _ in first._tensors()):
+            raise ResultError(f"{cls.__name__} has no examples that could be joined")
+        fixed = {each.name: _fixed_sizes(each, value) for each, value in first._tensors()}
+        for part in parts[1:]:
+            for name in setting_names(cls):
+                ours, theirs = getattr(first, name), getattr(part, name)
+                if name in cls._PER_EXAMPLE:
+                    ours, theirs = ours is not None, theirs is not None
+                if ours != theirs:
+                    raise ResultError(
+                        f"{cls.__name__}s cannot be joined whose {name} differ: {brief(ours)} and "
+                        f"{brief(theirs)}"
+                    )
+            found = {each.name: _fixed_sizes(each, value) for each, value in part._tensors()}
+            for name in fixed.keys() ^ found.keys():
+                raise ResultError(f"{cls.__name__}s cannot be joined with and without {name}")
+            for name, sizes in fixed.items():
+                if found[name] != sizes:
+                    raise ResultError(
+                        f"{cls.__name__}s cannot be joined whose {name} differ in {sizes} and {found[name]}"
+                    )
+
+    def to(self: ResultT, device: torch.device | str) -> ResultT:
+        """Return the result with its tensors on a device.
+
+        Raises:
+            ParameterError: something that is no device.
+        """
+        try:
+            place = torch.device(device)
+            moved = {each.name: value.to(place) for each, value in self._tensors()}
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise ParameterError(f"cannot move to the device {device!r}: {error}") from error
+        return dataclasses.replace(self, **moved)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two results hold the same numbers and settings, wherever their tensors lie; NaN is NaN."""
+        if type(other) is not type(self):
+            return NotImplemented
+        names = setting_names(type(self))
+        if any(getattr(self, name) != getattr(other, name) for name in names):
+            return False
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in tensor_fields(type(self)))
+        return all(_equal(ours, theirs) for ours, theirs in pairs)
+
+    def __hash__(self) -> int:
+        raise TypeError(f"{type(self).__name__} holds tensors and cannot be hashed: use id() or a name")
+
+    # ---- showing --------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        lines = [f"{type(self).__name__}({self._headline()})"]
+        for each, value in self._tensors():
+            sizes = ", ".join(f"{a}={s}" for a, s in zip(each.axes, value.shape, strict=True))
+            lines.append(f"  {each.name}: {str(value.dtype).removeprefix('torch.')} [{sizes}]")
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        """Return the settings in short."""
+        told = []
+        for name in setting_names(type(self)):
+            value = getattr(self, name)
+            if name in self._PER_EXAMPLE or value in (None, "", ()):
+                continue
+            if isinstance(value, Provenance):
+                told.append(str(value))
+            elif name in ("layers", "skipped_layers"):
+                told.append(f"{name}={ranges(value)}")
+            else:
+                told.append(f"{name}={brief(value)}")
+        return ", ".join(told)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the settings and the tensors, as a small table."""
+        rows = [("", self._headline())]
+        rows += [(f.name, f"{list(f.axes)} = {list(t.shape)}".replace("'", "")) for f, t in self._tensors()]
+        return html_table(type(self).__name__, ("", ""), rows)
+
+    # ---- files and tables -----------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Save as one safetensors file with JSON metadata, and return its path.
+
+        Raises:
+            ResultError: a place that cannot be written.
+        """
+        settings = {name: getattr(self, name) for name in setting_names(type(self))}
+        tensors: dict[str, Tensor | None] = {each.name: value for each, value in self._tensors()}
+        return save_result(path, type(self).__name__, tensors, settings)
+
+    @classmethod
+    def load(cls: type[ResultT], path: str | Path) -> ResultT:
+        """Load what `save` wrote.
+
+        Raises:
+            ResultError: a file that is missing or damaged, or that holds something else.
+        """
+        needed = [each.name for each in tensor_fields(cls) if not each.optional]
+        tensors, settings = load_result(path, cls.__name__, needed, setting_types(cls))
+        known = {each.name for each in tensor_fields(cls)}
+        try:
+            return cls(**{name: tensors.get(name) for name in known}, **settings)
+        except AttnprobeError as error:
+            raise ResultError(f"{path} is damaged: {error}") from error
+
+    def _table(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """Return the columns of the result's table, by name; subclasses say which arguments there are."""
+        raise ResultError(f"{type(self).__name__} has no table")
+
+    def to_pandas(self, *arguments: Any, **options: Any) -> pandas.DataFrame:
+        """Return the result as a pandas table.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        frame: pandas.DataFrame = import_pandas().DataFrame(self._table(*arguments, **options))
+        return frame
+
+    def to_arrow(self, *arguments: Any, **options: Any) -> pyarrow.Table:
+        """Return the same table as arrow, from which polars and others read: `polars.from_arrow(...)`.
+
+        Raises:
+            MissingDependencyError: pyarrow is not installed.
+        """
+        return import_pyarrow().table(self._table(*arguments, **options))
+
+
+def setting_types(kind: Any) -> dict[str, Any]:
+    """Return the types of a result's settings, for loading."""
+    hints = get_type_hints(kind)
+    return {name: hints[name] for name in setting_names(kind)}
+
+
+def example_indices(examples: Any, count: int) -> list[int]:
+    """Return the numbers of the examples that a number, list, slice or mask chooses out of `count`.
+
+    >>> example_indices(slice(1, None), 3), example_indices([True, False, True], 3), example_indices(-1, 3)
+    ([1, 2], [0, 2], [2])
+    """
+    expected = f"examples must be a number, a list of numbers, a slice or a mask of {count}"
+    if isinstance(examples, slice):
+        try:
+            chosen = list(range(count))[examples]
+        except TypeError as error:
+            raise ParameterError(f"{expected}; got {examples}") from error
+        if not chosen:
+            raise ParameterError(f"{examples} chooses none of {count} examples")
+        return chosen
+    if isinstance(examples, str | bytes | bool | float) or examples is None:
+        raise ParameterError(f"{expected}; got {brief(examples)}")
+    try:
+        numbers = as_tensor(list(examples) if isinstance(examples, set) else examples, "examples")
+    except ParameterError:
+        try:
+            numbers = torch.tensor(whole_number(examples, "examples", minimum=-count, maximum=count - 1))
+        except ParameterError as error:
+            raise ParameterError(f"{expected}; got {brief(examples)}") from error
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.ndim > 1 or numbers.numel() == 0:
+        raise ParameterError(f"{expected}; got {brief(examples)}")
+    if numbers.dtype == torch.bool:
+        if numbers.shape != (count,) or not bool(numbers.any()):
+            raise ParameterError(
+                f"a mask of examples must be [{count}] and choose some; got {brief(examples)}"
+            )
+        return numbers.nonzero()[:, 0].tolist()
+    listed = numbers.reshape(-1).tolist()
+    wrong = [number for number in listed if not -count <= number < count]
+    if wrong:
+        raise ParameterError(f"there are examples 0..{count - 1}, not {wrong}")
+    return [number % count for number in listed]
+
+
+def _is_kind(value: Tensor, kind: str) -> bool:
+    if kind == "Bool":
+        return value.dtype == torch.bool
+    if kind == "Float":
+        return value.is_floating_point()
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def _padded(value: Tensor, axis: int, width: int, fill: Any) -> Tensor:
+    missing = width - value.shape[axis]
+    if missing == 0:
+        return value
+    behind = [0, 0] * (value.ndim - 1 - axis) + [0, missing]
+    return torch.nn.functional.pad(value, behind, value=fill)
+
+
+def _fixed_sizes(each: TensorField, value: Tensor) -> dict[str, int]:
+    """Return the sizes of the axes that must agree when results are joined."""
+    pairs = zip(each.axes, value.shape, strict=True)
+    return {axis: size for axis, size in pairs if axis not in ("batch", *_PADDED)}
+
+
+def _equal(ours: Tensor | None, theirs: Tensor | None) -> bool:
+    if ours is None or theirs is None:
+        return ours is theirs
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    ours, theirs = ours.cpu(), theirs.cpu()
+    return bool(((ours == theirs) | ((ours != ours) & (theirs != theirs))).all())
+
+
+def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a small table for a notebook; every text is escaped.
+
+    >>> html_table("t", ("a",), [("<b>",)])
+    '<table><caption>t</caption><tr><th>a</th></tr><tr><td>&lt;b&gt;</td></tr></table>'
+    """
+    cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f"<table><caption>{html.escape(title)}</caption><tr>{cells}</tr>{body}</table>"

@@ -1,0 +1,77 @@
+"""Texts to token ids and back: what a tokenizer is asked, for batches and pictures.
+
+`TokenBatch` and `models` call these. What is left to others: masks and layout (batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from attnprobe.errors import BatchError
+from attnprobe.validation import brief
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
+    """Return the text of each token, so that joined they give the text of the whole.
+
+    Characters whose bytes are spread over several tokens stand with the first of these tokens, and the
+    others are empty.
+    """
+
+    def decode(some: list[int]) -> str:
+        return str(tokenizer.decode(some, clean_up_tokenization_spaces=False)) if some else ""
+
+    texts: list[str] = []
+    pending: list[int] = []
+    # The tokens before are decoded along: a lone SentencePiece token would lose its leading space.
+    context: list[int] = []
+    for i, token in enumerate(ids):
+        pending.append(token)
+        whole = decode(context + pending)
+        if whole.endswith("\ufffd") and i + 1 < len(ids):
+            # The last character is not complete yet.
+            continue
+        texts += [whole[len(decode(context)) :], *[""] * (len(pending) - 1)]
+        context, pending = pending, []
+    return tuple(texts)
+
+
+def as_texts(texts: Any, name: str) -> list[str]:
+    """Return one text or several as a list.
+
+    Raises:
+        BatchError: anything else.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise BatchError(f"{name} must be a text or a list of texts; got {brief(texts)}")
+    return list(texts)
+
+
+def chat_prompt_ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> list[int]:
+    """Return the ids of a conversation up to where the assistant speaks, by the chat template.
+
+    Raises:
+        BatchError: a conversation that the template does not take.
+    """
+    try:
+        text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # A template raises errors of its own, of jinja's and of Python's.
+        raise BatchError(
+            f"the chat template does not take {brief(conversation)} ({type(error).__name__}: {error}): a "
+            'conversation is a list of {"role": ..., "content": ...}'
+        ) from error
+    return encoded(tokenizer, text, special=False)
+
+
+def encoded(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """Return the ids of a text, with the tokenizer's special tokens or without."""
+    if not callable(tokenizer) or isinstance(tokenizer, type):
+        raise BatchError(f"tokenizer must be a transformers tokenizer; got {brief(tokenizer)}")
+    encoded = tokenizer(text) if special else tokenizer(text, add_special_tokens=False)
+    try:
+        return list(encoded["input_ids"])
+    except (KeyError, TypeError, IndexError) as error:
+        raise BatchError(f"tokenizer must be a transformers tokenizer; got {brief(tokenizer)}") from error
