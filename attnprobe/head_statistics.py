@@ -231,7 +231,7 @@ class HeadStatisticsProbe(Probe):
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
-        self.reads_distance = truth(span, "span")
+        self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
         self.sites = frozenset({"attention", "logits"} if truth(entropy, "entropy") else {"attention"})
         self._sequence = _Sequence()
@@ -254,7 +254,7 @@ class HeadStatisticsProbe(Probe):
         before = self._sequence.layers.get(layer) if self._continues else None
         far = metrics.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
-            before, value, batch.response_mask, self.window, self.horizon, far, span=self.reads_distance
+            before, value, batch.response_mask, self.window, self.horizon, far, span=self.span
         )
 
     def end(self, batch: TokenBatch) -> None:

@@ -8,7 +8,7 @@ layout. What is left to others: what is computed (head_statistics, metrics) and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from attnprobe import metrics
 from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers, Value, resolve_layers
+from attnprobe.attention.kernels import carries_positions
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.errors import BatchError, ParameterError
@@ -98,7 +99,10 @@ def measure(
             if by_sentence is not None and sentences is not None:
                 rows = slice(number * run.size, (number + 1) * run.size)
                 by_sentence.sentence_ids = sentences[rows, : part.token_count]
-            with attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask):
+            with (
+                carries_positions() if span else nullcontext(),
+                attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask),
+            ):
                 if entropy:
                     entropies.append(_run_for_entropy(run.adapter, part, run.width))
                 else:
@@ -258,7 +262,7 @@ class _Run:
         adapter = adapter_for(model)
         chosen = resolve_layers(layers, adapter)
         rows, layout = batch.unpadded_rows()
-        _check_fits(rows, adapter)
+        check_fits(rows, adapter)
         if batch_size is not None:
             batch_size = whole_number(batch_size, "batch_size", minimum=1)
         size = batch_size or _rows_within(memory_budget, rows, adapter, entropy)
@@ -298,8 +302,12 @@ def _rows_within(budget: int, rows: TokenBatch, adapter: Adapter, entropy: bool)
     return rows.batch_size if per_row == 0 else min(rows.batch_size, max(1, budget // per_row))
 
 
-def _check_fits(rows: TokenBatch, adapter: Adapter) -> None:
-    """Check that a model can take these tokens."""
+def check_fits(rows: TokenBatch, adapter: Adapter) -> None:
+    """Check that a model can take these tokens.
+
+    Raises:
+        BatchError: ids out of the vocabulary, or sequences longer than the model's context.
+    """
     largest = int(rows.input_ids.max())
     if largest >= adapter.vocabulary_size:
         raise BatchError(

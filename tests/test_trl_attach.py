@@ -379,7 +379,7 @@ def refuses(trainer, error, message, *, credit=CREDIT, **options) -> None:
     ("options", "error", "message"),
     [
         ({"layers": [7]}, ParameterError, r"layers \[7\] cannot be read"),
-        ({"layers": []}, ParameterError, "layers is empty"),
+        ({"layers": []}, ParameterError, "layers .* got none"),
         ({"window": 0}, ParameterError, "window .*got 0"),
         ({"horizon": (5, 2)}, ParameterError, "horizon"),
         (
