@@ -11,6 +11,7 @@ head groups (heads), and averaging over them (scores).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,12 +22,13 @@ from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
 from attnprobe.validation import ArrayLike, IntLike, as_mask, as_tensor, brief, whole_number
 
+Horizon = tuple[int, int | None]
+
 if TYPE_CHECKING:
     AttentionLike: TypeAlias = Attention | ArrayLike
+    HorizonLike: TypeAlias = Horizon | Sequence[IntLike | None] | ArrayLike
 else:
-    AttentionLike = Any
-
-Horizon = tuple[int, int | None]
+    AttentionLike = HorizonLike = Any
 
 RECEIVER_HORIZON: Horizon = (10, None)
 """The horizon of receiver kurtosis: near rows are left out."""
@@ -86,7 +88,7 @@ def windowed_attention_distance(
 def future_attention_influence(
     attention: AttentionLike,
     response_mask: ArrayLike | None = None,
-    horizon: Horizon = (10, 50),
+    horizon: HorizonLike = (10, 50),
     segment_ids: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head token"]:
     """Return FAI of each response token: the mean attention that later response tokens give it.
@@ -115,7 +117,7 @@ def future_attention_influence(
 def receiver_kurtosis(
     attention: AttentionLike,
     response_mask: ArrayLike | None = None,
-    horizon: Horizon = RECEIVER_HORIZON,
+    horizon: HorizonLike = RECEIVER_HORIZON,
     segment_ids: ArrayLike | None = None,
     minimum_rows: IntLike = 10,
 ) -> Float[Tensor, "batch head"]:
@@ -222,7 +224,7 @@ def received_by_key(
     attention: Attention, rows: Bool[Tensor, "batch query"], horizon: Horizon
 ) -> Float[Tensor, "batch head key"]:
     """Return what each key is given by the marked rows within the horizon: the numerator of Eq. 10."""
-    low, high = horizon
+    low, high = _within(horizon, attention.key_count)
     weights = rows.to(attention.dtype)
     width = None if high is None else high - low + 1
     # A band pays where there are more rows than distances; a cached step has one row.
@@ -396,11 +398,18 @@ def check_horizon(horizon: Any) -> Horizon:
     )
 
 
+def _within(horizon: Horizon, count: int) -> Horizon:
+    """Return a horizon whose distances are at most the number of tokens, behind which there is nothing."""
+    low, high = horizon
+    return min(low, count), None if high is None else min(high, count)
+
+
 def _rows_in_horizon(
     mask: Tensor, low: int, high: int | None, segment_ids: Tensor | None
 ) -> Int[Tensor, "batch token"]:
     """Count the response rows in each token's horizon, within its own sequence."""
     count = mask.shape[1]
+    low, high = _within((low, high), count)
     before = torch.nn.functional.pad(mask.long().cumsum(-1), (1, 0))
     token = torch.arange(count, device=mask.device).expand(mask.shape)
     end = torch.full_like(token, count - 1)
