@@ -20,7 +20,8 @@ from attnprobe.analysis.agreement import GroupAgreement, GroupStability, compare
 from attnprobe.analysis.bootstrap import Estimate
 from attnprobe.analysis.couplings import Coupling, Couplings, couplings
 from attnprobe.analysis.knockout import knockout_divergence
-from attnprobe.analysis.perturbation import Perturbations, perturb
+from attnprobe.analysis.perturbation import perturb
+from attnprobe.analysis.trials import Perturbations
 from attnprobe.attention import Attention, DenseAttention, FactoredAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import (

@@ -241,7 +241,7 @@ def classify_heads(
             statistics without span.
         ResultError: no statistics, or statistics of different models, layers, or receiver levels.
     """
-    quantile, receivers = _check_shares(quantile, receivers)
+    quantile, receivers = check_shares(quantile, receivers)
     first: HeadStatistics | None = None
     span, kurtosis = _RunningMean(), _RunningMean()
     for part in statistics_parts(statistics):
@@ -285,7 +285,8 @@ class _RunningMean:
         return (self._total / self._count.masked_fill(self._count == 0, torch.nan)).to(self._dtype)
 
 
-def _check_shares(quantile: Any, receivers: Any) -> tuple[float, int]:
+def check_shares(quantile: FloatLike, receivers: IntLike) -> tuple[float, int]:
+    """Return how many heads the groups are to have as plain numbers, or raise `ParameterError`."""
     # Up to a half, so that local and global heads do not overlap.
     quantile = real_number(quantile, "quantile", above=0, maximum=0.5)
     return quantile, whole_number(receivers, "receivers", minimum=1)
@@ -306,7 +307,7 @@ def group_heads(
     >>> group_heads(torch.tensor([[1.0, 5.0, 3.0, 9.0]]), quantile=0.25).pairs("global")
     [(0, 3)]
     """
-    quantile, receivers = _check_shares(quantile, receivers)
+    quantile, receivers = check_shares(quantile, receivers)
     defined = int((~span.isnan()).sum())
     if defined < 2:
         raise ParameterError(

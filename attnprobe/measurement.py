@@ -262,7 +262,7 @@ class _Run:
         adapter = adapter_for(model)
         chosen = resolve_layers(layers, adapter)
         rows, layout = batch.unpadded_rows()
-        _check_fits(rows, adapter)
+        check_fits(rows, adapter)
         if batch_size is not None:
             batch_size = whole_number(batch_size, "batch_size", minimum=1)
         size = batch_size or _rows_within(memory_budget, rows, adapter, entropy)
@@ -302,8 +302,12 @@ def _rows_within(budget: int, rows: TokenBatch, adapter: Adapter, entropy: bool)
     return rows.batch_size if per_row == 0 else min(rows.batch_size, max(1, budget // per_row))
 
 
-def _check_fits(rows: TokenBatch, adapter: Adapter) -> None:
-    """Check that a model can take these tokens."""
+def check_fits(rows: TokenBatch, adapter: Adapter) -> None:
+    """Check that a model can take these tokens.
+
+    Raises:
+        BatchError: ids out of the vocabulary, or sequences longer than the model's context.
+    """
     largest = int(rows.input_ids.max())
     if largest >= adapter.vocabulary_size:
         raise BatchError(

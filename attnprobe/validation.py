@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.errors import AttnprobeError, ParameterError
@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     ArrayLike: TypeAlias = Tensor | numpy.ndarray[Any, Any] | Sequence[Any] | range
     IntLike: TypeAlias = int | numpy.integer[Any] | Tensor
     FloatLike: TypeAlias = float | IntLike | numpy.floating[Any]
+    # Fields of dataclasses whose __post_init__ checks what it is given and keeps a plain number.
+    IntField: TypeAlias = int
+    FloatField: TypeAlias = float
+    BoolField: TypeAlias = bool
 else:
     # When types are checked at run time, as our tests do, a wrong value is to reach the check that explains
     # it, and not to be turned away before.
-    ArrayLike = IntLike = FloatLike = Any
+    ArrayLike = IntLike = FloatLike = IntField = FloatField = BoolField = Any
 
 
 def brief(value: Any, longest: int = 80) -> str:
@@ -220,6 +224,30 @@ def as_tensor(value: Any, name: str, error: ErrorClass = ParameterError) -> Tens
         except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
     raise error(f"{name} must be a tensor, an array or lists of numbers of equal length; got {brief(value)}")
+
+
+def as_float_tensor(
+    value: Any,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    *,
+    axes: str = "example, token",
+    error: ErrorClass = ParameterError,
+) -> Float[Tensor, "..."]:
+    """Return numbers as a tensor of floats: whole numbers become floats, since factors and means of them do.
+
+    >>> as_float_tensor([[1, 2]], "gamma", (1, 2))
+    tensor([[1., 2.]])
+    >>> as_float_tensor([1, 2], "gamma", (1, 2), axes="completion, token")
+    Traceback (most recent call last):
+    attnprobe.errors.ParameterError: gamma must be [completion, token] = [1, 2]; got [2]
+    """
+    numbers = as_tensor(value, name, error)
+    if numbers.dtype == torch.bool or numbers.is_complex():
+        raise error(f"{name} must hold real numbers; got {brief(numbers)}")
+    if shape is not None and tuple(numbers.shape) != tuple(shape):
+        raise error(f"{name} must be [{axes}] = {list(shape)}; got {list(numbers.shape)}")
+    return numbers if numbers.is_floating_point() else numbers.to(torch.get_default_dtype())
 
 
 def as_mask(

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attnprobe import (
+    GroupAgreement,
+    GroupStability,
     HeadGroups,
     HeadStatistics,
     ParameterError,
@@ -125,7 +131,7 @@ def test_overlap_counts_heads(span: list[float], other: object, percent: int) ->
         assert agreement.overlap[group] == len(ours & theirs) / min(len(ours), len(theirs))
         assert agreement.jaccard[group] == len(ours & theirs) / len(ours | theirs)
         assert agreement.chance_overlap[group] == len(ours) / len(span)
-    assert repr(agreement) == repr(compare_groups(second, first))
+    assert agreement == compare_groups(second, first)
 
 
 def test_a_grouping_agrees_with_itself() -> None:
@@ -143,8 +149,42 @@ def test_receivers_are_compared_where_both_have_them() -> None:
 
 
 def test_groupings_of_other_heads_are_not_compared() -> None:
-    with pytest.raises(ResultError, match="2 and 3 heads"):
+    with pytest.raises(ResultError, match=r"\b2 and 3\b"):
         compare_groups(grouping([1.0, 2.0]), grouping([1.0, 2.0, 3.0]))
+    other = dataclasses.replace(grouping([1.0, 2.0]), layers=(7,))
+    with pytest.raises(ResultError, match=r"\b0 and 7\b"):
+        compare_groups(grouping([1.0, 2.0]), other)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("wrong", [None, "local", 3, HeadGroups, {"local": [0]}, torch.ones(1, 2)])
+def test_what_is_no_grouping_is_refused(wrong: Any) -> None:
+    groups = grouping([1.0, 2.0])
+    with pytest.raises(ParameterError, match=r"first.*HeadGroups"):
+        compare_groups(wrong, groups)
+    with pytest.raises(ParameterError, match=r"second.*HeadGroups"):
+        compare_groups(groups, wrong)
+
+
+def test_a_model_can_be_compared_with_what_was_trained_from_it(tmp_path: Path) -> None:
+    first, second = (
+        dataclasses.replace(grouping([1.0, 2.0, 3.0, 4.0]), model_name=name) for name in ("base", "tuned")
+    )
+    agreement = compare_groups(first, second)
+    assert agreement.model_names == ("base", "tuned")
+    assert agreement == GroupAgreement.load(agreement.save(tmp_path / "agreement.safetensors"))
+    assert agreement.to_pandas()["group"].tolist() == ["local", "global"]
+    for shown in (repr(agreement), agreement._repr_html_()):
+        assert len(shown) < 800
+        for told in ("base", "tuned", "local", "jaccard", "span_correlation=1"):
+            assert told in shown
+
+
+def test_an_agreement_without_a_correlation_equals_itself() -> None:
+    agreement = compare_groups(grouping([1.0, 1.0]), grouping([1.0, 1.0]))
+    assert math.isnan(agreement.span_correlation)
+    assert agreement == compare_groups(grouping([1.0, 1.0]), grouping([1.0, 1.0]))
+    assert agreement != compare_groups(grouping([1.0, 2.0]), grouping([1.0, 2.0]))
 
 
 # ---- streaming and stability ----------------------------------------------------------------------
@@ -180,30 +220,64 @@ def test_some_layers_can_be_classified_over() -> None:
     assert groups.layers == (2, 7)
     assert groups.pairs("local") == [(2, 0)]
     assert groups.pairs("global") == [(7, 1)]
-    with pytest.raises(ParameterError, match=r"layers \[3\] were not measured; there are \[2, 5, 7\]"):
+    with pytest.raises(ParameterError, match=r"\[3\].*\[2, 5, 7\]"):
         whole.at_layers([3])
 
 
+@pytest.mark.parametrize("over", [classify_heads, group_stability])
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("other", "facts"),
     [
-        (statistics_of([[[1.0, 2.0, 3.0]]]), "statistics of 2 and 3 heads"),
-        (statistics_of([[[1.0, 2.0]]], layers=(4,)), "layers differ"),
-        (statistics_of([[[1.0, 2.0]]], model_name="other"), "model_name differ"),
-        (statistics_of([[[1.0, 2.0]]], [[[1.0, 2.0]]]), "with and without receiver kurtosis"),
+        (statistics_of([[[1.0, 2.0, 3.0]]]), r"head_count.*2.*3"),
+        (statistics_of([[[1.0, 2.0]]], layers=(4,)), r"layers.*0.*4"),
+        (statistics_of([[[1.0, 2.0]]], model_name="other"), r"model_name.*other"),
+        (statistics_of([[[1.0, 2.0]]], [[[1.0, 2.0]]]), r"receiver_kurtosis"),
     ],
 )
-def test_statistics_that_do_not_belong_together_are_refused(other: object, message: str) -> None:
-    with pytest.raises(ResultError, match=message):
-        classify_heads([statistics_of([[[1.0, 2.0]]]), other])
+def test_statistics_that_do_not_belong_together_are_refused(over: Any, other: object, facts: str) -> None:
+    with pytest.raises(ResultError, match=facts):
+        over(part for part in (statistics_of([[[1.0, 2.0]]]), other))
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("wrong", [None, "statistics", 3, 0.5, HeadStatistics, torch.ones(2), [None], [{}]])
+def test_what_is_no_statistics_is_refused(wrong: Any) -> None:
+    with pytest.raises(ParameterError, match="HeadStatistics"):
+        group_stability(wrong)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("quantile", [0, 0.6, NAN, "0.3", None, True]),
+        ("receivers", [0, 2.5, "20", None, True]),
+        ("resamples", [0, 2.5, None, True]),
+        ("confidence", [0, 1, NAN, "0.9"]),
+        ("seed", [-1, 0.5, None]),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused_before_anything_is_measured(
+    name: str, values: list[Any]
+) -> None:
+    def measured_late() -> Any:
+        raise AssertionError("nothing may be measured")
+        yield
+
+    for value in values:
+        with pytest.raises(ParameterError, match=f"{name}.*got"):
+            group_stability(measured_late(), **{name: value})
 
 
 def test_no_statistics_are_refused() -> None:
-    with pytest.raises(ResultError, match="no statistics"):
+    with pytest.raises(ResultError, match="statistics"):
         classify_heads([])
-    with pytest.raises(ParameterError, match="at least two responses, got 0"):
+    without = dataclasses.replace(statistics_of([[[1.0, 2.0]]]), span=None)
+    with pytest.raises(ParameterError, match="span"):
+        group_stability(without)
+    with pytest.raises(ParameterError, match=r"\b0\b"):
         group_stability([])
-    with pytest.raises(ParameterError, match="at least two responses, got 1"):
+    with pytest.raises(ParameterError, match=r"\b1\b"):
         group_stability(statistics_of([[[1.0, 2.0]]]))
 
 
@@ -226,3 +300,21 @@ def test_heads_that_differ_by_noise_alone_are_grouped_as_chance_has_it() -> None
     assert float(stability.selected["global"].sum()) == pytest.approx(30)
     again = group_stability([statistics_of(span[:5]), statistics_of(span[5:])], resamples=60)
     assert again.overlap == stability.overlap
+
+
+def test_a_stability_shows_its_groups_and_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+    span = torch.rand(6, 2, 5, generator=torch.Generator().manual_seed(0))
+    statistics = statistics_of(span, span, layers=(3, 7), model_name="a/model")
+    stability = group_stability(statistics, receivers=2, resamples=np.int64(8))
+    table = stability.to_pandas()
+    assert table["layer"].tolist() == [3] * 5 + [7] * 5
+    assert table["receiver"].tolist() == stability.selected["receiver"].flatten().tolist()
+    for shown in (repr(stability), stability._repr_html_()):
+        assert len(shown) < 800
+        for told in ("a/model", "responses=6", "receiver", "span_correlation"):
+            assert told in shown
+    loaded = GroupStability.load(stability.save(tmp_path / "stability.safetensors"))
+    assert loaded == stability
+    assert loaded != group_stability(statistics, receivers=2, resamples=8, seed=1)
+    with pytest.raises(ResultError, match=r"groups.*\[3, 2, 5\]"):
+        dataclasses.replace(stability, groups=("local",))

@@ -6,16 +6,28 @@ import dataclasses
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnprobe import Couplings, ParameterError, ResultError, TokenScores, couplings
-from attnprobe.analysis.couplings import NAMES, described_by_prediction
+from attnprobe import (
+    AttnprobeError,
+    Coupling,
+    Couplings,
+    ParameterError,
+    Provenance,
+    ResultError,
+    TokenScores,
+)
+from attnprobe import couplings as measure_couplings
+from attnprobe.analysis.couplings import NAMES
 from attnprobe.rhythm import find_peaks, top_quantile
-from attnprobe.storage import save_result
+from attnprobe.scores import described_by_prediction
+from attnprobe.storage import load_result, save_result
 
 NAN = math.nan
 FAST = {"permutations": 20, "resamples": 20}
@@ -23,7 +35,7 @@ FAST = {"permutations": 20, "resamples": 20}
 
 @st.composite
 def scored_problems(draw: st.DrawFn) -> TokenScores:
-    """Scores of a few responses: prompts before, padding behind, FAI undefined at the end."""
+    """Scores of a few responses: a prompt before, padding behind, perhaps gaps; FAI undefined at the end."""
     batch, tokens = draw(st.integers(1, 4)), draw(st.integers(6, 30))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     mask = torch.zeros(batch, tokens, dtype=torch.bool)
@@ -34,6 +46,9 @@ def scored_problems(draw: st.DrawFn) -> TokenScores:
         start = draw(st.integers(0, tokens - 4))
         stop = draw(st.integers(start + 1, tokens))
         mask[row, start:stop] = True
+        for gap in draw(st.lists(st.integers(start, stop - 1), max_size=2)):
+            # The first token always stays: a response has at least one.
+            mask[row, max(gap, start + 1) : gap + draw(st.integers(1, 3))] = False
         late = max(start, stop - 3)
         values["fai"][row, late:] = NAN
         values["receiver_fai"][row, late:] = NAN
@@ -57,7 +72,7 @@ def slow_couplings(
     for row in range(waad.shape[0]):
         tokens = range(waad.shape[1])
         fai = [t for t in tokens if not math.isnan(scores.fai[row, t])]
-        near = {t: float(any(preplan[row, max(0, t - lookback) : t + 1])) for t in tokens}
+        near = {t: float(follows(preplan[row], scores.response_mask[row], t, lookback)) for t in tokens}
         cases = {
             "entropy_at_preplans": (
                 {t: float(scores.entropy[row, t]) for t in tokens},
@@ -75,6 +90,16 @@ def slow_couplings(
     return found
 
 
+def follows(preplan: torch.Tensor, mask: torch.Tensor, token: int, lookback: int) -> bool:
+    """Whether a preplan stands at a token or within `lookback` before it, not across a gap."""
+    for place in range(token, max(-1, token - lookback - 1), -1):
+        if not mask[place]:
+            return False
+        if preplan[place]:
+            return True
+    return False
+
+
 @given(
     scores=scored_problems(),
     align=st.sampled_from(["token", "prediction"]),
@@ -86,7 +111,9 @@ def test_couplings_are_as_defined(
     scores: TokenScores, align: str, percent: int, lookback: int, definition: str
 ) -> None:
     quantile = percent / 100
-    result = couplings(scores, align=align, quantile=quantile, lookback=lookback, peaks=definition, **FAST)
+    result = measure_couplings(
+        scores, align=align, quantile=quantile, lookback=lookback, peaks=definition, **FAST
+    )
     for name, (sums, peaks, _) in slow_couplings(scores, align, quantile, lookback, definition).items():
         coupling = getattr(result, name)
         assert coupling.peaks.tolist() == peaks
@@ -106,7 +133,7 @@ def test_couplings_are_as_defined(
 def test_the_permutation_baseline_matches_its_expectation(scores: TokenScores, baseline: str) -> None:
     """Peaks put anywhere see the mean over where they could be, times their number."""
     count = 3000
-    result = couplings(scores, baseline=baseline, permutations=count, resamples=1)
+    result = measure_couplings(scores, baseline=baseline, permutations=count, resamples=1)
     for name, (_, peaks, means) in slow_couplings(scores, "token", 0.4, 3, "maxima").items():
         expected = [number * mean for number, mean in zip(peaks, means, strict=True)]
         # Five standard errors of a mean over permutations; no value here is above 6.
@@ -119,7 +146,7 @@ def test_a_baseline_that_can_be_counted_is_exact() -> None:
     fai = torch.tensor([[0.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
     scores = TokenScores(fai, fai, None, torch.ones(1, 8, dtype=torch.bool), receiver_fai=fai)
     for baseline in ("shuffle", "rotate"):
-        result = couplings(scores, baseline=baseline, permutations=20_000, resamples=10)
+        result = measure_couplings(scores, baseline=baseline, permutations=20_000, resamples=10)
         assert result.receiver_at_global is not None
         assert result.receiver_at_global.observed.value == 1.0
         assert result.receiver_at_global.random == pytest.approx(1 / 8, abs=0.01)
@@ -132,10 +159,10 @@ def test_a_rotation_keeps_the_distances_of_peaks() -> None:
     """Peaks two apart see a value that alternates all or never; shuffled, they see half of it."""
     saw = torch.tensor([[0.0, 1.0] * 10])
     scores = TokenScores(saw, saw, saw, torch.ones(1, 20, dtype=torch.bool))
-    rotated = couplings(scores, baseline="rotate", quantile=1.0, permutations=200, resamples=2)
+    rotated = measure_couplings(scores, baseline="rotate", quantile=1.0, permutations=200, resamples=2)
     assert rotated.entropy_at_preplans is not None
     assert rotated.entropy_at_preplans.p_value == pytest.approx(0.5, abs=0.12)
-    shuffled = couplings(scores, quantile=1.0, permutations=200, resamples=2)
+    shuffled = measure_couplings(scores, quantile=1.0, permutations=200, resamples=2)
     assert shuffled.entropy_at_preplans is not None
     assert shuffled.entropy_at_preplans.p_value < 0.05
 
@@ -144,7 +171,7 @@ def test_scores_without_relation_have_no_lift() -> None:
     generator = torch.Generator().manual_seed(0)
     waad, fai, entropy, receiver = torch.rand(4, 60, 100, generator=generator).unbind(0)
     scores = TokenScores(waad, fai, entropy, torch.ones(60, 100, dtype=torch.bool), receiver_fai=receiver)
-    result = couplings(scores, permutations=200, resamples=200)
+    result = measure_couplings(scores, permutations=200, resamples=200)
     for name in NAMES:
         coupling = getattr(result, name)
         assert abs(coupling.lift.value) < 0.05
@@ -154,21 +181,35 @@ def test_scores_without_relation_have_no_lift() -> None:
 
 @given(scores=scored_problems(), seed=st.integers(0, 5))
 def test_batches_one_after_the_other_are_one_data_set(scores: TokenScores, seed: int) -> None:
-    whole = couplings(scores, seed=seed, **FAST)
-    rows = range(scores.waad.shape[0])
-    parts = (
-        dataclasses.replace(
-            scores,
-            **{
-                field.name: value[row : row + 1]
-                for field in dataclasses.fields(scores)
-                if (value := getattr(scores, field.name)) is not None
-            },
-        )
-        for row in rows
-    )
-    streamed = couplings(parts, seed=seed, **FAST)
-    assert repr(streamed) == repr(whole)
+    whole = measure_couplings(scores, seed=seed, **FAST)
+    parts = (scores.select(example) for example in range(scores.waad.shape[0]))
+    assert measure_couplings(parts, seed=seed, **FAST) == whole
+
+
+@given(scores=scored_problems(), seed=st.integers(0, 5))
+def test_what_stands_in_a_gap_does_not_count(scores: TokenScores, seed: int) -> None:
+    """Whatever a hand-made score says outside the response."""
+    filled = {
+        name: torch.where(scores.response_mask, getattr(scores, name), 7.0 + torch.arange(100).fmod(5)[:n])
+        for name in ("waad", "fai", "entropy", "receiver_fai")
+        for n in (scores.waad.shape[1],)
+    }
+    again = dataclasses.replace(scores, **filled)
+    assert measure_couplings(again, seed=seed, **FAST) == measure_couplings(scores, seed=seed, **FAST)
+
+
+def test_no_anchor_follows_a_preplan_across_a_gap() -> None:
+    waad = torch.tensor([[0.0, 3.0, 1.0, NAN, 0.4, 0.3, 0.2]])
+    fai = torch.tensor([[0.3, 0.2, 0.1, NAN, 0.1, 0.9, 0.2]])
+    whole = torch.ones(1, 7, dtype=torch.bool)
+    gapped = whole.clone()
+    gapped[0, 3] = False
+    found = {}
+    for name, mask in (("whole", whole), ("gapped", gapped)):
+        scores = TokenScores(waad.nan_to_num(0.5), fai.nan_to_num(0.0), None, mask)
+        result = measure_couplings(scores, quantile=0.2, lookback=4, **FAST).anchor_after_preplan
+        found[name] = (float(result.observed_sum), float(result.peaks))
+    assert found == {"whole": (1.0, 1.0), "gapped": (0.0, 1.0)}
 
 
 @given(scores=scored_problems(), left=st.integers(0, 4), right=st.integers(0, 4))
@@ -180,15 +221,16 @@ def test_padding_changes_nothing(scores: TokenScores, left: int, right: int) -> 
         },
         response_mask=torch.nn.functional.pad(scores.response_mask, (left, right)),
     )
-    assert repr(couplings(padded, **FAST)) == repr(couplings(scores, **FAST))
+    assert measure_couplings(padded, **FAST) == measure_couplings(scores, **FAST)
 
 
 def test_the_same_seed_gives_the_same_result() -> None:
     torch.manual_seed(0)
     values = torch.rand(3, 40)
     scores = TokenScores(values, values.flip(-1), values.flip(0), torch.ones(3, 40, dtype=torch.bool))
-    first, again, other = (couplings(scores, seed=seed, **FAST) for seed in (1, 1, 2))
-    assert repr(first) == repr(again)
+    first, again, other = (measure_couplings(scores, seed=seed, **FAST) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
     assert first.anchor_after_preplan.random != other.anchor_after_preplan.random
 
 
@@ -202,7 +244,7 @@ def test_a_row_describes_the_token_that_it_produced() -> None:
 def test_what_was_not_measured_is_none() -> None:
     values = torch.rand(2, 30)
     mask = torch.ones(2, 30, dtype=torch.bool)
-    result = couplings(TokenScores(values, values, None, mask), **FAST)
+    result = measure_couplings(TokenScores(values, values, None, mask), **FAST)
     assert result.entropy_at_preplans is None
     assert result.receiver_at_global is None
     assert list(result.to_pandas()["coupling"]) == ["anchor_after_preplan"]
@@ -212,25 +254,73 @@ def test_what_was_not_measured_is_none() -> None:
 def test_couplings_come_back_as_they_were_saved(tmp_path: Path, with_entropy: bool) -> None:
     values = torch.rand(2, 30)
     mask = torch.ones(2, 30, dtype=torch.bool)
-    result = couplings(TokenScores(values, values, values if with_entropy else None, mask), **FAST)
+    provenance = Provenance("a/model", (3, 4), 10, (10, None), {"local": ((3, 0, 1.0),)})
+    scores = TokenScores(values, values, values if with_entropy else None, mask, provenance=provenance)
+    result = measure_couplings(scores, **FAST)
     loaded = Couplings.load(result.save(tmp_path / "couplings.safetensors"))
-    assert repr(loaded) == repr(result)
+    assert loaded == result
+    assert loaded.provenance == provenance
+    one = Coupling.load(result.anchor_after_preplan.save(tmp_path / "one.safetensors"))
+    assert one == result.anchor_after_preplan
 
 
-def test_other_results_are_no_couplings(tmp_path: Path) -> None:
+def test_undefined_numbers_are_equal_and_come_back(tmp_path: Path) -> None:
+    """Scores without a peak: no mean, no lift."""
+    nothing = torch.full((2, 8), NAN)
+    scores = TokenScores(nothing, nothing, nothing, torch.ones(2, 8, dtype=torch.bool))
+    result = measure_couplings(scores, **FAST)
+    assert math.isnan(result.anchor_after_preplan.observed.value)
+    assert result == measure_couplings(scores, **FAST)
+    assert result == Couplings.load(result.save(tmp_path / "couplings.safetensors"))
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
     path = save_result(tmp_path / "x.safetensors", "Rhythm", {"a": torch.zeros(1)}, {})
-    with pytest.raises(ResultError, match="holds Rhythm, not Couplings"):
+    with pytest.raises(ResultError, match=r"Rhythm.*Couplings"):
         Couplings.load(path)
-    metadata = {"parameters": {}, "couplings": {"anchor_after_preplan": {}}}
-    save_result(path, "Couplings", {"a": torch.zeros(1)}, metadata)
-    with pytest.raises(ResultError, match="anchor_after_preplan lacks observed_sum"):
+    values = torch.rand(2, 30)
+    result = measure_couplings(TokenScores(values, values, None, values > 0), **FAST)
+    types = {"parameters": dict[str, Any], "provenance": dict[str, Any], "couplings": dict[str, Any]}
+    tensors, settings = load_result(result.save(path), "Couplings", (), types)
+    name = "anchor_after_preplan.peaks"
+    damaged = [
+        ({**tensors, name: tensors[name][:1]}, settings, "peaks"),
+        ({**tensors, name: tensors[name].long()}, settings, "peaks"),
+        ({key: value for key, value in tensors.items() if key != name}, settings, "peaks"),
+        (tensors, {**settings, "couplings": {}}, "anchor_after_preplan"),
+        (tensors, {**settings, "couplings": {"anchor_after_preplan": {"random": "x"}}}, "random"),
+        (tensors, {**settings, "parameters": {"seed": None}}, "parameters"),
+    ]
+    for parts, said, named in damaged:
+        save_result(path, "Couplings", parts, said)
+        with pytest.raises(ResultError, match=named if named != "parameters" else "damaged"):
+            Couplings.load(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ResultError, match=r"x\.safetensors"):
         Couplings.load(path)
 
 
-def test_the_table_has_a_row_for_each_coupling() -> None:
+def test_a_result_shows_its_table_and_what_it_was_computed_from() -> None:
+    values = torch.rand(2, 30)
+    provenance = Provenance("a/model", (3, 4), 10, (10, None))
+    scores = TokenScores(values, values, values, values > 0, provenance=provenance)
+    result = measure_couplings(scores, **FAST)
+    assert len(repr(result)) < 800
+    for told in ("entropy_at_preplans", "anchor_after_preplan", "a/model", "(10, None)", "quantile=0.4"):
+        assert told in repr(result)
+        assert told in result._repr_html_()
+    assert "receiver_at_global" not in repr(result)
+    assert len(repr(result.anchor_after_preplan)) < 200
+    problems = result.anchor_after_preplan.to_pandas()
+    assert problems["peaks"].tolist() == result.anchor_after_preplan.peaks.tolist()
+    assert result.to_arrow().column_names == list(result.to_pandas().columns)
+
+
+def test_the_table_has_a_line_for_each_coupling() -> None:
     values = torch.rand(2, 30)
     mask = torch.ones(2, 30, dtype=torch.bool)
-    result = couplings(TokenScores(values, values, values, mask, receiver_fai=values), **FAST)
+    result = measure_couplings(TokenScores(values, values, values, mask, receiver_fai=values), **FAST)
     table = result.to_pandas()
     assert list(table["coupling"]) == list(NAMES)
     assert table["observed"].tolist() == [getattr(result, name).observed.value for name in NAMES]
@@ -242,30 +332,86 @@ SCORES = TokenScores(torch.rand(1, 9), torch.rand(1, 9), None, torch.ones(1, 9, 
 
 @pytest.mark.usefixtures("as_users_call")
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "values"),
     [
-        ({"align": "row"}, 'align is "token" or "prediction", got \'row\''),
-        ({"peaks": "all"}, 'peaks is "maxima" or "top", got \'all\''),
-        ({"baseline": "none"}, 'baseline is "shuffle" or "rotate", got \'none\''),
-        ({"quantile": 0.0}, r"quantile must be in \(0, 1\], got 0.0"),
-        ({"lookback": -1}, "at least 0; got -1"),
-        ({"lookback": True}, "whole number"),
-        ({"permutations": 0}, "permutations must be at least 1, got 0"),
-        ({"resamples": 0}, "a bootstrap needs units and resamples, got 1 and 0"),
-        ({"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1.0"),
+        ("align", ["row", None, 1]),
+        ("peaks", ["all", ["top"]]),
+        ("baseline", ["none", True]),
+        ("quantile", [0.0, 1.1, "0.4", None, NAN, True]),
+        ("lookback", [-1, True, 1.5, "3", None, [1]]),
+        ("permutations", [0, 2.0, "many", None, True]),
+        ("resamples", [0, -3, None]),
+        ("confidence", [0.0, 1.0, NAN, "0.9"]),
+        ("seed", [-1, 0.5, None, 2**70]),
     ],
 )
-def test_parameters_that_make_no_sense_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(ParameterError, match=message):
-        couplings(SCORES, **options)
+def test_parameters_that_make_no_sense_are_refused(name: str, values: list[Any]) -> None:
+    for value in values:
+        with pytest.raises(ParameterError, match=f"{name}.*got"):
+            measure_couplings(SCORES, **{name: value})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    plain = measure_couplings(SCORES, quantile=0.5, lookback=2, seed=1, **FAST)
+    fancy = {"permutations": np.int64(20), "resamples": torch.tensor(20)}
+    assert plain == measure_couplings(SCORES, quantile=np.float64(0.5), lookback=np.int32(2), seed=1, **fancy)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "wrong", [None, "scores", 3, SCORES.waad, vars(SCORES), TokenScores, [None], [SCORES, "x"]]
+)
+def test_what_is_no_scores_is_refused(wrong: Any) -> None:
+    with pytest.raises(AttnprobeError, match="TokenScores"):
+        measure_couplings(wrong)
 
 
 def test_packed_rows_and_no_rows_are_refused() -> None:
     packed = dataclasses.replace(SCORES, segment_ids=torch.zeros(1, 9, dtype=torch.long))
-    with pytest.raises(ParameterError, match="packed rows"):
-        couplings(packed)
+    with pytest.raises(ParameterError, match="packed"):
+        measure_couplings(packed)
     with pytest.raises(ParameterError, match="no problems"):
-        couplings([])
+        measure_couplings([])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model_name", "b/model"),
+        ("layers", (1,)),
+        ("window", 5),
+        ("horizon", (10, 50)),
+        ("align", "prediction"),
+    ],
+)
+def test_scores_that_were_measured_otherwise_are_not_pooled(name: str, value: Any) -> None:
+    of = Provenance("a/model", (3, 4), 10, (10, None), {"local": ((3, 0, 1.0),)})
+    other = dataclasses.replace(of, **{name: value})
+    parts = [dataclasses.replace(SCORES, provenance=each) for each in (of, other)]
+    align = {"align": "prediction"} if name == "align" else {}
+    with pytest.raises(ResultError, match=name):
+        measure_couplings(parts, **align, **FAST)
+
+
+def test_heads_may_be_ranked_for_each_response() -> None:
+    parts = [
+        dataclasses.replace(SCORES, provenance=Provenance("m", heads={"local": ((0, head, 1.0),)}))
+        for head in range(2)
+    ]
+    assert measure_couplings(parts, **FAST).provenance == Provenance("m")
+    assert measure_couplings(parts[:1], **FAST).provenance == parts[0].provenance
+
+
+def test_scores_that_were_moved_already_are_not_moved_again() -> None:
+    moved = dataclasses.replace(
+        SCORES,
+        waad=described_by_prediction(SCORES.waad, SCORES.response_mask),
+        provenance=Provenance(align="prediction"),
+    )
+    late, early = (measure_couplings(each, align="prediction", **FAST) for each in (moved, SCORES))
+    assert late.anchor_after_preplan == early.anchor_after_preplan
+    with pytest.raises(ParameterError, match="align"):
+        measure_couplings(moved, align="token")
 
 
 def test_lifts_are_those_of_the_table() -> None:

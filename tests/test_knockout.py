@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import attnprobe
-from attnprobe import ParameterError, TokenBatch, knockout_divergence
+from attnprobe import AttnprobeError, ParameterError, TokenBatch, knockout_divergence
 from attnprobe.testing.tiny_models import tiny_model
 
 
@@ -80,18 +82,75 @@ def test_fewer_heads_are_less_of_a_loss_than_none() -> None:
     assert torch.equal(model(batch.input_ids).logits, before)
 
 
-@pytest.mark.usefixtures("as_users_call")
-def test_parameters_that_make_no_sense_are_refused() -> None:
+def test_heads_come_in_every_form_and_batches_too() -> None:
     model, batch = tiny_model("llama"), batch_of("right")
-    with pytest.raises(ParameterError, match=r"tokens must be \[2, 14\], got \[2, 3\]"):
+    horizon = (1, None)
+    groups = attnprobe.classify_heads(attnprobe.measure(model, batch))
+    pairs = groups.pairs("global")
+    expected = knockout_divergence(model, batch, batch.response_mask, horizon=horizon, heads=pairs)
+    by_layer = {i: [head for layer, head in pairs if layer == i] for i, _ in pairs}
+    for heads in (groups["global"], groups.global_heads, by_layer, set(pairs), dict.fromkeys(pairs, 2.0)):
+        again = knockout_divergence(model, batch, batch.response_mask, horizon=horizon, heads=heads)
+        torch.testing.assert_close(again, expected, equal_nan=True)
+    everywhere, by_default = (
+        knockout_divergence(model, batch, batch.response_mask, horizon=horizon, **options)
+        for options in ({"heads": "all"}, {})
+    )
+    torch.testing.assert_close(everywhere, by_default, rtol=1e-4, atol=1e-6, equal_nan=True)
+    names = ("input_ids", "attention_mask", "response_mask")
+    lists = {name: getattr(batch, name).long().tolist() for name in names}
+    again = knockout_divergence(
+        model, lists, lists["response_mask"], horizon=horizon, heads=pairs, batch_size=np.int64(4)
+    )
+    torch.testing.assert_close(again, expected, equal_nan=True)
+
+
+def test_rows_in_a_gap_do_not_count() -> None:
+    """What stands between two parts of a response is read, but what it predicts is not asked about."""
+    model, whole = tiny_model("llama"), batch_of("right").select(0)
+    mask = whole.response_mask.clone()
+    mask[0, 7:9] = False
+    gapped = TokenBatch.from_ids(whole.input_ids, whole.attention_mask, response_mask=mask)
+    actual = knockout_divergence(model, gapped, mask, horizon=(1, None))
+    eager = tiny_model("llama", implementation="eager")
+    for key in (3, 6, 9):
+        rows = [row for row in range(3, 14) if row > key and mask[0, row]]
+        expected = slow_divergence(eager, whole.input_ids[0], key, rows)
+        assert float(actual[0, key]) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert bool(actual[0, 7:9].isnan().all())
+
+
+WRONG: dict[str, list[Any]] = {
+    "tokens": [None, "all", 3, torch.ones(2, 3), torch.full((2, 14), 0.5), torch.full((2, 14), math.nan)],
+    "batch_size": [0, 2.5, "8", None, True],
+    "horizon": [(5, 2), 10, "near", None],
+    "heads": [[7], "some", [(0, 9)], {9: [0]}, 1.5, []],
+    "batch": ["text", None, 3, torch.full((2, 14), 10**6)],
+    "progress": ["yes", 1],
+}
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("name", list(WRONG))
+def test_parameters_that_make_no_sense_are_refused(name: str) -> None:
+    batch = batch_of("right")
+    arguments = {"model": tiny_model("llama"), "batch": batch, "tokens": batch.response_mask}
+    for wrong in WRONG[name]:
+        with pytest.raises(AttnprobeError, match=r"\w{3}"):
+            knockout_divergence(**{**arguments, name: wrong})
+
+
+def test_messages_have_the_facts() -> None:
+    model, batch = tiny_model("llama"), batch_of("right")
+    with pytest.raises(ParameterError, match=r"tokens.*\[2, 14\].*\[2, 3\]"):
         knockout_divergence(model, batch, batch.response_mask[:, :3])
-    with pytest.raises(ParameterError, match="batch_size must be at least 1, got 0"):
-        knockout_divergence(model, batch, batch.response_mask, batch_size=0)
-    with pytest.raises(ParameterError, match="a horizon is"):
-        knockout_divergence(model, batch, batch.response_mask, horizon=(5, 2))
-    with pytest.raises(ParameterError, match=r"layer 0 has heads 0\.\.3, got"):
+    with pytest.raises(ParameterError, match=r"heads.*\(0, 7\).*0\.\.3"):
         knockout_divergence(model, batch, batch.response_mask, heads=[7])
-    packed = attnprobe.TokenBatch.from_ids(
+    other = tiny_model("mistral")
+    groups = attnprobe.classify_heads(attnprobe.measure(other, batch))
+    with pytest.raises(ParameterError, match=r"Mistral.*Llama"):
+        knockout_divergence(model, batch, batch.response_mask, heads=groups["local"])
+    packed = TokenBatch.from_ids(
         torch.ones(1, 4, dtype=torch.long), position_ids=torch.tensor([[0, 1, 0, 1]])
     )
     with pytest.raises(ParameterError, match="packed"):

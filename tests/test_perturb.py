@@ -1,4 +1,4 @@
-"""Replacing tokens: content words, rollouts from one cache, and what an interrupted run leaves."""
+"""Replacing tokens: content words, continuations from one cache, and what an interrupted run leaves."""
 
 from __future__ import annotations
 
@@ -7,17 +7,30 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import attnprobe
-from attnprobe import ParameterError, ResultError, TokenBatch, TokenScores, UnsupportedModelError
+from attnprobe import (
+    AttnprobeError,
+    BatchError,
+    ParameterError,
+    Perturbations,
+    Provenance,
+    ResultError,
+    TokenBatch,
+    TokenScores,
+    UnsupportedModelError,
+)
 from attnprobe.analysis.content_words import FUNCTION_WORDS, content_overlap, content_words
 from attnprobe.analysis.forced_tokens import force_tokens
-from attnprobe.analysis.perturbation import Perturbations, Rollout, Trial, choose_positions, perturb
+from attnprobe.analysis.perturbation import choose_positions, perturb
+from attnprobe.analysis.trials import Continuation, PerturbationSummary, Trial
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 NAN = math.nan
@@ -63,11 +76,11 @@ def test_function_words_change_nothing(text: str, extra: list[str]) -> None:
     assert content_words(f"{text} {' '.join(extra)}") == content_words(text)
 
 
-# ---- rollouts ---------------------------------------------------------------------------------------
+# ---- continuations ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mistral"])
-def test_rollouts_from_one_cache_are_those_of_each_token_alone(family: str) -> None:
+def test_continuations_from_one_cache_are_those_of_each_token_alone(family: str) -> None:
     """Also where the text is longer than a sliding window, which holds part of it only."""
     model = tiny_model(family, bos_token_id=None, eos_token_id=None)
     model.generation_config.eos_token_id = None
@@ -87,7 +100,7 @@ def test_rollouts_from_one_cache_are_those_of_each_token_alone(family: str) -> N
         assert len(continuation) == 12
 
 
-def test_an_end_of_text_ends_a_rollout() -> None:
+def test_an_end_of_text_ends_a_continuation() -> None:
     model = tiny_model("llama")
     before = torch.tensor([3, 4, 5])
     free = force_tokens(model, before, 7, candidates=2, max_new_tokens=6)
@@ -106,12 +119,24 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.generation_config.to_dict() == sampling
 
 
+LARGE = 10**6
+
+
 @pytest.mark.usefixtures("as_users_call")
-@pytest.mark.parametrize("arguments", [(torch.tensor([]).long(), 1, 1), (torch.ones(2).long(), 0, 1)])
-def test_nothing_to_force_is_refused(arguments: tuple) -> None:
-    before, candidates, count = arguments
-    with pytest.raises(ParameterError, match="forcing needs a text"):
-        force_tokens(tiny_model("llama"), before, 1, candidates, count)
+def test_nothing_to_force_is_refused() -> None:
+    good: dict[str, Any] = {"before": torch.ones(2).long(), "token": 1, "candidates": 1, "max_new_tokens": 1}
+    wrong: dict[str, list[Any]] = {
+        "before": [torch.tensor([]).long(), torch.ones(2), "text", None, torch.ones(1, 2).long()],
+        "token": [-1, 1.5, LARGE, None],
+        "candidates": [0, 2.5, True, None],
+        "max_new_tokens": [0, "many", None],
+    }
+    for name, values in wrong.items():
+        for value in values:
+            with pytest.raises(AttnprobeError, match="vocabulary" if value is LARGE else name):
+                force_tokens(tiny_model("llama"), **{**good, name: value})
+    with pytest.raises(UnsupportedModelError, match=r"torch\.nn.*Linear"):
+        force_tokens(torch.nn.Linear(1, 1), **good)
 
 
 # ---- positions --------------------------------------------------------------------------------------
@@ -119,23 +144,27 @@ def test_nothing_to_force_is_refused(arguments: tuple) -> None:
 
 @given(
     values=st.lists(st.one_of(st.integers(0, 4).map(float), st.just(NAN)), min_size=2, max_size=12),
+    gaps=st.sets(st.integers(1, 11), max_size=3),
     prompt=st.integers(0, 3),
     positions=st.integers(1, 3),
     remaining=st.integers(1, 4),
 )
 def test_positions_are_those_of_extreme_fai(
-    values: list[float], prompt: int, positions: int, remaining: int
+    values: list[float], gaps: set[int], prompt: int, positions: int, remaining: int
 ) -> None:
+    """With enough tokens after them, up to the end of their part of the response."""
     fai = torch.tensor([[NAN] * prompt + values])
     mask = torch.arange(fai.shape[1])[None] >= prompt
+    for gap in gaps & set(range(len(values))):
+        mask[0, prompt + gap] = False
     batch = TokenBatch.from_ids(torch.ones_like(fai).long(), response_mask=mask)
     scores = TokenScores(fai, fai, None, mask)
     chosen = choose_positions(batch, scores, 0, positions, remaining)
-    allowed = [
-        (value, prompt + i)
-        for i, value in enumerate(values)
-        if not math.isnan(value) and len(values) - 1 - i >= remaining
-    ]
+    allowed = []
+    for i, value in enumerate(values):
+        after = range(i, i + remaining + 1)
+        if not math.isnan(value) and all(j < len(values) and j not in gaps for j in after):
+            allowed.append((value, prompt + i))
     if len(allowed) < 2 * positions:
         assert chosen == []
         return
@@ -184,21 +213,22 @@ def test_trials_are_what_forcing_each_token_gives(done: tuple) -> None:
     ]
     for trial in result.trials:
         columns = batch.response_mask[trial.example].nonzero()[:, 0]
-        column = int(columns[0]) + trial.position
+        column = int(columns[0]) + trial.response_position
+        assert trial.position == column
         assert trial.length == len(columns)
         assert trial.token == int(batch.input_ids[trial.example, column])
         assert trial.fai == float(scores.fai[trial.example, column])
-        length = min(8, len(columns) - trial.position - 1)
+        length = min(8, len(columns) - trial.response_position - 1)
         before = batch.input_ids[trial.example, :column]
         forced = force_tokens(model, before, trial.token, 3, length)
         after = TOKENIZER.decode(batch.input_ids[trial.example, column + 1 : column + 1 + length])
         texts = [TOKENIZER.decode(ids, skip_special_tokens=True) for ids in forced.continuations]
-        rollouts = [trial.own, *trial.rollouts]
-        assert [rollout.token for rollout in rollouts] == forced.tokens
-        for rollout, text in zip(rollouts, texts, strict=True):
-            assert rollout.text == text
-            assert rollout.overlap == content_overlap(text, after)
-            assert rollout.greedy_overlap == content_overlap(text, texts[0])
+        continuations = [trial.own, *trial.others]
+        assert [continuation.token for continuation in continuations] == forced.tokens
+        for continuation, text in zip(continuations, texts, strict=True):
+            assert continuation.text == text
+            assert continuation.overlap == content_overlap(text, after)
+            assert continuation.greedy_overlap == content_overlap(text, texts[0])
         assert trial.own.greedy_overlap == 1.0
 
 
@@ -206,9 +236,50 @@ def test_padding_changes_nothing(done: tuple) -> None:
     model, batch, scores = case("left")
     result = perturb(model, TOKENIZER, batch, scores, **OPTIONS)
     for ours, theirs in zip(result.trials, done[3].trials, strict=True):
-        assert (ours.position, ours.token, ours.length) == (theirs.position, theirs.token, theirs.length)
-        assert [r.text for r in ours.rollouts] == [r.text for r in theirs.rollouts]
+        for name in ("digest", "kind", "response_position", "token", "length"):
+            assert getattr(ours, name) == getattr(theirs, name)
+        assert ours.token == int(batch.input_ids[ours.example, ours.position])
+        assert [c.text for c in ours.others] == [c.text for c in theirs.others]
     assert result.parameters == done[3].parameters
+
+
+def gapped_case() -> tuple:
+    """The first response in two parts, with six tokens of something else between them."""
+    model, batch, _ = case()
+    mask = batch.response_mask.clone()
+    mask[0, 18:24] = False
+    batch = dataclasses.replace(batch, response_mask=mask)
+    statistics = attnprobe.measure(model, batch, horizon=(2, None))
+    return model, batch, attnprobe.score_tokens(statistics, attnprobe.classify_heads(statistics))
+
+
+def test_a_continuation_ends_at_a_gap_and_is_not_compared_with_what_stands_there() -> None:
+    model, batch, scores = gapped_case()
+    columns = batch.response_mask[0].nonzero()[:, 0].tolist()
+    options = {**OPTIONS, "positions": 4, "max_new_tokens": 50}
+    result = perturb(model, TOKENIZER, batch.select(0), scores.select(0), **options)
+    assert {trial.position < 18 for trial in result.trials} == {True, False}
+    for trial in result.trials:
+        assert columns[trial.response_position] == trial.position
+        assert trial.length == len(columns)
+        stop = 18 if trial.position < 18 else columns[-1] + 1
+        length = stop - trial.position - 1
+        assert length >= OPTIONS["min_remaining"]
+        after = TOKENIZER.decode(batch.input_ids[0, trial.position + 1 : stop])
+        before = batch.input_ids[0, : trial.position]
+        forced = force_tokens(model, before, trial.token, 3, length)
+        text = TOKENIZER.decode(forced.continuations[0], skip_special_tokens=True)
+        assert trial.own.text == text
+        assert trial.own.overlap == content_overlap(text, after)
+
+
+def test_the_same_text_with_another_response_is_another_text(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    for make in (case, gapped_case):
+        model, batch, scores = make()
+        perturb(model, TOKENIZER, batch.select(0), scores.select(0), path=path, **OPTIONS)
+    assert len({trial.digest for trial in Perturbations.load(path).trials}) == 2
+    assert Perturbations.load(path).summary().responses == 2
 
 
 def test_an_interrupted_run_goes_on(done: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +297,10 @@ def test_an_interrupted_run_goes_on(done: tuple, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(sys.modules[perturb.__module__], "force_tokens", interrupted)
     with pytest.raises(KeyboardInterrupt):
         perturb(model, TOKENIZER, batch, scores, path=path, **OPTIONS)
-    assert len(Perturbations.load(path).trials) == 2
+    left = Perturbations.load(path)
+    assert len(left.trials) == 2
+    assert not left.is_complete
+    assert "not complete" in repr(left)
     with path.open("a") as stream:
         stream.write('{"example": 1, "ki')
     again = perturb(model, TOKENIZER, batch, scores, path=path, **OPTIONS)
@@ -241,7 +315,7 @@ def test_an_interrupted_run_goes_on(done: tuple, tmp_path: Path, monkeypatch: py
 def test_trials_made_otherwise_are_not_mixed(done: tuple, tmp_path: Path) -> None:
     model, batch, scores, result = done
     path = result.save(tmp_path / "trials.jsonl")
-    with pytest.raises(ResultError, match="choose another path"):
+    with pytest.raises(ResultError, match=r"'candidates': 3.*'candidates': 2"):
         perturb(model, TOKENIZER, batch, scores, path=path, **{**OPTIONS, "candidates": 2})
 
 
@@ -249,49 +323,133 @@ def test_a_batch_may_grow(done: tuple, tmp_path: Path) -> None:
     """Trials are found by their text, wherever it now stands."""
     model, batch, scores, result = done
     path = tmp_path / "trials.jsonl"
-    second = batch.select(slice(1, 2))
-    columns = second.token_count
-    of_second = TokenScores(
-        *(values[1:, :columns] for values in (scores.waad, scores.fai)), None, second.response_mask
-    )
-    alone = perturb(model, TOKENIZER, second, of_second, path=path, **OPTIONS)
+    alone = perturb(model, TOKENIZER, batch.select(1), scores.select(1), path=path, **OPTIONS)
     assert [trial.example for trial in alone.trials] == [0, 0]
     assert perturb(model, TOKENIZER, batch, scores, path=path, **OPTIONS) == result
-    assert len(Perturbations.load(path).trials) == 4
+    loaded = Perturbations.load(path)
+    assert len(loaded.trials) == 4
+    assert loaded.summary() == result.summary()
+
+
+def test_files_of_older_versions_can_be_read_and_go_on(done: tuple, tmp_path: Path) -> None:
+    """They had other names, no number of trials, no columns, and the path of the model's folder."""
+    model, batch, scores, result = done
+    path = result.save(tmp_path / "trials.jsonl")
+    header, *lines = (json.loads(line) for line in path.read_text().splitlines())
+    del header["trials"], header["provenance"]
+    header["parameters"]["model"] = f"/some/where/{header['parameters']['model']}"
+    for line in lines:
+        line["rollouts"] = line.pop("others")
+        line["position"] = line.pop("response_position")
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in (header, *lines)))
+    old = Perturbations.load(path)
+    assert not old.is_complete
+    assert old.parameters == result.parameters
+    trials = tuple(dataclasses.replace(trial, position=None) for trial in result.trials)
+    assert old == dataclasses.replace(result, trials=trials, provenance=Provenance(), is_complete=False)
+    assert old.to_pandas()["position"].isna().all()
+    try:
+        model.generate = lambda *_, **__: pytest.fail("all of it was done before")
+        assert perturb(model, TOKENIZER, batch, scores, path=path, **OPTIONS) == result
+    finally:
+        del model.generate
+    assert Perturbations.load(path) == result
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "facts"),
     [
-        ("", "no trials that can be read"),
-        ("no json\n", "no trials that can be read"),
-        ('{"kind": "Rhythm"}\n', "holds Rhythm, not Perturbations"),
-        ('{"kind": "Perturbations", "parameters": {}}\n{"a": 1}\n', "no trials that can be read"),
+        ("", "x.jsonl"),
+        ("no json\n", "x.jsonl"),
+        ("[1]\n", "x.jsonl"),
+        ('{"kind": "Rhythm"}\n', r"Rhythm.*Perturbations"),
+        ('{"kind": "Perturbations"}\n', "parameters"),
+        ('{"kind": "Perturbations", "parameters": []}\n', "x.jsonl"),
+        ('{"kind": "Perturbations", "parameters": {}}\n{"a": 1}\n', "example"),
+        ('{"kind": "Perturbations", "parameters": {}, "provenance": {"layers": "x"}}\n', "layers"),
+        ('{"kind": "Perturbations", "parameters": {}, "trials": 3}\n', r"\b3\b.*\b0\b"),
     ],
 )
-def test_other_files_are_no_trials(tmp_path: Path, content: str, message: str) -> None:
+def test_other_and_damaged_files_are_refused(tmp_path: Path, content: str, facts: str) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(content)
-    with pytest.raises(ResultError, match=message):
+    with pytest.raises(ResultError, match=facts):
         Perturbations.load(path)
-    with pytest.raises(ResultError, match="there is no result"):
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ResultError, match=r"x\.jsonl"):
+        Perturbations.load(path)
+    with pytest.raises(ResultError, match=r"none\.jsonl"):
         Perturbations.load(tmp_path / "none.jsonl")
 
 
-def test_the_table_has_a_row_for_each_rollout(done: tuple) -> None:
-    table = done[3].to_pandas()
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("wrong", [None, 3, "", b"x", ["x"]])
+def test_what_is_no_path_is_refused(wrong: Any) -> None:
+    with pytest.raises(ResultError):
+        Perturbations.load(wrong)
+
+
+def test_a_finished_file_knows_how_many_trials_it_holds(done: tuple, tmp_path: Path) -> None:
+    model, batch, scores, result = done
+    path = result.save(tmp_path / "trials.jsonl")
+    assert Perturbations.load(path) == result
+    whole = path.read_text()
+    for cut in (whole[: whole.rindex("\n", 0, -1) + 1], whole[:-40]):
+        path.write_text(cut)
+        with pytest.raises(ResultError, match=r"\b4\b.*\b3\b"):
+            Perturbations.load(path)
+        with pytest.raises(ResultError, match=r"\b4\b.*\b3\b"):
+            perturb(model, TOKENIZER, batch, scores, path=path, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kind", "middle"),
+        ("fai", "high"),
+        ("position", 1.5),
+        ("own", None),
+        ("others", [3]),
+        ("length", None),
+    ],
+)
+def test_a_trial_of_other_types_is_refused(done: tuple, tmp_path: Path, name: str, value: object) -> None:
+    path = done[3].save(tmp_path / "trials.jsonl")
+    header, first, *rest = path.read_text().splitlines()
+    changed = json.dumps({**json.loads(first), name: value})
+    path.write_text("".join(f"{line}\n" for line in (header, changed, *rest)))
+    with pytest.raises(ResultError, match=name):
+        Perturbations.load(path)
+
+
+def test_the_table_has_a_line_for_each_continuation(done: tuple) -> None:
+    _, batch, _, result = done
+    table = result.to_pandas()
     assert len(table) == 4 * 4
     assert table["rank"].tolist() == [0, 1, 2, 3] * 4
+    own = table[table["rank"] == 0]
+    found = batch.input_ids[own["example"].tolist(), own["position"].tolist()]
+    assert own["token_id"].tolist() == found.tolist()
     assert json.loads(table.to_json(orient="records"))[0]["kind"] == "highest"
+    assert result.to_arrow().column_names == list(table.columns)
+
+
+def test_perturbations_say_what_they_are_and_were_computed_from(done: tuple) -> None:
+    _, _, scores, result = done
+    assert result.provenance == scores.provenance
+    for shown in (repr(result), result._repr_html_()):
+        assert len(shown) < 800
+        for told in ("4 trials of 2 responses", "candidates=3", "Llama", "highest"):
+            assert told in shown
 
 
 # ---- the summary ------------------------------------------------------------------------------------
 
 
 def trial(example: int, kind: str, overlaps: list[float]) -> Trial:
-    own = Rollout(0, 1.0, "", 1.0, 1.0)
-    rollouts = tuple(Rollout(1, 0.1, "", overlap, 1 - overlap) for overlap in overlaps)
-    return Trial(example, "", kind, 0, 10, 0.5, 0, own, rollouts)
+    own = Continuation(0, 1.0, "", 1.0, 1.0)
+    others = tuple(Continuation(1, 0.1, "", overlap, 1 - overlap) for overlap in overlaps)
+    return Trial(example, "", kind, 3, 0, 10, 0.5, 0, own, others)
 
 
 TRIALS = Perturbations(
@@ -319,27 +477,86 @@ def test_the_summary_pairs_positions_of_a_response() -> None:
     assert greedy.difference.value == pytest.approx(0.25)
 
 
-def test_a_summary_that_makes_no_sense_is_refused() -> None:
-    with pytest.raises(ParameterError, match="both its highest and its lowest"):
-        Perturbations(TRIALS.trials[-1:], {}).summary()
+def test_a_summary_is_a_result(tmp_path: Path) -> None:
+    summary = TRIALS.summary(resamples=200)
+    assert summary == TRIALS.summary(resamples=np.int64(200))
+    assert summary != TRIALS.summary("greedy", resamples=200)
+    assert summary == PerturbationSummary.load(summary.save(tmp_path / "summary.safetensors"))
+    assert summary.to_pandas()["value"].tolist() == [
+        getattr(summary, name).value for name in summary.to_pandas()["quantity"]
+    ]
+    assert "lower_share" in repr(summary)
+    assert "lower_share" in summary._repr_html_()
 
 
 @pytest.mark.usefixtures("as_users_call")
-def test_parameters_that_make_no_sense_are_refused(done: tuple) -> None:
+def test_a_summary_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"highest.*lowest"):
+        Perturbations(TRIALS.trials[-1:], {}).summary()
+    for reference in ("own", None, 3):
+        with pytest.raises(ParameterError, match=r"reference.*response.*greedy"):
+            TRIALS.summary(reference)
+    for name, value in (("resamples", 0), ("confidence", 1.0), ("seed", -1)):
+        with pytest.raises(ParameterError, match=name):
+            TRIALS.summary(**{name: value})
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_what_is_no_trial_is_refused() -> None:
+    for trials, parameters in ((TRIALS.trials[0], {}), (("x",), {}), ((), None)):
+        with pytest.raises(ResultError, match=r"trials|parameters"):
+            Perturbations(trials, parameters)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("name", ["candidates", "positions", "max_new_tokens", "min_remaining"])
+@pytest.mark.parametrize("value", [0, -1, 2.0, "10", None, True, NAN, torch.ones(2)])
+def test_counts_that_make_no_sense_are_refused(done: tuple, name: str, value: Any) -> None:
     model, batch, scores, _ = done
-    with pytest.raises(ParameterError, match="got 'own'"):
-        TRIALS.summary("own")
-    with pytest.raises(ParameterError, match="candidates is a whole number, at least 1; got 0"):
-        perturb(model, TOKENIZER, batch, scores, candidates=0)
-    with pytest.raises(ParameterError, match="at least 500 tokens after them"):
+    with pytest.raises(ParameterError, match=f"{name}.*got"):
+        perturb(model, TOKENIZER, batch, scores, **{name: value})
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(done: tuple) -> None:
+    model, batch, scores, result = done
+    fancy = {name: np.int64(value) for name, value in OPTIONS.items()} | {"positions": torch.tensor(1)}
+    lists = {name: getattr(batch, name).tolist() for name in ("input_ids", "attention_mask", "response_mask")}
+    assert perturb(model, TOKENIZER, lists, scores, **fancy) == result
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_what_does_not_belong_together_is_refused(done: tuple) -> None:
+    model, batch, scores, _ = done
+    with pytest.raises(ParameterError, match=r"\b500\b"):
         perturb(model, TOKENIZER, batch, scores, min_remaining=500)
-    short = TokenScores(scores.waad[:1], scores.fai[:1], None, scores.response_mask[:1])
-    with pytest.raises(ParameterError, match="must be of the same tokens"):
-        perturb(model, TOKENIZER, batch, short)
+    for wrong in (None, "scores", scores.fai, attnprobe.measure(model, batch), TokenScores):
+        with pytest.raises(ParameterError, match="TokenScores"):
+            perturb(model, TOKENIZER, batch, wrong)
+    with pytest.raises(ResultError, match=r"\[2, \d+\].*\[1, \d+\]"):
+        perturb(model, TOKENIZER, batch, scores.select(0))
+    other = batch.input_ids.clone()
+    other[1, 5] += 1
+    with pytest.raises(ResultError, match=f"{int(other[1, 5])}"):
+        perturb(model, TOKENIZER, dataclasses.replace(batch, input_ids=other), scores)
+    longer = batch.response_mask.clone()
+    longer[0, 0] = True
+    count = int(longer[0].sum())
+    with pytest.raises(ResultError, match=rf"example 0.*\b{count - 1}\b.*\b{count}\b"):
+        perturb(model, TOKENIZER, dataclasses.replace(batch, response_mask=longer), scores)
     packed = dataclasses.replace(batch, segment_ids=torch.zeros_like(batch.input_ids))
-    with pytest.raises(ParameterError, match="rows are packed"):
+    with pytest.raises(ParameterError, match="packed"):
         perturb(model, TOKENIZER, packed, scores)
-    with pytest.raises(UnsupportedModelError, match=r"torch\.nn.*Linear cannot generate"):
-        perturb(torch.nn.Linear(1, 1), TOKENIZER, batch, scores)
-    with pytest.raises(ResultError, match="cannot write"):
-        perturb(model, TOKENIZER, batch, scores, path="/nowhere/trials.jsonl")
+    with pytest.raises(BatchError, match=r"\b99\b"):
+        perturb(tiny_model("llama"), TOKENIZER, batch, scores)
+    for wrong in (None, "tokenizer", b"x", 3, type(TOKENIZER)):
+        with pytest.raises(ParameterError, match="tokenizer"):
+            perturb(model, wrong, batch, scores)
+    for wrong in (None, "model", torch.nn.Linear(1, 1), type(model)):
+        with pytest.raises(UnsupportedModelError, match="generate"):
+            perturb(wrong, TOKENIZER, batch, scores)
+    for wrong in (None, "text", 3):
+        with pytest.raises(BatchError):
+            perturb(model, TOKENIZER, wrong, scores)
+    for wrong in ("/nowhere/trials.jsonl", 3, ""):
+        with pytest.raises(ResultError):
+            perturb(model, TOKENIZER, batch, scores, path=wrong)

@@ -1,36 +1,46 @@
-"""Do two groupings of heads agree, and would other prompts have given the same one?
+"""Do two groupings of heads agree, and would other responses have given the same one?
 
-`compare_groups` puts two groupings of the same model side by side: by overlap of their groups and by
-rank correlation of what was ranked. `group_stability` draws the responses anew, with replacement, and
-groups again. What is left to others: the grouping itself (heads).
+`compare_groups` puts two groupings side by side: how far their groups overlap, and how far the rankings that
+they were made by agree. `group_stability` draws responses again, with replacement, and groups heads by each
+draw. What is left to others: the grouping itself (heads).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.analysis.bootstrap import Estimate, bootstrap_weights, divide, percentile_estimate
-from attnprobe.errors import ParameterError, ResultError
-from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import Group, HeadGroups, group_heads
+from attnprobe.analysis.bootstrap import (
+    Estimate,
+    bootstrap_weights,
+    check_resampling,
+    divide,
+    percentile_estimate,
+)
+from attnprobe.analysis.summary import Summary
+from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.head_statistics import HeadStatistics, check_same_measurement, statistics_parts
+from attnprobe.heads import GROUPS, Group, HeadGroups, check_shares, group_heads
+from attnprobe.results import ranges
+from attnprobe.validation import FloatLike, IntLike, instance
 
 
-@dataclass(frozen=True)
-class GroupAgreement:
-    """How far two groupings of the same heads agree.
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupAgreement(Summary):
+    """How far two groupings of heads agree.
 
     Attributes:
-        overlap: of each group: the share of the smaller one's heads that are in the other too.
+        overlap: for each group: the share of the smaller one's heads that are in the other too.
         chance_overlap: what that share would be if one of the two were drawn at random.
-        jaccard: of each group: heads in both, divided by heads in either.
-        span_correlation: Spearman's rank correlation of span over heads; NaN if all are equal.
+        jaccard: for each group: heads in both, divided by heads in either.
+        span_correlation: Spearman's rank correlation of span over heads; NaN if all spans are equal.
         kurtosis_correlation: the same of receiver kurtosis; None where it was not measured.
+        model_names: the models that the two groupings belong to.
     """
 
     overlap: dict[Group, float]
@@ -38,36 +48,55 @@ class GroupAgreement:
     jaccard: dict[Group, float]
     span_correlation: float
     kurtosis_correlation: float | None
+    model_names: tuple[str, str] = ("", "")
+
+    def _headline(self) -> str:
+        told = [" and ".join(dict.fromkeys(filter(None, self.model_names)))]
+        told.append(f"span_correlation={self.span_correlation:.4g}")
+        if self.kurtosis_correlation is not None:
+            told.append(f"kurtosis_correlation={self.kurtosis_correlation:.4g}")
+        return ", ".join(filter(None, told))
+
+    def _table(self) -> dict[str, Any]:
+        """Return a line for each group: its overlap, that of chance, and its Jaccard index."""
+        columns: dict[str, Any] = {"group": list(self.overlap)}
+        for name in ("overlap", "chance_overlap", "jaccard"):
+            columns[name] = [getattr(self, name)[group] for group in self.overlap]
+        return columns
 
 
 def compare_groups(first: HeadGroups, second: HeadGroups) -> GroupAgreement:
-    """Compare two groupings of the same model, from other batches, layers aside, or other settings.
+    """Compare two groupings of the same heads: from other responses, by other settings, or of a model that
+    was trained on.
 
     Receivers are compared where both groupings have them.
 
     Raises:
-        ResultError: groupings of other layers or heads.
+        ParameterError: something that is no grouping.
+        ResultError: groupings of other layers or numbers of heads.
     """
-    if (first.layers, first.span.shape) != (second.layers, second.span.shape):
+    for name, groups in (("first", first), ("second", second)):
+        instance(groups, HeadGroups, name, "classify_heads returns them")
+    if (first.layers, first.head_count) != (second.layers, second.head_count):
         raise ResultError(
-            f"these groupings are of layers {list(first.layers)} and {list(second.layers)}, "
-            f"{first.span.shape[1]} and {second.span.shape[1]} heads: only groupings of the same heads "
-            "can be compared"
+            f"these groupings are of layers {ranges(first.layers)} and {ranges(second.layers)}, "
+            f"{first.head_count} and {second.head_count} heads each: only groupings of the same heads can be "
+            "compared"
         )
-    both = first.receiver_heads is not None and second.receiver_heads is not None
-    groups: list[Group] = ["local", "global", *(["receiver"] if both else [])]  # type: ignore[list-item]
+    receivers = [groups.receiver_heads is not None for groups in (first, second)]
     heads = int((~first.span.isnan()).sum())
     overlap: dict[Group, float] = {}
     chance: dict[Group, float] = {}
     jaccard: dict[Group, float] = {}
-    for group in groups:
-        ours, theirs = first.mask(group), second.mask(group)
+    for group in GROUPS:
+        if group == "receiver" and not all(receivers):
+            continue
+        ours, theirs = first.mask(group).cpu(), second.mask(group).cpu()
         sizes = sorted((int(ours.sum()), int(theirs.sum())))
-        shared = int((ours & theirs).sum())
+        shared, either = int((ours & theirs).sum()), int((ours | theirs).sum())
         overlap[group] = shared / sizes[0] if sizes[0] else float("nan")
-        chance[group] = sizes[1] / heads
-        union = int((ours | theirs).sum())
-        jaccard[group] = shared / union if union else float("nan")
+        chance[group] = sizes[1] / heads if heads else float("nan")
+        jaccard[group] = shared / either if either else float("nan")
     kurtoses = first.receiver_kurtosis, second.receiver_kurtosis
     return GroupAgreement(
         overlap,
@@ -75,6 +104,7 @@ def compare_groups(first: HeadGroups, second: HeadGroups) -> GroupAgreement:
         jaccard,
         rank_correlation(first.span, second.span),
         None if kurtoses[0] is None or kurtoses[1] is None else rank_correlation(kurtoses[0], kurtoses[1]),
+        (first.model_name, second.model_name),
     )
 
 
@@ -86,6 +116,7 @@ def rank_correlation(first: Float[Tensor, "*axes"], second: Float[Tensor, "*axes
     >>> rank_correlation(torch.tensor([1.0, 2.0, 30.0]), torch.tensor([0.0, 4.0, 5.0]))
     1.0
     """
+    first, second = first.cpu(), second.cpu()
     defined = ~first.isnan() & ~second.isnan()
     ranks = [_ranks(values[defined]) for values in (first, second)]
     if len(ranks[0]) < 2:
@@ -102,55 +133,83 @@ def _ranks(values: Float[Tensor, " element"]) -> Float[Tensor, " element"]:
     return middle[place]
 
 
-@dataclass(frozen=True)
-class GroupStability:
+@dataclass(frozen=True, eq=False, repr=False)
+class GroupStability(Summary):
     """How a grouping would have come out with other responses of the same kind.
 
     Attributes:
-        selected: of each group: the share of resamples in which each head is in it, `[layer, head]`.
-        overlap: of each group: the share of its heads that a resample's group has too.
+        shares: the share of resamples in which each head is in a group; `selected` has them by group.
+        overlap: for each group: the share of its heads that are in a resample's group too.
         span_correlation: Spearman's rank correlation of span with that of a resample.
-        responses, resamples: how many.
+        responses, resamples: how many there were.
+        layers: the layer number behind each index of the layer axis.
+        groups: the group behind each index of the group axis.
+        model_name: the model that the heads belong to.
+
+    Raises:
+        ResultError: shares of another number of layers or groups.
     """
 
-    selected: dict[Group, Float[Tensor, "layer head"]]
+    shares: Float[Tensor, "group layer head"]
     overlap: dict[Group, Estimate]
     span_correlation: Estimate
     responses: int
     resamples: int
+    layers: tuple[int, ...]
+    groups: tuple[Group, ...]
+    model_name: str = ""
+
+    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
+        super()._check(error)
+        named = [len(self.groups), len(self.layers)]
+        if named != list(self.shares.shape[:2]) or self.overlap.keys() != set(self.groups):
+            raise error(
+                f"groups {self.groups}, layers {self.layers} and overlaps of {list(self.overlap)} do not fit "
+                f"shares [group, layer, head] = {list(self.shares.shape)}"
+            )
+
+    @property
+    def selected(self) -> dict[Group, Float[Tensor, "layer head"]]:
+        """The share of resamples in which each head is in a group, by group."""
+        return dict(zip(self.groups, self.shares, strict=True))
+
+    def _headline(self) -> str:
+        told = [self.model_name, f"layers={ranges(self.layers)}", f"responses={self.responses}"]
+        told += [f"resamples={self.resamples}", f"span_correlation={self.span_correlation}"]
+        return ", ".join(filter(None, told))
+
+    def _shown(self) -> dict[str, Any]:
+        return {"group": list(self.groups), "overlap": [self.overlap[group] for group in self.groups]}
+
+    def _table(self) -> dict[str, Any]:
+        """Return a line for each head: layer, head, and the share of resamples in which each group has it."""
+        layer, head = torch.ones_like(self.shares[0]).nonzero().unbind(1)
+        columns: dict[str, Any] = {"layer": torch.tensor(self.layers)[layer].numpy(), "head": head.numpy()}
+        return columns | {group: share[layer, head].numpy() for group, share in self.selected.items()}
 
 
 def group_stability(
     statistics: HeadStatistics | Iterable[HeadStatistics],
     *,
-    quantile: float = 0.3,
-    receivers: int = 20,
-    resamples: int = 500,
-    confidence: float = 0.95,
-    seed: int = 0,
+    quantile: FloatLike = 0.3,
+    receivers: IntLike = 20,
+    resamples: IntLike = 500,
+    confidence: FloatLike = 0.95,
+    seed: IntLike = 0,
 ) -> GroupStability:
-    """Group heads again over responses drawn with replacement, and say how much stays.
+    """Group heads again over responses drawn with replacement, and say how much of the grouping stays.
 
-    The estimates' values are means over resamples, their limits percentiles. Of several batches only
-    span and kurtosis are kept.
+    The values of the estimates are means over resamples, their limits percentiles. Of several batches, such
+    as a generator that measures one at a time, only span and kurtosis are kept.
 
     Raises:
         ParameterError: fewer than two responses, statistics without span, or shares, resamples or a
             confidence out of range.
+        ResultError: statistics of different models, layers, or receiver levels.
     """
-    parts = [statistics] if isinstance(statistics, HeadStatistics) else statistics
-    spans: list[Tensor] = []
-    kurtoses: list[Tensor] = []
-    for part in parts:
-        if part.span is None:
-            raise ParameterError("stability of head groups needs their span: measure(..., span=True)")
-        spans.append(part.span.double().cpu())
-        if part.receiver_kurtosis is not None:
-            kurtoses.append(part.receiver_kurtosis.double().cpu())
-    span = torch.cat(spans) if spans else torch.empty(0, 0, 0)
-    if len(span) < 2:
-        raise ParameterError(f"stability needs at least two responses, got {len(span)}")
-    kurtosis = torch.cat(kurtoses) if len(kurtoses) == len(spans) else None
+    quantile, receivers = check_shares(quantile, receivers)
+    resamples, confidence, seed = check_resampling(resamples, confidence, seed)
+    first, span, kurtosis = _spans_and_kurtoses(statistics)
     weights = bootstrap_weights(len(span), resamples, seed)
 
     def grouped(drawn: Tensor) -> HeadGroups:
@@ -158,16 +217,16 @@ def group_stability(
         return group_heads(_weighted_mean(span, drawn), selectivity, quantile=quantile, receivers=receivers)
 
     whole = grouped(torch.ones(len(span), dtype=torch.float64))
-    names = [name for name in get_args(Group) if kurtosis is not None or name != "receiver"]
-    selected = {name: torch.zeros_like(whole.span) for name in names}
-    overlaps: dict[Group, list[float]] = {name: [] for name in names}
+    groups = tuple(group for group in GROUPS if kurtosis is not None or group != "receiver")
+    shares = torch.zeros(len(groups), *whole.span.shape, dtype=torch.float64)
+    overlaps: dict[Group, list[float]] = {group: [] for group in groups}
     correlations = []
     for drawn in weights:
         again = grouped(drawn)
         agreement = compare_groups(whole, again)
-        for name in names:
-            selected[name] += again.mask(name).double()
-            overlaps[name].append(agreement.overlap[name])
+        for i, group in enumerate(groups):
+            shares[i] += again.mask(group)
+            overlaps[group].append(agreement.overlap[group])
         correlations.append(agreement.span_correlation)
 
     def spread(values: list[float]) -> Estimate:
@@ -175,12 +234,36 @@ def group_stability(
         return percentile_estimate(float(resampled.nanmean()), resampled, confidence)
 
     return GroupStability(
-        selected={name: count / resamples for name, count in selected.items()},
-        overlap={name: spread(values) for name, values in overlaps.items()},
+        shares=shares / resamples,
+        overlap={group: spread(values) for group, values in overlaps.items()},
         span_correlation=spread(correlations),
         responses=len(span),
         resamples=resamples,
+        layers=first.layers,
+        groups=groups,
+        model_name=first.model_name,
     )
+
+
+def _spans_and_kurtoses(
+    statistics: HeadStatistics | Iterable[HeadStatistics],
+) -> tuple[HeadStatistics, Float[Tensor, "response layer head"], Float[Tensor, "response layer head"] | None]:
+    """Return the first of the statistics, and span and kurtosis of all of them."""
+    first: HeadStatistics | None = None
+    spans: list[Tensor] = []
+    kurtoses: list[Tensor] = []
+    for part in statistics_parts(statistics):
+        first = part if first is None else first
+        if part.span is None:
+            raise ParameterError("stability of head groups needs their span: measure(..., span=True)")
+        check_same_measurement(first, part, "group heads over")
+        spans.append(part.span.double().cpu())
+        if part.receiver_kurtosis is not None:
+            kurtoses.append(part.receiver_kurtosis.double().cpu())
+    count = sum(map(len, spans))
+    if first is None or count < 2:
+        raise ParameterError(f"stability needs at least two responses, got {count}")
+    return first, torch.cat(spans), torch.cat(kurtoses) if kurtoses else None
 
 
 def _weighted_mean(

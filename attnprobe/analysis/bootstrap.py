@@ -1,8 +1,9 @@
-"""Bootstrap intervals over problems: how far an estimate would move with other problems.
+"""Bootstrap intervals: how far an estimate would move with other problems of the same kind.
 
-Units (problems, responses) are drawn with replacement, as often as there are, and the estimate is made
-again. The draw is handed out as weights, how often each unit was drawn, since every estimate here is a
-mean or a ratio of sums over units. What is left to others: the estimates (couplings, perturb, agreement).
+As many units (problems, responses) as there are get drawn with replacement, and the estimate is computed
+again. A draw is a weight for each unit, how often it was drawn, since every estimate here is a mean or a
+ratio of sums over units. `couplings`, `Perturbations.summary` and `group_stability` call this. What is left
+to others: the estimates themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.errors import ParameterError
+from attnprobe.validation import FloatLike, IntLike, real_number, whole_number
 
 
 class Estimate(NamedTuple):
@@ -27,7 +28,23 @@ class Estimate(NamedTuple):
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
-def bootstrap_weights(units: int, resamples: int = 2000, seed: int = 0) -> Float[Tensor, "resample unit"]:
+def check_resampling(resamples: IntLike, confidence: FloatLike, seed: IntLike) -> tuple[int, float, int]:
+    """Return the parameters of a bootstrap as plain numbers, or raise `ParameterError`."""
+    return (
+        whole_number(resamples, "resamples", minimum=1),
+        real_number(confidence, "confidence", above=0, below=1),
+        check_seed(seed),
+    )
+
+
+def check_seed(seed: IntLike) -> int:
+    """Return the seed of a random generator, or raise `ParameterError`."""
+    return whole_number(seed, "seed", maximum=2**63 - 1)
+
+
+def bootstrap_weights(
+    units: IntLike, resamples: IntLike = 2000, seed: IntLike = 0
+) -> Float[Tensor, "resample unit"]:
     """Return how often each unit is drawn in each resample; every row sums to `units`.
 
     Raises:
@@ -36,24 +53,23 @@ def bootstrap_weights(units: int, resamples: int = 2000, seed: int = 0) -> Float
     >>> bootstrap_weights(5, resamples=2).sum(-1)
     tensor([5., 5.], dtype=torch.float64)
     """
-    if units < 1 or resamples < 1:
-        raise ParameterError(f"a bootstrap needs units and resamples, got {units} and {resamples}")
-    generator = torch.Generator().manual_seed(seed)
+    units = whole_number(units, "the units of a bootstrap", minimum=1)
+    resamples = whole_number(resamples, "resamples", minimum=1)
+    generator = torch.Generator().manual_seed(check_seed(seed))
     drawn = torch.randint(units, (resamples, units), generator=generator)
     weights = torch.zeros(resamples, units, dtype=torch.float64)
     return weights.scatter_add_(1, drawn, torch.ones_like(weights))
 
 
 def percentile_estimate(
-    value: float, resampled: Float[Tensor, " resample"], confidence: float = 0.95
+    value: float, resampled: Float[Tensor, " resample"], confidence: FloatLike = 0.95
 ) -> Estimate:
     """Return a value with the percentile interval of its resampled values; undefined ones are left out.
 
     Raises:
         ParameterError: a confidence outside (0, 1).
     """
-    if not 0 < confidence < 1:
-        raise ParameterError(f"confidence must be in (0, 1), got {confidence}")
+    confidence = real_number(confidence, "confidence", above=0, below=1)
     defined = resampled[~resampled.isnan()].double()
     if len(defined) == 0:
         return Estimate(value, float("nan"), float("nan"))
@@ -66,9 +82,9 @@ def ratio_estimate(
     numerator: Float[Tensor, " unit"],
     denominator: Float[Tensor, " unit"],
     *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    resamples: IntLike = 2000,
+    confidence: FloatLike = 0.95,
+    seed: IntLike = 0,
 ) -> Estimate:
     """Return the ratio of two sums over units, with its bootstrap interval.
 

@@ -1,17 +1,17 @@
-"""Couplings: do WAAD peaks, FAI peaks and entropy belong together more than chance would have it?
+"""Couplings: do WAAD peaks, FAI peaks and entropy go together more often than chance would have it?
 
-The three measurements of Table 2 of arXiv 2510.13554, each against its own shuffled baseline: the peaks
-of a response are put elsewhere in the same response, many times, from a seed. All three are one question:
-what is the mean, over some peaks, of a value that every token has? What is left to others: scores
+`couplings` makes the three measurements of Table 2 of arXiv 2510.13554v2, each against its own baseline, in
+which the peaks of a response are moved to other tokens of it, many times, from a seed. All three ask one
+question: what is the mean, over some peaks, of a value that every token has? What is left to others: scores
 (scores), peaks (rhythm), and intervals (bootstrap).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,20 +20,20 @@ from torch import Tensor
 from attnprobe.analysis.bootstrap import (
     Estimate,
     bootstrap_weights,
+    check_resampling,
     divide,
     percentile_estimate,
     ratio_estimate,
 )
-from attnprobe.errors import ParameterError, ResultError
-from attnprobe.results import Result
-from attnprobe.rhythm import find_peaks, top_quantile
-from attnprobe.scores import TokenScores
-from attnprobe.storage import import_pandas, load_result, save_result
+from attnprobe.analysis.summary import Summary
+from attnprobe.batch import check_unpacked
+from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.results import Align, Provenance
+from attnprobe.rhythm import check_lookback, check_quantile, find_peaks, near_preplans, top_quantile
+from attnprobe.scores import TokenScores, aligned_waad
+from attnprobe.storage import load_result, save_result
+from attnprobe.validation import FloatLike, IntLike, choice, instance, whole_number
 
-if TYPE_CHECKING:
-    import pandas
-
-Alignment = Literal["token", "prediction"]
 PeakDefinition = Literal["maxima", "top"]
 Baseline = Literal["shuffle", "rotate"]
 
@@ -42,7 +42,7 @@ NAMES = ("entropy_at_preplans", "receiver_at_global", "anchor_after_preplan")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Coupling(Result):
+class Coupling(Summary):
     """One coupling: the mean of a value over some peaks, beside its mean over shuffled peaks.
 
     Attributes:
@@ -50,8 +50,11 @@ class Coupling(Result):
         random: the mean over shuffled peaks.
         lift: `(observed - random) / random`, with its interval.
         p_value: the share of permutations whose mean is at least the observed one, in (0, 1].
-        observed_sum, random_sum, peaks: of each problem: the sum of the value over its peaks, the same
+        observed_sum, random_sum, peaks: for each problem: the sum of the value over its peaks, the same
             for shuffled peaks (mean over permutations), and the number of peaks.
+
+    Raises:
+        ResultError: sums of other kinds or sizes than these.
     """
 
     observed: Estimate
@@ -62,46 +65,83 @@ class Coupling(Result):
     random_sum: Float[Tensor, " problem"]
     peaks: Float[Tensor, " problem"]
 
+    def _headline(self) -> str:
+        problems = int((self.peaks > 0).sum())
+        return (
+            f"observed {self.observed}, random {self.random:.4g}, lift {self.lift}, p {self.p_value:.3g}, "
+            f"{int(self.peaks.sum())} peaks in {problems} problems"
+        )
 
-@dataclass(frozen=True)
-class Couplings:
-    """The three couplings of Table 2 of arXiv 2510.13554; None where a score was not measured.
+    def _shown(self) -> dict[str, Any]:
+        return {}
+
+    def _table(self) -> dict[str, Any]:
+        """Return a line for each problem: its number of peaks and its sums."""
+        columns: dict[str, Any] = {"problem": list(range(len(self.peaks)))}
+        return columns | {name: getattr(self, name).tolist() for name in ("peaks", *_SUMS)}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Couplings(Summary):
+    """The three couplings of Table 2 of arXiv 2510.13554v2; None where a score was not measured.
 
     Attributes:
         entropy_at_preplans: mean entropy, in nats, at WAAD peaks.
-        receiver_at_global: share of the receiver heads' FAI peaks that are the global heads' too.
+        receiver_at_global: share of the receiver heads' FAI peaks that are peaks of the global heads too.
         anchor_after_preplan: share of FAI peaks that coincide with, or follow within `lookback` tokens,
             a WAAD peak.
         parameters: what `couplings` was called with.
+        provenance: what the scores were computed from; without heads where they differ between batches.
+
+    Raises:
+        ResultError: something else in place of a coupling.
     """
 
     entropy_at_preplans: Coupling | None
     receiver_at_global: Coupling | None
     anchor_after_preplan: Coupling
     parameters: dict[str, float | int | str]
+    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """Return a table with a row for each coupling.
-
-        Raises:
-            MissingDependencyError: pandas is not installed.
-        """
-        frame = import_pandas()
-        rows = []
+    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         for name in NAMES:
-            coupling: Coupling | None = getattr(self, name)
-            if coupling is None:
-                continue
-            row: dict[str, object] = {"coupling": name, "random": coupling.random}
-            for quantity in ("observed", "lift"):
-                value, low, high = getattr(coupling, quantity)
-                row |= {quantity: value, f"{quantity}_low": low, f"{quantity}_high": high}
-            row["p_value"] = coupling.p_value
-            row["peaks"] = int(coupling.peaks.sum())
-            row["problems"] = int((coupling.peaks > 0).sum())
-            rows.append(row)
-        table: pandas.DataFrame = frame.DataFrame(rows)
-        return table
+            if getattr(self, name) is not None or name == "anchor_after_preplan":
+                instance(getattr(self, name), Coupling, name, error=error)
+
+    def _measured(self) -> dict[str, Coupling]:
+        """Return the couplings that are not None, by name."""
+        found = {name: getattr(self, name) for name in NAMES}
+        return {name: coupling for name, coupling in found.items() if coupling is not None}
+
+    def _headline(self) -> str:
+        # The alignment stands in the provenance.
+        told = [f"{name}={value}" for name, value in self.parameters.items() if name != "align"]
+        return ", ".join([*told, str(self.provenance)])
+
+    def _shown(self) -> dict[str, Any]:
+        measured = self._measured()
+        return {
+            "coupling": list(measured),
+            "random": [coupling.random for coupling in measured.values()],
+            "observed": [coupling.observed for coupling in measured.values()],
+            "lift": [coupling.lift for coupling in measured.values()],
+            "p": [coupling.p_value for coupling in measured.values()],
+        }
+
+    def _table(self) -> dict[str, Any]:
+        """Return a line for each coupling: random, observed, lift, their limits, p-value and counts."""
+        measured = self._measured()
+        of = measured.values()
+        columns: dict[str, Any] = {"coupling": list(measured), "random": [each.random for each in of]}
+        for quantity in ("observed", "lift"):
+            estimates = [getattr(each, quantity) for each in of]
+            columns[quantity] = [estimate.value for estimate in estimates]
+            columns[f"{quantity}_low"] = [estimate.low for estimate in estimates]
+            columns[f"{quantity}_high"] = [estimate.high for estimate in estimates]
+        columns["p_value"] = [each.p_value for each in of]
+        columns["peaks"] = [int(each.peaks.sum()) for each in of]
+        columns["problems"] = [int((each.peaks > 0).sum()) for each in of]
+        return columns
 
     def save(self, path: str | Path) -> Path:
         """Save as one safetensors file with JSON metadata, and return its path.
@@ -111,34 +151,33 @@ class Couplings:
         """
         tensors: dict[str, Tensor | None] = {}
         numbers = {}
-        for name in NAMES:
-            coupling: Coupling | None = getattr(self, name)
-            if coupling is None:
-                continue
-            tensors |= {f"{name}.{field}": getattr(coupling, field) for field in _TENSORS}
+        for name, coupling in self._measured().items():
+            tensors |= {f"{name}.{field}": getattr(coupling, field) for field in ("peaks", *_SUMS)}
             numbers[name] = {field: getattr(coupling, field) for field in _Numbers.__annotations__}
-        metadata = {"parameters": self.parameters, "couplings": numbers}
-        return save_result(path, "Couplings", tensors, metadata)
+        settings = {"parameters": self.parameters, "provenance": self.provenance, "couplings": numbers}
+        return save_result(path, "Couplings", tensors, settings)
 
-    @staticmethod
-    def load(path: str | Path) -> Couplings:
+    @classmethod
+    def load(cls, path: str | Path) -> Couplings:
         """Load what `save` wrote.
 
         Raises:
-            ResultError: a file that is missing, damaged, or holds something else.
+            ResultError: a file that is missing or damaged, or that holds something else.
         """
-        types = {"parameters": dict[str, float | int | str], "couplings": dict[_Name, _Numbers]}
+        types = {
+            "parameters": dict[str, float | int | str],
+            "provenance": Provenance,
+            "couplings": dict[_Name, _Numbers],
+        }
         tensors, settings = load_result(path, "Couplings", (), types)
-        loaded: dict[str, Coupling | None] = dict.fromkeys(NAMES)
-        for name, numbers in settings["couplings"].items():
-            missing = [field for field in _TENSORS if f"{name}.{field}" not in tensors]
-            if missing:
-                raise ResultError(f"{path} is damaged: {name} lacks {', '.join(missing)}")
-            sums = {field: tensors[f"{name}.{field}"] for field in _TENSORS}
-            loaded[name] = Coupling(**{**numbers, **sums})
-        if loaded["anchor_after_preplan"] is None:
-            raise ResultError(f"{path} is damaged: it lacks anchor_after_preplan")
-        return Couplings(**loaded, parameters=settings["parameters"])  # type: ignore[arg-type]
+        loaded: dict[str, Any] = dict.fromkeys(NAMES)
+        try:
+            for name, numbers in settings.pop("couplings").items():
+                sums = {field: tensors.get(f"{name}.{field}") for field in ("peaks", *_SUMS)}
+                loaded[name] = Coupling(**numbers, **sums)  # type: ignore[arg-type]
+            return cls(**loaded, **settings)
+        except AttnprobeError as error:
+            raise ResultError(f"{path} is damaged: {error}") from error
 
 
 class _Numbers(TypedDict):
@@ -149,66 +188,70 @@ class _Numbers(TypedDict):
 
 
 _Name = Literal["entropy_at_preplans", "receiver_at_global", "anchor_after_preplan"]
-_TENSORS = ("observed_sum", "random_sum", "peaks")
+_SUMS = ("observed_sum", "random_sum")
 
 
 def couplings(
     scores: TokenScores | Iterable[TokenScores],
     *,
-    align: Alignment = "token",
-    quantile: float = 0.4,
-    lookback: int = 3,
+    align: Align = "token",
+    quantile: FloatLike = 0.4,
+    lookback: IntLike = 3,
     peaks: PeakDefinition = "maxima",
     baseline: Baseline = "shuffle",
-    permutations: int = 1000,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    permutations: IntLike = 1000,
+    resamples: IntLike = 2000,
+    confidence: FloatLike = 0.95,
+    seed: IntLike = 0,
 ) -> Couplings:
-    """Measure the three couplings of Table 2 of arXiv 2510.13554 over the problems of a data set.
+    """Measure the three couplings of Table 2 of arXiv 2510.13554v2 over the problems of a data set.
+
+    Sums over problems are pooled, so that each peak counts the same, whichever problem it belongs to. In a
+    response with gaps no anchor follows a preplan across a gap; a baseline moves peaks over all its parts.
 
     Args:
-        scores: of one batch, or of several batches one after the other; each row is a problem. Horizon
-            and layers are those that they were measured with.
+        scores: of one batch, or of several batches one after the other; each example is a problem.
         align: which token a row of attention describes. "token": row t describes token t, as in the
             paper. "prediction": row t describes token t + 1, which it produced; WAAD moves by one, while
             FAI, which is read from columns, stays.
         quantile: the share of a response's tokens that peaks must be among.
-        lookback: within how many tokens an anchor "immediately follows" a preplan (the paper's k).
+        lookback: within how many tokens an anchor "immediately follows" a preplan (the paper's k); 0: it
+            has to coincide with one.
         peaks: "maxima" are local maxima within the quantile; "top" is all of the quantile.
-        baseline: how chance is made. "shuffle" puts a response's peaks at any of its tokens; "rotate"
-            shifts them all by one random number of tokens, so that their distances stay.
-        permutations: how many times peaks are put elsewhere.
+        baseline: what chance is. "shuffle" moves each peak of a response to any of its tokens; "rotate"
+            moves all of them by one random number of tokens, which keeps their distances.
+        permutations: how many times the peaks are moved.
         resamples, confidence: of the bootstrap over problems.
         seed: of permutations and bootstrap.
 
-    Sums over problems are pooled: each peak counts the same, whichever problem it is in.
-
     Raises:
-        ParameterError: an unknown alignment, definition or baseline, a quantile outside (0, 1], a
-            lookback or number of permutations below 1, packed rows, or no problem.
+        ParameterError: an unknown alignment, definition or baseline, a quantile outside (0, 1], a negative
+            lookback, no permutations or resamples, packed rows, or no problem.
+        ResultError: scores of different models, layers, windows, horizons or alignments.
     """
-    _check(align, peaks, baseline, lookback, permutations)
+    choice(align, "align", get_args(Align))
+    definition = choice(peaks, "peaks", get_args(PeakDefinition))
+    choice(baseline, "baseline", get_args(Baseline))
+    quantile, lookback = check_quantile(quantile), check_lookback(lookback, minimum=0)
+    permutations = whole_number(permutations, "permutations", minimum=1)
+    resamples, confidence, seed = check_resampling(resamples, confidence, seed)
     # A generator for each coupling: what is drawn for a problem does not depend on batches.
     permuting = {
         name: _Permuting(baseline, permutations, torch.Generator().manual_seed(seed)) for name in NAMES
     }
     found: dict[str, list[_Problem]] = {name: [] for name in NAMES}
-    problems = 0
-    for part in [scores] if isinstance(scores, TokenScores) else scores:
+    problems, provenance = 0, Provenance()
+    for part in _parts(scores):
+        provenance = _joined(provenance, part.provenance) if problems else part.provenance
         problems += part.waad.shape[0]
-        for name, (values, at, eligible) in _questions(part, align, quantile, lookback, peaks).items():
-            found[name] += [
-                permuting[name].ask(values[row], at[row], eligible[row]) for row in range(len(values))
-            ]
+        for name, question in _questions(part, align, quantile, lookback, definition).items():
+            found[name] += [permuting[name].ask(*of_problem) for of_problem in zip(*question, strict=True)]
     if problems == 0:
         raise ParameterError("there are no problems to measure couplings over")
-    summary = {
+    summary: dict[str, Any] = {
         name: _summarise(asked, resamples, confidence, seed) if len(asked) == problems else None
         for name, asked in found.items()
     }
-    anchors = summary.pop("anchor_after_preplan")
-    assert anchors is not None
     parameters: dict[str, float | int | str] = {
         "align": align,
         "quantile": quantile,
@@ -220,77 +263,68 @@ def couplings(
         "confidence": confidence,
         "seed": seed,
     }
-    return Couplings(**summary, anchor_after_preplan=anchors, parameters=parameters)
+    return Couplings(**summary, parameters=parameters, provenance=replace(provenance, align=align))
 
 
-def _check(align: str, peaks: str, baseline: str, lookback: int, permutations: int) -> None:
-    choices = {
-        "align": (align, ("token", "prediction")),
-        "peaks": (peaks, ("maxima", "top")),
-        "baseline": (baseline, ("shuffle", "rotate")),
-    }
-    for name, (given, known) in choices.items():
-        if given not in known:
-            raise ParameterError(f'{name} is "{known[0]}" or "{known[1]}", got {given!r}')
-    if isinstance(lookback, bool) or not isinstance(lookback, int) or lookback < 0:
-        raise ParameterError(f"lookback is a whole number of tokens, at least 0; got {lookback!r}")
-    if permutations < 1:
-        raise ParameterError(f"permutations must be at least 1, got {permutations}")
+def _parts(scores: TokenScores | Iterable[TokenScores]) -> Iterator[TokenScores]:
+    """Yield scores one batch at a time; those of a generator are not all kept."""
+    if not isinstance(scores, Iterable):
+        scores = [instance(scores, TokenScores, "scores", "score_tokens returns them")]
+    for part in scores:
+        yield instance(part, TokenScores, "each of the scores", "score_tokens returns them")
+
+
+def _joined(first: Provenance, part: Provenance) -> Provenance:
+    """Return what two batches of a data set have in common, or refuse to pool them.
+
+    Heads may differ: ranking the heads of each response by itself is a choice that can be measured.
+    """
+    for name in ("model_name", "layers", "window", "horizon", "align"):
+        ours, theirs = getattr(first, name), getattr(part, name)
+        if ours != theirs:
+            raise ResultError(f"cannot pool scores whose {name} differ: {ours!r} and {theirs!r}")
+    return first if first.heads == part.heads else replace(first, heads={})
 
 
 Question = tuple[Float[Tensor, "batch token"], Bool[Tensor, "batch token"], Bool[Tensor, "batch token"]]
 
 
 def _questions(
-    scores: TokenScores, align: str, quantile: float, lookback: int, definition: str
+    scores: TokenScores, align: Align, quantile: float, lookback: int, definition: str
 ) -> dict[str, Question]:
     """Return for each coupling: the value of each token, the peaks, and where peaks could be."""
-    if scores.segment_ids is not None:
-        raise ParameterError(
-            "these scores are of packed rows, where peaks would be ranked and shuffled among those of "
-            "another response: measure rows of one sequence each, such as batch.unpadded_rows()[0]"
-        )
+    check_unpacked(scores.segment_ids, "find peaks")
+    scores = scores.to("cpu")
+    inside = scores.response_mask
+
+    def of_response(values: Tensor) -> Tensor:
+        # Double precision: half precision would tie values that differ.
+        return values.double().masked_fill(~inside, torch.nan)
 
     def peaks_of(values: Tensor) -> Tensor:
         if definition == "top":
             return top_quantile(values, quantile)
         return find_peaks(values, quantile=quantile)
 
-    waad = scores.waad if align == "token" else described_by_prediction(scores.waad, scores.response_mask)
-    preplan, anchor = peaks_of(waad), peaks_of(scores.fai)
+    waad, fai = of_response(aligned_waad(scores, align)), of_response(scores.fai)
+    preplan, anchor = peaks_of(waad), peaks_of(fai)
     asked: dict[str, Question] = {}
     if scores.entropy is not None:
-        defined = ~waad.isnan() & ~scores.entropy.isnan()
-        asked["entropy_at_preplans"] = (scores.entropy, preplan & defined, defined)
+        entropy = of_response(scores.entropy)
+        defined = ~waad.isnan() & ~entropy.isnan()
+        asked["entropy_at_preplans"] = (entropy, preplan & defined, defined)
     if scores.receiver_fai is not None:
-        defined = ~scores.receiver_fai.isnan() & ~scores.fai.isnan()
-        receiver = peaks_of(scores.receiver_fai)
-        asked["receiver_at_global"] = (anchor.to(waad), receiver & defined, defined)
-    near = preplan.clone()
-    for distance in range(1, lookback + 1):
-        near[:, distance:] |= preplan[:, : preplan.shape[1] - distance]
-    asked["anchor_after_preplan"] = (near.to(waad), anchor, ~scores.fai.isnan())
+        receiver_fai = of_response(scores.receiver_fai)
+        defined = ~receiver_fai.isnan() & ~fai.isnan()
+        asked["receiver_at_global"] = (anchor.double(), peaks_of(receiver_fai) & defined, defined)
+    near = near_preplans(preplan, inside, lookback)
+    asked["anchor_after_preplan"] = (near.double(), anchor, ~fai.isnan())
     return asked
-
-
-def described_by_prediction(
-    values: Float[Tensor, "batch token"], response_mask: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "batch token"]:
-    """Return row values moved to the token that each row produced: one column to the right.
-
-    NaN for a response's first token, whose row is of the prompt and was not measured.
-
-    >>> described_by_prediction(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool))
-    tensor([[nan, 1.]])
-    """
-    moved = torch.full_like(values, torch.nan)
-    moved[:, 1:] = values[:, :-1]
-    return moved.masked_fill(~response_mask.to(values.device), torch.nan)
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """One problem's answer to one question."""
+    """One problem's answer to one question: sums over its peaks, as observed and for each permutation."""
 
     observed: float
     peaks: int
@@ -299,7 +333,7 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Permuting:
-    """Puts peaks elsewhere, again and again."""
+    """Moves peaks to other tokens, again and again."""
 
     baseline: str
     permutations: int
@@ -308,8 +342,8 @@ class _Permuting:
     def ask(
         self, values: Float[Tensor, " token"], at: Bool[Tensor, " token"], eligible: Bool[Tensor, " token"]
     ) -> _Problem:
-        """Return the sum of the values at the peaks, and where the peaks are put instead."""
-        value, peak = values[eligible].double().cpu(), at[eligible].cpu()
+        """Return the sums of the values at the peaks, and at the tokens that they are moved to."""
+        value, peak = values[eligible], at[eligible]
         count, tokens = int(peak.sum()), len(value)
         if count == 0:
             return _Problem(0.0, 0, torch.zeros(self.permutations, dtype=torch.float64))
@@ -330,7 +364,7 @@ def _summarise(asked: list[_Problem], resamples: int, confidence: float, seed: i
     weights = bootstrap_weights(len(asked), resamples, seed)
     lifts = divide(weights @ observed, weights @ random) - 1
     lift = float(divide(observed.sum(), random.sum()) - 1)
-    # The observed order is one of the possible ones, so that a p-value is never 0. A hair is allowed
+    # The observed order is one of the possible ones, so that a p-value is never 0. A tolerance
     # for rounding: equal sums in another order must count as equal.
     reached = permuted.sum(0) >= observed.sum() - 1e-9
     return Coupling(

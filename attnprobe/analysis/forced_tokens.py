@@ -1,8 +1,8 @@
 """Greedy continuations of a text from several forced tokens, all from one key/value cache.
 
-The text before the forced tokens is run once; its cache is copied for each of them, and they go on
-together as one batch. What is left to others: which tokens are forced where, and what the texts are
-compared by (perturb).
+`perturb` calls `force_tokens` at each position that it tries. The text before the forced tokens is run once;
+its cache is copied for each of them, and they go on together as one batch. What is left to others: which
+tokens are forced where, and how texts are compared (perturbation).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from attnprobe.errors import ParameterError, UnsupportedModelError
+from attnprobe.adapters.base import display_name, evaluation_mode
+from attnprobe.errors import BatchError, ParameterError, UnsupportedModelError
 from attnprobe.models import end_tokens
+from attnprobe.validation import ArrayLike, IntLike, as_tensor, brief, whole_number
 
 
 @dataclass(frozen=True)
@@ -35,63 +37,79 @@ class ForcedTokens:
 
 def check_generates(model: Any) -> str:
     """Return the name of a transformers model that can generate, or raise `UnsupportedModelError`."""
-    if not callable(getattr(model, "generate", None)) or not hasattr(model, "generation_config"):
+    generates = callable(getattr(model, "generate", None)) and hasattr(model, "generation_config")
+    if isinstance(model, type) or not generates:
+        kind = model if isinstance(model, type) else type(model)
         raise UnsupportedModelError(
-            f"{type(model).__module__}.{type(model).__qualname__} cannot generate: pass a transformers "
-            "causal language model (of a wrapper, the model inside)"
+            f"{kind.__module__}.{kind.__qualname__} cannot generate: pass a transformers causal language "
+            "model (of a wrapper, the model inside)"
         )
-    return str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return display_name(model)
+
+
+def check_vocabulary(model: Any, ids: Int[Tensor, "..."]) -> None:
+    """Check that a model has embeddings for all ids.
+
+    Raises:
+        BatchError: ids out of the vocabulary.
+    """
+    size = int(model.get_input_embeddings().weight.shape[0])
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise BatchError(
+            f"token ids {int(ids.min())}..{int(ids.max())} do not fit the vocabulary of "
+            f"{display_name(model)}, which has {size} ids: were they made with another tokenizer?"
+        )
 
 
 @torch.no_grad()
 def force_tokens(
-    model: Any, before: Int[Tensor, " token"], token: int, candidates: int, max_new_tokens: int
+    model: Any, before: ArrayLike, token: IntLike, candidates: IntLike, max_new_tokens: IntLike
 ) -> ForcedTokens:
     """Force a token and its likeliest alternatives after a text, and let the model go on greedily.
 
     Args:
         model: a transformers causal language model; it runs in evaluation mode and is left as it was.
-        before: the text, without padding.
+        before: the ids of the text, without padding.
         token: what stands after it.
-        candidates: how many others are forced, the likeliest first.
+        candidates: how many others are forced, the likeliest first; no more than the vocabulary has.
         max_new_tokens: how long continuations may become.
 
     Raises:
         ParameterError: an empty text, or counts below 1.
+        BatchError: ids out of the vocabulary.
+        UnsupportedModelError: a model that cannot generate.
     """
-    if len(before) == 0 or candidates < 1 or max_new_tokens < 1:
-        raise ParameterError(
-            f"forcing needs a text, candidates and new tokens; got {len(before)}, {candidates} and "
-            f"{max_new_tokens}"
-        )
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        before = before.to(model.device)
-        seen = model(before[None], use_cache=True)
+    check_generates(model)
+    token = whole_number(token, "token")
+    candidates = whole_number(candidates, "candidates", minimum=1)
+    max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", minimum=1)
+    text = as_tensor(before, "before")
+    if text.ndim != 1 or len(text) == 0 or text.is_floating_point():
+        raise ParameterError(f"before must be the ids [token] of a text that is not empty; got {brief(text)}")
+    check_vocabulary(model, torch.cat([text, text.new_tensor([token])]))
+    text = text.to(model.device)
+    with evaluation_mode(model.modules()):
+        seen = model(text[None], use_cache=True)
         probability = seen.logits[0, -1].float().softmax(-1)
         likeliest = probability.topk(min(candidates + 1, len(probability))).indices.tolist()
         tokens = [token, *[other for other in likeliest if other != token][:candidates]]
         # `generate` runs what the cache does not hold yet: the forced token alone.
         cache = seen.past_key_values
         cache.batch_repeat_interleave(len(tokens))
-        forced = torch.tensor(tokens, device=before.device)[:, None]
-        ids = torch.cat([before.expand(len(tokens), -1), forced], dim=1)
+        forced = torch.tensor(tokens, device=text.device)[:, None]
+        ids = torch.cat([text.expand(len(tokens), -1), forced], dim=1)
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
             generation_config=_greedy(model, max_new_tokens),
         )
-    finally:
-        for module in was_training:
-            module.training = True
     ends = end_tokens(model)
     continuations = []
-    for row in output[:, len(before) :].tolist():
+    for written in output[:, len(text) :].tolist():
         # The forced token may itself be one that ends the text: then nothing follows.
-        stop = next((i for i, found in enumerate(row) if found in ends), len(row))
-        continuations.append(row[1:stop])
+        stop = next((i for i, found in enumerate(written) if found in ends), len(written))
+        continuations.append(written[1:stop])
     return ForcedTokens(tokens, [float(probability[other]) for other in tokens], continuations)
 
 

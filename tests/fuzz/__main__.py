@@ -26,6 +26,8 @@ ALLOWED = {
     ("TokenBatch.of", "value"): {"too large", "too long"},
     # Truth values are accepted beside the words.
     ("measure", "receiver"): {"bool 'True'"},
+    # Log-probabilities, whose gradients are weighted and whose values are left alone.
+    ("gate_gradient", "values"): {"nan", "infinite", "negative"},
     # None is the default.
     ("TokenBatch.from_ids start", "response_start"): {"NoneType 'None'"},
     ("TokenBatch.from_text", "responses"): {"NoneType 'None'"},

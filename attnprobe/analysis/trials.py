@@ -1,0 +1,364 @@
+"""Trials: what was written after tokens of one response were replaced, and the file that trials are kept in.
+
+`perturb` makes trials and returns them as `Perturbations`, which users summarise, table, save and load. The
+file holds one JSON object a line, a header first, and grows with each trial, so that an interrupted run goes
+on where it stopped; `TrialFile` is that file while a run lasts. What is left to others: which tokens are
+replaced, and running a model (perturbation).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import msgspec
+import torch
+from torch import Tensor
+
+from attnprobe.analysis.bootstrap import Estimate, check_resampling, ratio_estimate
+from attnprobe.analysis.summary import Summary
+from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.results import Provenance
+from attnprobe.storage import as_path, check_writable, library_versions, write_atomically
+from attnprobe.validation import FloatLike, IntLike, choice, instance
+
+Kind = Literal["highest", "lowest"]
+Reference = Literal["response", "greedy"]
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the model wrote after a forced token.
+
+    Attributes:
+        token: the forced token's id.
+        probability: what the model gave it there, at temperature 1.
+        text: the greedy continuation, without the forced token.
+        overlap: of its content words with those of the response's own continuation, in `[0, 1]`.
+        greedy_overlap: with those of the greedy continuation of the response's own token.
+    """
+
+    token: int
+    probability: float
+    text: str
+    overlap: float
+    greedy_overlap: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One position of one response, with the tokens that were forced there.
+
+    Attributes:
+        example: the example of the batch.
+        digest: of the example's tokens: what tells one text from another in a file of trials.
+        kind: whether the position's FAI is among the highest or the lowest.
+        position: the column in the batch; None in trials of older files, which did not know it.
+        response_position: how many tokens of the response stand before it.
+        length: of the response, in tokens.
+        fai: at the position.
+        token: the id of the response's own token there.
+        own: the continuation of that token: how far a greedy continuation is from the sampled one.
+        others: the continuations of the other candidates, the likeliest first.
+    """
+
+    example: int
+    digest: str
+    kind: Kind
+    position: int | None
+    response_position: int
+    length: int
+    fai: float
+    token: int
+    own: Continuation
+    others: tuple[Continuation, ...]
+
+    def overlap(self, reference: Reference = "response") -> float:
+        """Return the mean overlap over the continuations of the other candidates."""
+        choice(reference, "reference", get_args(Reference))
+        name = "overlap" if reference == "response" else "greedy_overlap"
+        found = [getattr(continuation, name) for continuation in self.others]
+        return sum(found) / len(found) if found else float("nan")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PerturbationSummary(Summary):
+    """Table 1 of arXiv 2510.13554v2: mean overlaps, with bootstrap intervals over responses.
+
+    Attributes:
+        highest, lowest: the mean overlap after a token of highest, of lowest FAI was replaced.
+        difference: highest less lowest; below 0 if anchors matter more.
+        lower_share: the share of responses whose overlap is lower at the highest FAI; ties count half.
+        responses: how many have positions of both kinds.
+    """
+
+    highest: Estimate
+    lowest: Estimate
+    difference: Estimate
+    lower_share: Estimate
+    responses: int
+
+    def _headline(self) -> str:
+        return f"responses={self.responses}"
+
+    def _table(self) -> dict[str, Any]:
+        """Return a line for each quantity: value, low and high."""
+        names = ("highest", "lowest", "difference", "lower_share")
+        estimates = [getattr(self, name) for name in names]
+        columns = {part: [getattr(each, part) for each in estimates] for part in Estimate._fields}
+        return {"quantity": list(names), **columns}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Perturbations(Summary):
+    """The trials of a batch, and what they were made with.
+
+    Attributes:
+        trials: in the order of the examples.
+        parameters: what `perturb` was called with, and the model.
+        provenance: what the scores were computed from whose FAI chose the positions.
+        is_complete: False for what an interrupted run left in its file, and for files of older versions,
+            which do not say.
+
+    Raises:
+        ResultError: something else in place of a trial.
+    """
+
+    trials: tuple[Trial, ...]
+    parameters: dict[str, Any]
+    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
+    is_complete: bool = True
+
+    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
+        instance(self.trials, tuple, "trials", error=error)
+        instance(self.parameters, dict, "parameters", error=error)
+        for trial in self.trials:
+            instance(trial, Trial, "each of the trials", error=error)
+
+    def summary(
+        self,
+        reference: Reference = "response",
+        *,
+        resamples: IntLike = 2000,
+        confidence: FloatLike = 0.95,
+        seed: IntLike = 0,
+    ) -> PerturbationSummary:
+        """Compare the positions of highest with those of lowest FAI, response by response.
+
+        Args:
+            reference: what continuations are compared with: "response", the response's own continuation;
+                or "greedy", the greedy continuation of the response's own token, which leaves out the
+                difference between greedy and sampled text.
+            resamples, confidence, seed: of the bootstrap over responses.
+
+        Raises:
+            ParameterError: an unknown reference, or no response with positions of both kinds.
+        """
+        choice(reference, "reference", get_args(Reference))
+        resamples, confidence, seed = check_resampling(resamples, confidence, seed)
+        # By text too: a file may hold trials of several batches, each of which has an example 0.
+        found: dict[tuple[int, str], dict[str, list[float]]] = {}
+        for trial in self.trials:
+            of_kind = found.setdefault((trial.example, trial.digest), {}).setdefault(trial.kind, [])
+            of_kind.append(trial.overlap(reference))
+        pairs = [
+            (sum(kinds["highest"]) / len(kinds["highest"]), sum(kinds["lowest"]) / len(kinds["lowest"]))
+            for kinds in found.values()
+            if len(kinds) == 2
+        ]
+        if not pairs:
+            raise ParameterError("no response has trials at both its highest and its lowest FAI")
+        highest, lowest = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+        lower = (highest < lowest).double() + 0.5 * (highest == lowest).double()
+
+        def mean(values: Tensor) -> Estimate:
+            options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
+            return ratio_estimate(values, torch.ones_like(values), **options)
+
+        return PerturbationSummary(
+            mean(highest), mean(lowest), mean(highest - lowest), mean(lower), len(pairs)
+        )
+
+    def _headline(self) -> str:
+        told = [f"{len(self.trials)} trials of {len({trial.example for trial in self.trials})} responses"]
+        told += [f"{name}={value}" for name, value in self.parameters.items()]
+        told += [] if self.is_complete else ["not complete"]
+        return ", ".join(told)
+
+    def _shown(self) -> dict[str, Any]:
+        columns: dict[str, Any] = {"FAI": [], "trials": [], "mean overlap": []}
+        for kind in get_args(Kind):
+            overlaps = [trial.overlap() for trial in self.trials if trial.kind == kind]
+            columns["FAI"].append(kind)
+            columns["trials"].append(len(overlaps))
+            columns["mean overlap"].append(sum(overlaps) / len(overlaps) if overlaps else float("nan"))
+        return columns
+
+    def _table(self) -> dict[str, Any]:
+        """Return a line for each continuation; that of the response's own token has rank 0."""
+        place = ("example", "kind", "position", "response_position", "length", "fai")
+        columns: dict[str, list[Any]] = {name: [] for name in (*place, "rank", *_CONTINUATION_COLUMNS)}
+        for trial in self.trials:
+            for rank, continuation in enumerate((trial.own, *trial.others)):
+                for name in place:
+                    columns[name].append(getattr(trial, name))
+                columns["rank"].append(rank)
+                for name, attribute in _CONTINUATION_COLUMNS.items():
+                    columns[name].append(getattr(continuation, attribute))
+        return columns
+
+    def save(self, path: str | Path) -> Path:
+        """Save as JSON lines, the form in which `perturb` keeps unfinished work; return the path.
+
+        Raises:
+            ResultError: a place that cannot be written.
+        """
+        count = len(self.trials) if self.is_complete else None
+        lines = [_header(self.parameters, self.provenance, count), *map(_line, self.trials)]
+        return write_atomically(path, "".join(lines).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Perturbations:
+        """Load what `save` wrote, or what an interrupted `perturb` left.
+
+        Raises:
+            ResultError: a file that is missing or damaged, or that holds something else.
+        """
+        path = as_path(path)
+        if not path.is_file():
+            raise ResultError(f"there is no result at {path}")
+        try:
+            return _read(path)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, msgspec.MsgspecError) as error:
+            if isinstance(error, AttnprobeError):
+                raise
+            raise ResultError(f"{path} holds no trials that can be read: {error}") from error
+
+
+_CONTINUATION_COLUMNS = {
+    # The texts of other tables are those of tokens.
+    "token_id": "token",
+    "probability": "probability",
+    "continuation": "text",
+    "overlap": "overlap",
+    "greedy_overlap": "greedy_overlap",
+}
+
+
+# ---- the file ---------------------------------------------------------------------------------------
+
+_KIND = "Perturbations"
+
+
+@dataclass
+class TrialFile:
+    """A file of trials that grows while a run lasts; without a path, trials are kept in memory only.
+
+    Attributes:
+        path: of the file, or None.
+        parameters: what the trials are made with.
+        provenance: what positions are chosen by.
+        done: the trials that it holds, by text, kind and place in the response.
+    """
+
+    path: Path | None
+    parameters: dict[str, Any]
+    provenance: Provenance
+    done: dict[tuple[str, Kind, int], Trial] = field(default_factory=dict)
+
+    @staticmethod
+    def open(path: str | Path | None, parameters: dict[str, Any], provenance: Provenance) -> TrialFile:
+        """Return the file with the trials that it holds already, and leave it ready for more.
+
+        Raises:
+            ResultError: a file of something else or of trials made otherwise, or one that cannot be written.
+        """
+        if path is None:
+            return TrialFile(None, parameters, provenance)
+        path = as_path(path)
+        check_writable(path)
+        file = TrialFile(path, parameters, provenance)
+        if path.exists():
+            found = Perturbations.load(path)
+            if found.parameters != parameters:
+                raise ResultError(
+                    f"{path} holds trials made with {found.parameters}, not with {parameters}: choose "
+                    "another path, or remove it"
+                )
+            file.done = {_key(trial): trial for trial in found.trials}
+        # Also where the file was there: a line that was interrupted goes, and so does the number of trials.
+        file._write(is_complete=False)
+        return file
+
+    def add(self, trial: Trial) -> None:
+        """Keep a trial: it is written down at once, unless the file has it already."""
+        is_new = _key(trial) not in self.done
+        self.done[_key(trial)] = trial
+        if self.path is not None and is_new:
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(_line(trial))
+
+    def finish(self) -> None:
+        """Note in the file how many trials it holds, so that a later loss of some is seen."""
+        if self.path is not None:
+            self._write(is_complete=True)
+
+    def _write(self, *, is_complete: bool) -> None:
+        assert self.path is not None
+        trials = tuple(self.done.values())
+        Perturbations(trials, self.parameters, self.provenance, is_complete).save(self.path)
+
+
+def _key(trial: Trial) -> tuple[str, Kind, int]:
+    return trial.digest, trial.kind, trial.response_position
+
+
+def _header(parameters: dict[str, Any], provenance: Provenance, count: int | None) -> str:
+    header = {
+        "kind": _KIND,
+        "versions": library_versions(),
+        "parameters": parameters,
+        "provenance": asdict(provenance),
+        # None while more may come.
+        "trials": count,
+    }
+    return f"{json.dumps(header)}\n"
+
+
+def _line(trial: Trial) -> str:
+    return f"{json.dumps(asdict(trial))}\n"
+
+
+def _read(path: Path) -> Perturbations:
+    """Return what a file holds; in an unfinished one, a last line that was interrupted does not count."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if not lines:
+        raise ValueError("it has no header")
+    header = json.loads(lines[0])
+    if header.get("kind") != _KIND:
+        raise ResultError(f"{path} holds {header.get('kind', 'something else')}, not {_KIND}")
+    trials = tuple(msgspec.convert(_renamed(json.loads(line)), Trial) for line in lines[1:])
+    count = header.get("trials")
+    if count is not None and count != len(trials):
+        raise ValueError(f"it was written with {count} trials and has {len(trials)}")
+    provenance = msgspec.convert(header.get("provenance", {}), Provenance)
+    return Perturbations(trials, _portable(header["parameters"]), provenance, count is not None)
+
+
+def _renamed(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a trial as it is written today: older files called continuations rollouts."""
+    if "rollouts" in record:
+        record["others"] = record.pop("rollouts")
+        # They counted positions from the start of the response, and did not keep the column.
+        record["response_position"], record["position"] = record["position"], None
+    return record
+
+
+def _portable(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return parameters with the model's name as it is told today: older files had the path of its folder."""
+    name = parameters.get("model")
+    if isinstance(name, str) and Path(name).is_absolute():
+        return {**parameters, "model": Path(name).name}
+    return parameters
