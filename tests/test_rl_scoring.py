@@ -58,11 +58,15 @@ def test_whole_passes_of_the_root_give_the_same(family) -> None:
     """Where parameters are sharded the root module is called and run to its end."""
     assert family in FAMILIES
     model, rollout = tiny_model(family), rollout_of()
+    ended: list[object] = []
+    model.register_forward_hook(lambda module, given, output: ended.append(output))
     stopped = measure_rollout(model, rollout, layers=[0, 1], horizon=HORIZON, batch_size=2)
+    assert ended == [], "a pass of ours ends after the last layer of interest"
     adapter = WholePassAdapter(model, model)
     whole = measure_rollout(adapter, rollout, layers=[0, 1], horizon=HORIZON, batch_size=2)
     for name in ("span", "waad", "fai"):
         assert torch.allclose(getattr(stopped, name), getattr(whole, name), atol=1e-5, equal_nan=True)
+    assert len(ended) == 2, "3 completions, 2 at a time"
     assert stopped.model_name == whole.model_name
 
 

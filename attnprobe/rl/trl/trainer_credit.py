@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attnprobe.adapters.transformers import TransformersAdapter
+from attnprobe.batch import TokenBatch
 from attnprobe.errors import TrainerError
 from attnprobe.rl.credit import Credit
 from attnprobe.rl.rollout_credit import RolloutCredit
@@ -95,12 +97,18 @@ class WholePassAdapter(TransformersAdapter):
         super().__init__(policy)
         self._root = root
 
+    def forward(
+        self, rows: TokenBatch, *, logits_at: Int[Tensor, " row"] | None = None
+    ) -> Float[Tensor, "batch row vocabulary"] | None:
+        """Run the root module over right-padded rows to its end, whether logits are asked for or not."""
+        # A pass that has to give logits, of one position here, does not end early.
+        at = torch.zeros(1, dtype=torch.long) if logits_at is None else logits_at
+        logits = super().forward(rows, logits_at=at)
+        return None if logits_at is None else logits
+
     def _all_modules(self) -> Iterator[nn.Module]:
         return self._root.modules()
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
         logits: Tensor = self._root(**arguments).logits
         return logits
-
-    def _run_to_last_layer(self, arguments: dict[str, Any]) -> None:
-        self._logits(arguments)
