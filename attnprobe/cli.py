@@ -20,6 +20,7 @@ from rich.table import Table
 
 from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.errors import AttnprobeError, BatchError, ParameterError
+from attnprobe.validation import real_number, whole_number
 from attnprobe.version import __version__
 
 app = typer.Typer(
@@ -83,7 +84,12 @@ def _read(
     quantile: float,
 ) -> _Reading:
     """Load the model, get an answer, and measure it."""
+    from attnprobe.heads import check_shares
+
     chosen = parse_layers(layers)
+    check_shares(quantile, receivers=1)
+    real_number(temperature, "--temperature", minimum=0, below=float("inf"))
+    whole_number(seed, "--seed", minimum=-(2**63), maximum=2**63 - 1)
     if response is not None and not response.strip():
         raise BatchError("the response is empty: there is no token to describe")
     err.print("Loading libraries ...")
@@ -265,7 +271,7 @@ def parse_layers(text: str) -> Layers:
         ParameterError: anything else.
     """
     if text == "all" or text == "middle":
-        return text  # type: ignore[return-value]
+        return text
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

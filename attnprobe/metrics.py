@@ -11,6 +11,7 @@ head groups (heads), and averaging over them (scores).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,12 +22,13 @@ from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
 from attnprobe.validation import ArrayLike, IntLike, as_mask, as_tensor, brief, whole_number
 
+Horizon = tuple[int, int | None]
+
 if TYPE_CHECKING:
     AttentionLike: TypeAlias = Attention | ArrayLike
+    HorizonLike: TypeAlias = Horizon | Sequence[IntLike | None] | ArrayLike
 else:
-    AttentionLike = Any
-
-Horizon = tuple[int, int | None]
+    AttentionLike = HorizonLike = Any
 
 RECEIVER_HORIZON: Horizon = (10, None)
 """The horizon of receiver kurtosis: near rows are left out."""
@@ -86,7 +88,7 @@ def windowed_attention_distance(
 def future_attention_influence(
     attention: AttentionLike,
     response_mask: ArrayLike | None = None,
-    horizon: Horizon = (10, 50),
+    horizon: HorizonLike = (10, 50),
     segment_ids: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head token"]:
     """Return FAI of each response token: the mean attention that later response tokens give it.
@@ -115,7 +117,7 @@ def future_attention_influence(
 def receiver_kurtosis(
     attention: AttentionLike,
     response_mask: ArrayLike | None = None,
-    horizon: Horizon = RECEIVER_HORIZON,
+    horizon: HorizonLike = RECEIVER_HORIZON,
     segment_ids: ArrayLike | None = None,
     minimum_rows: IntLike = 10,
 ) -> Float[Tensor, "batch head"]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch, check_unpacked, token_columns
 from attnprobe.errors import ParameterError
-from attnprobe.results import Provenance, Result, html_table
+from attnprobe.results import Provenance, Result, html_table, table_column
 from attnprobe.scores import TokenScores, check_same_tokens
 from attnprobe.validation import (
     ArrayLike,
@@ -82,7 +82,7 @@ class Rhythm(Result):
     def _used(self) -> Tensor:
         return torch.ones_like(self.anchor) if self.response_mask is None else self.response_mask
 
-    def at_columns(self, columns: slice) -> Rhythm:
+    def at_columns(self, columns: Any) -> Rhythm:
         """Return the rhythm of some columns only; preplans that lie outside them are forgotten."""
         part = super().at_columns(columns)
         first = columns.indices(self.anchor.shape[1])[0]
@@ -104,7 +104,7 @@ class Rhythm(Result):
         place = torch.stack([getattr(self, name) for name in names]).any(0).nonzero()
         columns = token_columns(place, ids, texts)
         for name in (*names, "anchor_preplan"):
-            columns[name] = getattr(self, name)[tuple(place.T)].cpu().numpy()
+            columns[name] = table_column(getattr(self, name), place)
         return columns
 
     def _repr_html_(self) -> str:
@@ -141,17 +141,17 @@ def find_rhythm(scores: TokenScores, *, quantile: FloatLike = 0.4, lookback: Int
     instance(scores, TokenScores, "scores", "score_tokens returns them")
     check_unpacked(scores.segment_ids, "find peaks")
     quantile, lookback = check_quantile(quantile), check_lookback(lookback)
-    preplan = find_peaks(scores.waad, quantile=quantile)
-    anchor = find_peaks(scores.fai, quantile=quantile)
-    dominated, intro = dominated_anchors(anchor, scores.waad, lookback=lookback)
-    mask = scores.response_mask.to(anchor.device)
+    mask = scores.response_mask.to(scores.waad.device)
+    waad, fai = scores.waad.masked_fill(~mask, torch.nan), scores.fai.masked_fill(~mask, torch.nan)
+    preplan, anchor = find_peaks(waad, quantile=quantile), find_peaks(fai, quantile=quantile)
+    dominated, intro = dominated_anchors(anchor, waad, lookback=lookback)
     return Rhythm(
         preplan=preplan,
         anchor=anchor,
         anchor_preplan=_latest_within(preplan, anchor, mask, lookback),
         dominated=dominated,
         intro=intro,
-        delta=waad_change(scores.waad),
+        delta=waad_change(waad),
         quantile=quantile,
         lookback=lookback,
         response_mask=scores.response_mask,
@@ -291,6 +291,7 @@ def _latest_preplan(
     preplan: Bool[Tensor, "batch token"], response_mask: Bool[Tensor, "batch token"], lookback: int
 ) -> Int[Tensor, "batch token"]:
     """Return for each token the column of the latest preplan in `t - lookback .. t`; -1 across a gap."""
+    lookback = min(lookback, preplan.shape[1])
     column = torch.arange(preplan.shape[1], device=preplan.device).expand_as(preplan)
     latest = column.masked_fill(~preplan, -1).cummax(-1).values
     gap = column.masked_fill(response_mask.to(preplan.device), -1).cummax(-1).values

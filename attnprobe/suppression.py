@@ -19,13 +19,13 @@ from torch import Tensor
 from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers, Suppression, resolve_layers
 from attnprobe.errors import ParameterError
-from attnprobe.validation import ArrayLike, IntLike, as_tensor, brief, whole_number, whole_numbers
+from attnprobe.head_selection import HeadSelection, HeadsLike
+from attnprobe.validation import ArrayLike, IntLike, as_tensor, brief, whole_numbers
 from attnprobe.with_block import WithBlock
 
 # No text is as long: a column number beyond it is a mistake, which is not to fill the memory.
 _LAST_COLUMN = 2**24
 
-Heads = IntLike | ArrayLike | Iterable[int] | Mapping[int, Any]
 Columns = IntLike | ArrayLike | Iterable[int]
 
 
@@ -33,7 +33,7 @@ def suppress_attention(
     model: Any,
     *,
     layers: Layers = "all",
-    heads: Heads | None = None,
+    heads: HeadsLike | None = None,
     pairs: Iterable[tuple[int, int]] | ArrayLike | None = None,
     queries: Columns | None = None,
     keys: Columns | None = None,
@@ -47,7 +47,8 @@ def suppress_attention(
     Args:
         model: a model that an adapter knows.
         layers: "all", "middle" or layer numbers.
-        heads: in which heads: numbers, or numbers by layer, which then are the layers; default: all.
+        heads: in which heads, in any form that `HeadSelection.of` knows: a group of `HeadGroups`, pairs, a
+            mask, a dictionary by layer, or numbers, which mean these heads in every layer; default: all.
         pairs: `(query, key)` columns, the same in every row; a token's own column may be named too.
         keys: columns that no later token is to see: numbers, the same in every row, or a mask `[token]` or
             `[batch or 1, token]`. A token still sees itself. A mask holds truth values, or nothing but 0
@@ -76,7 +77,7 @@ def suppress_attention(
     [False, False, False, False, True, True, True, True]
     """
     adapter = adapter_for(model)
-    by_layer = _heads_by_layer(heads, layers, adapter)
+    by_layer = heads_by_layer(heads, layers, adapter)
     if queries is not None and keys is None:
         raise ParameterError("queries say who is not to see keys: give keys too, or pairs")
     suppression = Suppression(
@@ -89,21 +90,23 @@ def suppress_attention(
     return WithBlock("suppress_attention", adapter.suppressed(suppression, tuple(sorted(by_layer))))
 
 
-def _heads_by_layer(
-    heads: Heads | None, layers: Layers, adapter: Adapter
+def heads_by_layer(
+    heads: HeadsLike | None, layers: Layers, adapter: Adapter
 ) -> dict[int, tuple[int, ...] | None]:
-    """Return the layers with the heads of each; None for all heads."""
-    if not isinstance(heads, Mapping):
-        numbers = None if heads is None else tuple(whole_numbers(heads, "heads"))
-        return dict.fromkeys(resolve_layers(layers, adapter), numbers)
-    if not isinstance(layers, str) or layers != "all":
-        raise ParameterError("heads by layer say which layers there are: leave out layers")
-    by_layer: dict[int, tuple[int, ...] | None] = {}
-    for layer, of in heads.items():
-        number = whole_number(layer, "the layer of heads")
-        by_layer[number] = tuple(whole_numbers(of, f"the heads of layer {number}"))
-    resolve_layers(list(by_layer), adapter)
-    return by_layer
+    """Return the layers in which attention is suppressed, with the heads of each; None for all heads.
+
+    Raises:
+        ParameterError: heads or layers that the model does not have, or heads of different weights.
+    """
+    chosen = resolve_layers(layers, adapter)
+    if heads is None or (isinstance(heads, str) and heads == "all"):
+        return dict.fromkeys(chosen, None)
+    selection = HeadSelection.of(heads, chosen, adapter.head_count, model_name=adapter.model_name)
+    if selection.is_weighted:
+        raise ParameterError(
+            f"a head is suppressed or it is not, so weights must be equal; got {brief(selection)}"
+        )
+    return dict(selection.by_layer())
 
 
 def _columns(values: Columns, name: str) -> Bool[Tensor, "#batch column"]:

@@ -37,6 +37,11 @@ else:
     ArrayLike = IntLike = FloatLike = IntField = FloatField = BoolField = Any
 
 
+def is_array(value: Any) -> bool:
+    """Whether a value is a numpy array, or a number of numpy's."""
+    return type(value).__module__ == "numpy" and hasattr(value, "ndim")
+
+
 def brief(value: Any, longest: int = 80) -> str:
     """Return a value as it stands in an error message: its shape if it is a tensor, else a short repr.
 
@@ -46,7 +51,7 @@ def brief(value: Any, longest: int = 80) -> str:
     if isinstance(value, Tensor):
         kind = str(value.dtype).removeprefix("torch.")
         return f"a {kind} tensor {list(value.shape)}" if value.ndim else f"a {kind} tensor of {value.item()}"
-    if type(value).__module__ == "numpy" and value.shape:
+    if is_array(value) and value.ndim:
         return f"a {value.dtype} array {list(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -93,7 +98,7 @@ def _index(value: Any) -> int | None:
     """Return what stands for a whole number as an int: of Python, numpy or torch; None if it does not."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype == torch.bool or value.ndim)):
         return None
-    if type(value).__module__ == "numpy" and value.ndim:
+    if is_array(value) and value.ndim:
         return None
     try:
         return operator.index(value)
@@ -215,8 +220,9 @@ def as_tensor(value: Any, name: str, error: ErrorClass = ParameterError) -> Tens
     """
     if isinstance(value, Tensor):
         return value
-    is_array = type(value).__module__ == "numpy" or hasattr(value, "__array__")
-    if is_array or isinstance(value, list | tuple | range | int | float):
+    if is_array(value) and any(stride < 0 for stride in value.strides):
+        value = value.copy()  # Torch takes no reversed views.
+    if hasattr(value, "__array__") or isinstance(value, list | tuple | range | int | float):
         try:
             if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
                 return torch.stack(list(value))
@@ -296,7 +302,7 @@ def whole_numbers(
     if single is not None:
         return [whole_number(single, name, minimum=minimum, maximum=maximum, error=error)]
     parts: Any = value
-    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+    if isinstance(value, Tensor) or is_array(value):
         if value.ndim != 1:
             raise error(f"{name} must be one or more whole numbers; got {brief(value)}")
         parts = value.tolist()

@@ -14,15 +14,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import attnprobe
-from attnprobe.errors import MissingDependencyError, ParameterError, ResultError
+from attnprobe.errors import AttnprobeError, MissingDependencyError, ParameterError, ResultError
 from attnprobe.maps import GroupMaps
 from attnprobe.report import Report
-from attnprobe.report.document import ranges
 from attnprobe.report.maps import pool_map
 from attnprobe.report.response import coupled_pairs, read_response
 from attnprobe.report.tokens import FAI_SCALE, WAAD_SCALE
@@ -130,14 +130,13 @@ def make_results(
 
 
 def make_maps(length: int) -> GroupMaps:
-    pattern = torch.rand(length, length, generator=torch.Generator().manual_seed(1)).tril()
-    columns = tuple(range(PROMPT, PROMPT + length))
-    return GroupMaps(pattern, pattern / 2, columns)
+    pattern = torch.rand(1, length, length, generator=torch.Generator().manual_seed(1)).tril()
+    return GroupMaps(pattern, pattern / 2, torch.arange(PROMPT, PROMPT + length)[None])
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
-    """The results of a tiny random model, as a user gets them."""
+def model() -> Any:
+    """A tiny random model."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=99,
@@ -148,7 +147,12 @@ def measured() -> dict[str, Any]:
         num_key_value_heads=2,
         max_position_embeddings=128,
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def measured(model: Any) -> dict[str, Any]:
+    """The results of a model, as a user gets them."""
     mask = torch.ones(2, 60, dtype=torch.long)
     mask[1, :5] = 0
     batch = attnprobe.TokenBatch.from_ids(torch.randint(3, 90, (2, 60)), mask, response_start=20)
@@ -359,13 +363,14 @@ def test_heads_that_a_layer_does_not_have_are_left_blank() -> None:
     assert "7 (up to 4 in a layer)" in Report(**results).html()
 
 
-def test_packed_responses_are_set_apart() -> None:
+def test_the_parts_of_a_response_with_gaps_are_set_apart() -> None:
     results = make_results(("a",) * 20)
     mask = results["batch"].response_mask.clone()
     mask[:, 12:15] = False
     results["batch"] = dataclasses.replace(results["batch"], response_mask=mask)
     for name in ("statistics", "scores"):
         results[name] = dataclasses.replace(results[name], response_mask=mask)
+    results["rhythm"] = attnprobe.find_rhythm(results["scores"])
     page = Page(Report(**results).html())
     assert page.texts["text-waad"].count("⋯") == 1
     curve = page.figure("curves")["data"][-1]
@@ -428,7 +433,7 @@ def test_a_page_says_that_its_maps_are_pooled() -> None:
     assert local["x"][0].startswith("6-7 ")
     values = base64.b64decode(local["customdata"]["bdata"])
     (first,) = struct.unpack("f", values[:4])
-    assert first == pytest.approx(float(make_maps(600).local_map[:2, :2].max()))
+    assert first == pytest.approx(float(make_maps(600).local_map[0, :2, :2].max()))
 
 
 def test_text_on_every_colour_is_readable_and_no_colour_repeats() -> None:
@@ -445,9 +450,74 @@ def _luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_ranges_of_layers() -> None:
-    assert ranges((4,)) == "4"
-    assert ranges((0, 1, 3, 5, 6, 7)) == "0-1, 3, 5-7"
+def test_an_intro_does_not_lie_across_a_gap() -> None:
+    """One column of something else between the intro of another anchor and this one."""
+    results = make_results(length=12)
+    mask = results["batch"].response_mask.clone()
+    mask[:, 12] = False
+    batch = dataclasses.replace(results["batch"], response_mask=mask)
+    flags = {
+        name: torch.zeros_like(mask).index_fill(1, torch.tensor(columns), True)
+        for name, columns in {
+            "preplan": [11, 14],
+            "anchor": [14],
+            "dominated": [14],
+            "intro": [11, 13],
+        }.items()
+    }
+    rhythm = dataclasses.replace(
+        results["rhythm"],
+        **flags,
+        anchor_preplan=torch.where(flags["anchor"], 14, -1),
+        delta=torch.ones(mask.shape).index_fill(1, torch.tensor([11]), 9.0),
+    )
+    scores = dataclasses.replace(results["scores"], response_mask=mask)
+    (pair,) = coupled_pairs(read_response(batch, scores, rhythm, 0), rhythm, 0)
+    assert pair.intro is not None
+    assert pair.intro.column == 13
+
+
+# ---- results that were measured --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("example", [0, 1])
+def test_maps_are_of_one_example_or_of_all(model: Any, measured: dict[str, Any], example: int) -> None:
+    """And a report of what was selected is that of the same example."""
+    one, other = (
+        attnprobe.group_maps(model, measured["batch"], measured["heads"], example=which)
+        for which in (example, 1 - example)
+    )
+    both = GroupMaps.concatenate([one, other] if example == 0 else [other, one])
+    results = {name: value for name, value in measured.items() if name != "maps"}
+    pages = [Report(**results, maps=maps, example=np.int64(example)).html() for maps in (one, both)]
+    assert pages[0] == pages[1]
+    selected = {
+        name: value if name == "heads" else value.select(example)
+        for name, value in {**results, "maps": both}.items()
+    }
+    alone = Page(Report(**selected).html())
+    assert alone.figure("maps") == Page(pages[0]).figure("maps")
+    assert alone.token_texts == Page(pages[0]).token_texts
+
+
+def test_a_batch_may_be_given_as_ids_and_gets_the_texts_of_the_statistics() -> None:
+    results = make_results(("so", " it", " is") * 5)
+    texts = results["batch"].texts
+    results["statistics"] = dataclasses.replace(results["statistics"], texts=texts)
+    names = ("input_ids", "attention_mask", "response_mask")
+    given = {name: getattr(results["batch"], name).tolist() for name in names}
+    assert Page(Report(**{**results, "batch": given}).html()).token_texts == ["so", " it", " is"] * 10
+
+
+def test_in_a_notebook_a_report_is_its_page(measured: dict[str, Any]) -> None:
+    report = Report(**measured, example=1, title='A "title"')
+    assert repr(report) == "Report(example 1 of 2, 40 response tokens, LlamaForCausalLM, with maps)"
+    frame = Page(report._repr_html_())
+    ((tag, attributes),) = frame.elements
+    assert tag == "iframe"
+    assert attributes["srcdoc"] == report.html()
+    assert attributes["title"] == 'A "title"'
+    assert "allow-same-origin" not in str(attributes["sandbox"])
 
 
 # ---- errors -----------------------------------------------------------------------------------------
@@ -455,65 +525,115 @@ def test_ranges_of_layers() -> None:
 
 @pytest.mark.usefixtures("as_users_call")
 class TestErrors:
-    @pytest.mark.parametrize("example", [2, -1, True, "0"])
+    @pytest.mark.parametrize("example", [2, -1, True, "0", None, 0.0, [0]])
     def test_an_example_that_the_batch_does_not_have(self, example: Any) -> None:
-        with pytest.raises(ParameterError, match=r"example must be in 0\.\.1, got"):
+        with pytest.raises(ParameterError, match=r"example.*0\.\.1.*got"):
             Report(**make_results(), example=example)
+
+    @pytest.mark.parametrize("name", ["batch", "statistics", "heads", "scores", "rhythm", "maps", "title"])
+    @pytest.mark.parametrize("wrong", [3, "text", {}, torch.ones(2, 2), GroupMaps, object()])
+    def test_something_else_in_place_of_a_result(self, name: str, wrong: Any) -> None:
+        if name == "title" and wrong == "text":
+            return
+        with pytest.raises(AttnprobeError, match="input_ids|tokenizer|tensor" if name == "batch" else name):
+            Report(**{**make_results(), name: wrong})
+
+    @pytest.mark.parametrize("name", ["prompt", "notes"])
+    def test_what_is_no_text(self, name: str) -> None:
+        with pytest.raises(ParameterError, match=name):
+            Report(**make_results(), **{name: 3})
+
+    def test_results_that_were_exchanged(self) -> None:
+        results = make_results()
+        for name, other in (("statistics", "scores"), ("scores", "rhythm"), ("rhythm", "statistics")):
+            with pytest.raises(ParameterError, match=f"{name}.*{type(results[other]).__name__}"):
+                Report(**{**results, name: results[other]})
 
     def test_results_of_another_batch(self) -> None:
         other = make_results(length=30)
-        with pytest.raises(ResultError, match=r"not of one batch.*'batch': \[2, 46\].*'scores': \[2, 36\]"):
-            Report(**make_results(scores=other["scores"]))
-        with pytest.raises(ResultError, match=r"'rhythm': \[2, 36\]"):
-            Report(**make_results(rhythm=other["rhythm"]))
+        for name in ("statistics", "scores", "rhythm"):
+            with pytest.raises(ResultError, match=rf"'batch': \[2, 46\].*'{name}': \[2, 36\]"):
+                Report(**make_results(**{name: other[name]}))
 
-    def test_scores_of_other_tokens(self) -> None:
+    @pytest.mark.parametrize("name", ["statistics", "scores", "rhythm"])
+    def test_results_of_other_tokens(self, name: str) -> None:
+        results = make_results()
+        ids = results["batch"].input_ids.clone()
+        ids[0, 9] = 1234
+        results[name] = dataclasses.replace(results[name], input_ids=ids)
+        with pytest.raises(ResultError, match=f"{name}.*9.*example 0.*1234"):
+            Report(**results)
+
+    @pytest.mark.parametrize("name", ["statistics", "scores", "rhythm"])
+    def test_results_of_another_response(self, name: str) -> None:
         results = make_results()
         mask = results["scores"].response_mask.clone()
         mask[0, :8] = False
-        results["scores"] = dataclasses.replace(results["scores"], response_mask=mask)
-        with pytest.raises(
-            ResultError, match="scores describe 38 response tokens of example 0, from column 8"
-        ):
+        results[name] = dataclasses.replace(results[name], response_mask=mask)
+        with pytest.raises(ResultError, match=f"{name}.*38.*example 0.*column 8.*40.*column 6"):
             Report(**results)
 
-    def test_heads_of_other_layers_or_shapes(self) -> None:
-        other = make_results(layers=3)
-        with pytest.raises(ResultError, match=r"made for a/model with layers \[3, 4, 5\] of 4 heads"):
-            Report(**make_results(heads=other["heads"]))
-        heads = dataclasses.replace(make_results()["heads"], local_heads=torch.ones(2, 3, dtype=torch.bool))
-        with pytest.raises(ResultError, match=r"must be \[2, 4\], got \{'local_heads': \[2, 3\]"):
-            Report(**make_results(heads=heads))
-
-    def test_statistics_that_name_other_layers_than_they_hold(self) -> None:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("model_name", "b/other"),
+            ("layers", (9,)),
+            ("window", 5),
+            ("horizon", (10, None)),
+            ("heads", {"local": ((3, 0, 1.0), (3, 1, 1.0))}),
+        ],
+    )
+    @pytest.mark.parametrize("name", ["scores", "rhythm", "maps"])
+    def test_results_that_were_computed_from_others(self, name: str, field: str, value: Any) -> None:
         results = make_results()
-        results["statistics"] = dataclasses.replace(results["statistics"], waad=torch.ones(2, 5, 4, 3))
-        with pytest.raises(ResultError, match=r"name 2 layers, but their WAAD is of \[5, 4\]"):
+        scores = attnprobe.score_tokens(results["statistics"], results["heads"])
+        results |= {"scores": scores, "rhythm": attnprobe.find_rhythm(scores), "maps": make_maps(40)}
+        Report(**results)
+        of = scores.provenance if name != "maps" else attnprobe.Provenance()
+        changed = dataclasses.replace(of, **{field: value})
+        results[name] = dataclasses.replace(results[name], provenance=changed)
+        if (name, field) == ("maps", "layers"):
             Report(**results)
+            return
+        told = "b/other" if field == "model_name" else "local" if field == "heads" else field
+        with pytest.raises(ResultError, match=f"{name}.*{told}"):
+            Report(**results)
+
+    def test_what_is_not_known_is_not_compared(self) -> None:
+        """Results that were made by hand say nothing of tokens and models."""
+        results = make_results()
+        results["rhythm"] = dataclasses.replace(results["rhythm"], response_mask=None)
+        statistics = dataclasses.replace(results["statistics"], model_name="")
+        assert Report(**{**results, "statistics": statistics}).html()
+
+    def test_heads_of_other_layers_or_models(self) -> None:
+        other = make_results(layers=3)
+        with pytest.raises(ResultError, match=r"a/model.*3-5.*3-4"):
+            Report(**make_results(heads=other["heads"]))
+        heads = dataclasses.replace(make_results()["heads"], model_name="b/other")
+        with pytest.raises(ResultError, match=r"b/other.*a/model"):
+            Report(**make_results(heads=heads))
 
     def test_heads_without_any_span(self) -> None:
         heads = make_results()["heads"]
         heads = dataclasses.replace(heads, span=torch.full_like(heads.span, math.nan))
-        with pytest.raises(ResultError, match="no head has a defined span"):
+        with pytest.raises(ResultError, match="span"):
             Report(**make_results(heads=heads))
 
-    def test_texts_that_do_not_fit_the_tokens(self) -> None:
-        results = make_results(("a", "b"))
-        results["batch"] = dataclasses.replace(results["batch"], texts=(("a",), ("b",)))
-        with pytest.raises(ResultError, match=r"batch is \[2, 8\], but its texts number \[1, 1\]"):
-            Report(**results)
-
-    def test_maps_of_another_response_or_shape(self) -> None:
-        with pytest.raises(ResultError, match=r"columns 6\.\.55, but the response of example 0 .* 6\.\.45"):
+    def test_maps_of_another_response(self) -> None:
+        with pytest.raises(ResultError, match=r"6\.\.55.*example 0.*6\.\.45"):
             Report(**make_results(), maps=make_maps(50))
-        maps = dataclasses.replace(make_maps(5), local_map=torch.ones(4, 4))
-        with pytest.raises(ResultError, match=r"maps of 5 tokens .*'local_map': \[4, 4\]"):
+        maps = dataclasses.replace(make_maps(5), input_ids=torch.tensor([[1, 2, 3, 4, 5]]))
+        with pytest.raises(ResultError, match=r"maps.*column 6.*\b1\b"):
             Report(**make_results(), maps=maps)
+        three = GroupMaps.concatenate([make_maps(5)] * 3)
+        with pytest.raises(ResultError, match=r"maps.*\b3\b.*\b2\b"):
+            Report(**make_results(), maps=three)
 
     def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
-        with pytest.raises(ResultError, match="cannot write to the folder"):
+        with pytest.raises(ResultError, match="missing"):
             Report(**make_results()).save(tmp_path / "missing" / "report.html")
-        with pytest.raises(ResultError, match="it is a folder"):
+        with pytest.raises(ResultError, match="folder"):
             Report(**make_results()).save(tmp_path)
 
     @pytest.mark.parametrize("missing", ["jinja2", "plotly"])
@@ -534,3 +654,4 @@ class TestErrors:
         ):
             report.save(tmp_path / "report.html")
         assert not list(tmp_path.iterdir())
+        assert missing in report._repr_html_()

@@ -1,4 +1,4 @@
-r"""Content words of a text, and how much of them two texts share (Eq. 11 of arXiv 2510.13554).
+r"""Content words of a text, and how much of them two texts share (Eq. 11 of arXiv 2510.13554v2).
 
 A content word is a number, or a word of letters that is not a function word of English. Numbers are
 compared by value as written, without thousands separators: "1,000" is "1000", and "0.50" is "0.5". Words

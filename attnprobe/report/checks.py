@@ -1,21 +1,25 @@
-"""Whether results belong together: the same batch, the same response, the same layers and heads.
+"""Whether results belong together: the same tokens, model, window, horizon, layers and heads.
 
-A report of results that do not fit would show numbers beside the wrong tokens. What is left to others:
+A report of results that do not fit would show numbers beside the wrong tokens, or call them by a model and
+heads that they are not of. `Report` calls `check_results_fit` when it is made. What is left to others:
 whether each result is right in itself (the results' own modules).
 """
 
 from __future__ import annotations
 
-from jaxtyping import Bool
+from typing import Any
+
 from torch import Tensor
 
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import ParameterError, ResultError
+from attnprobe.errors import ResultError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups
 from attnprobe.maps import GroupMaps
+from attnprobe.results import Provenance
 from attnprobe.rhythm import Rhythm
-from attnprobe.scores import TokenScores
+from attnprobe.scores import TokenScores, check_same_tokens
+from attnprobe.validation import brief
 
 
 def check_results_fit(
@@ -27,92 +31,126 @@ def check_results_fit(
     maps: GroupMaps | None,
     example: int,
 ) -> None:
-    """Check that results describe one batch, and that it has the example.
+    """Check that results describe one batch, and that they were computed from one another.
 
     Raises:
-        ParameterError: an example that the batch does not have.
-        ResultError: results of other shapes, responses, layers or heads.
+        ResultError: results of other tokens, responses, models, windows, horizons, layers or heads.
     """
-    if isinstance(example, bool) or not isinstance(example, int) or not 0 <= example < batch.batch_size:
-        raise ParameterError(f"example must be in 0..{batch.batch_size - 1}, got {example!r}")
-    _check_tokens(batch, statistics, scores, rhythm)
-    _check_responses(batch, statistics, scores, example)
+    if not bool(batch.response_mask[example].any()):
+        raise ResultError(f"example {example} has an empty response: there is no token to show")
+    named: dict[str, Any] = {"statistics": statistics, "scores": scores, "rhythm": rhythm}
+    _check_shapes(batch, named)
+    for name, result in named.items():
+        if result.response_mask is not None:
+            check_same_tokens(batch, result, f"the {name}")
+            _check_response(batch, result.response_mask, f"the {name}", example)
     _check_heads(statistics, heads)
+    measured = Provenance(
+        statistics.model_name, statistics.layers, statistics.window, statistics.horizon, _heads_of(heads)
+    )
+    _check_provenance(measured, scores.provenance, "scores", "the statistics and head groups")
+    _check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
     if maps is not None:
         _check_maps(batch, maps, example)
+        _check_provenance(measured, maps.provenance, "maps", "the statistics and head groups")
 
 
-def _check_tokens(batch: TokenBatch, statistics: HeadStatistics, scores: TokenScores, rhythm: Rhythm) -> None:
+def maps_entry(maps: GroupMaps, batch: TokenBatch, example: int) -> int:
+    """Return which entry of the maps is of an example: maps are of one example, or of all of the batch.
+
+    Raises:
+        ResultError: maps of some other number of examples.
+    """
+    count = maps.columns.shape[0]
+    if count not in (1, batch.batch_size):
+        raise ResultError(
+            f"the maps are of {count} examples, the batch of {batch.batch_size}: pass those of example "
+            f"{example}, group_maps(..., example={example}), or of all"
+        )
+    return example if count == batch.batch_size else 0
+
+
+def _check_shapes(batch: TokenBatch, results: dict[str, Any]) -> None:
     """Check that all results per token have the shape of the batch."""
-    shapes = {
-        "batch": list(batch.input_ids.shape),
-        "statistics": list(statistics.response_mask.shape),
-        "scores": list(scores.waad.shape),
-        "rhythm": list(rhythm.preplan.shape),
-    }
-    if any(shape != shapes["batch"] for shape in shapes.values()):
-        raise ResultError(f"these results are not of one batch: their [batch, token] are {shapes}")
-    masks = ("preplan", "anchor", "anchor_preplan", "dominated", "intro", "delta")
-    inside = {name: list(getattr(rhythm, name).shape) for name in masks}
-    if any(shape != shapes["batch"] for shape in inside.values()):
-        raise ResultError(f"the parts of the rhythm must all be {shapes['batch']}, got {inside}")
-    if batch.texts is not None:
-        texts = [len(row) for row in batch.texts]
-        if texts != [batch.token_count] * batch.batch_size:
-            raise ResultError(f"the batch is {shapes['batch']}, but its texts number {texts} tokens a row")
+    sizes = {name: _token_shape(result) for name, result in {"batch": batch, **results}.items()}
+    if any(size != sizes["batch"] for size in sizes.values()):
+        raise ResultError(f"these results are not of one batch: their [example, token] are {sizes}")
 
 
-def _check_responses(
-    batch: TokenBatch, statistics: HeadStatistics, scores: TokenScores, example: int
-) -> None:
-    """Check that results describe the same tokens of the example."""
-    ours = batch.response_mask[example].cpu()
-    if not bool(ours.any()):
-        raise ResultError(f"example {example} has an empty response: there is no token to show")
-    for name, result in (("statistics", statistics), ("scores", scores)):
-        theirs = result.response_mask[example].cpu()
-        if bool((theirs != ours).any()):
-            raise ResultError(
-                f"the {name} describe {int(theirs.sum())} response tokens of example {example}, "
-                f"from column {_first(theirs)}; the batch has {int(ours.sum())}, from column {_first(ours)}"
-            )
+def _token_shape(result: Any) -> list[int]:
+    # A rhythm that was made by hand may have no response mask.
+    mask: Tensor = result.preplan if isinstance(result, Rhythm) else result.response_mask
+    return list(mask.shape)
+
+
+def _check_response(batch: TokenBatch, mask: Tensor, name: str, example: int) -> None:
+    """Check that a result describes the same tokens of the example as the batch."""
+    ours, theirs = batch.response_mask[example].cpu(), mask[example].cpu()
+    if bool((theirs != ours).any()):
+        raise ResultError(
+            f"{name} describe {int(theirs.sum())} response tokens of example {example}, from column "
+            f"{_first(theirs)}; the batch has {int(ours.sum())}, from column {_first(ours)}"
+        )
 
 
 def _check_heads(statistics: HeadStatistics, heads: HeadGroups) -> None:
-    """Check that statistics and head groups are of the same layers and heads."""
+    """Check that head groups are of the statistics' model, layers and heads."""
     heads.check_fits(statistics.layers, statistics.head_count, statistics.model_name)
-    named = {"local_heads": heads.local_heads, "global_heads": heads.global_heads, "span": heads.span}
-    if heads.receiver_heads is not None:
-        named["receiver_heads"] = heads.receiver_heads
-    if heads.receiver_kurtosis is not None:
-        named["receiver_kurtosis"] = heads.receiver_kurtosis
-    shapes = {name: list(value.shape) for name, value in named.items()}
-    wanted = [len(heads.layers), heads.span.shape[1]]
-    if any(shape != wanted for shape in shapes.values()):
-        raise ResultError(f"the head groups of {len(heads.layers)} layers must be {wanted}, got {shapes}")
-    measured = [statistics.waad.shape[1], statistics.head_count]
-    if measured != wanted:
-        raise ResultError(
-            f"the statistics name {len(statistics.layers)} layers, but their WAAD is of {measured}"
-        )
     if bool(heads.span.isnan().all()):
         raise ResultError("no head has a defined span: there is nothing to show")
 
 
+def _heads_of(heads: HeadGroups) -> dict[str, tuple[tuple[int, int, float], ...]]:
+    found = {"local": heads.local.heads, "global": heads.global_.heads}
+    return found if heads.receiver_heads is None else {**found, "receiver": heads.receiver.heads}
+
+
+def _check_provenance(expected: Provenance, found: Provenance, name: str, source: str) -> None:
+    """Check that a result was computed from what is shown beside it, as far as both are known."""
+    for field in ("model_name", "layers", "window", "horizon"):
+        ours, theirs = getattr(expected, field), getattr(found, field)
+        # Maps are of the layers that their heads are in.
+        if field == "layers" and name == "maps":
+            continue
+        if ours not in ("", None, ()) and theirs not in ("", None, ()) and ours != theirs:
+            raise ResultError(f"the {name} are of {field}={theirs}, {source} of {field}={ours}")
+    for group in expected.heads.keys() & found.heads.keys():
+        ours, theirs = set(expected.heads[group]), set(found.heads[group])
+        if ours != theirs:
+            some = sorted((layer, head) for layer, head, _ in ours ^ theirs)
+            raise ResultError(
+                f"the {name} are of other {group} heads than {source}: {len(theirs)} and {len(ours)} heads, "
+                f"which differ in (layer, head) {brief(some)}"
+            )
+
+
 def _check_maps(batch: TokenBatch, maps: GroupMaps, example: int) -> None:
     """Check that maps are of tokens of the example's response."""
-    shapes = {"local_map": list(maps.local_map.shape), "global_map": list(maps.global_map.shape)}
-    if any(shape != [len(maps.columns)] * 2 for shape in shapes.values()) or not maps.columns:
-        raise ResultError(f"maps of {len(maps.columns)} tokens must have as many rows and keys, got {shapes}")
-    columns = set(batch.response_mask[example].nonzero()[:, 0].tolist())
-    if not columns.issuperset(maps.columns):
+    entry = maps_entry(maps, batch, example)
+    columns = maps.columns_of(entry)
+    inside = set(batch.response_mask[example].nonzero()[:, 0].tolist())
+    hint = f"pass group_maps(..., example={example})"
+    if not columns or not inside.issuperset(columns):
         raise ResultError(
-            f"the maps are of columns {min(maps.columns)}..{max(maps.columns)}, but the response of example "
-            f"{example} stands in columns {min(columns)}..{max(columns)}: pass group_maps(..., "
-            f"example={example})"
+            f"the maps are of columns {_range(columns)}, but the response of example {example} stands in "
+            f"columns {_range(sorted(inside))}: {hint}"
         )
+    if maps.input_ids is None:
+        return
+    theirs = maps.input_ids[entry, : len(columns)].tolist()
+    ours = batch.input_ids[example, columns].tolist()
+    for column, their_id, our_id in zip(columns, theirs, ours, strict=True):
+        if their_id != our_id:
+            raise ResultError(
+                f"the maps are of other tokens than example {example}: in column {column} they have id "
+                f"{their_id}, the batch has {our_id}: {hint}"
+            )
 
 
-def _first(mask: Bool[Tensor, " token"]) -> str:
+def _range(columns: list[int]) -> str:
+    return f"{columns[0]}..{columns[-1]}" if columns else "none"
+
+
+def _first(mask: Tensor) -> str:
     found = mask.nonzero()[:, 0].tolist()
     return str(found[0]) if found else "none"

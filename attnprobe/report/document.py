@@ -1,8 +1,9 @@
 """The Report: results in, one self-contained HTML file out.
 
-The page opens offline: plotly.js, figures and styles stand in it, and its content security policy lets
-a browser run the scripts written here and fetch nothing. What is left to others: numbers (the results),
-pictures (tokens, figures, maps), words and markup (page.html.jinja).
+Users make one and save it; in a notebook it shows itself. The page opens offline: plotly.js, figures and
+styles are part of it, and its content security policy lets a browser run the scripts written here and fetch
+nothing. What is left to others: numbers (the results), pictures (tokens, figures, maps), words and markup
+(page.html.jinja).
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import replace
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from attnprobe.batch import TokenBatch
+from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.errors import MissingDependencyError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import Group, HeadGroups
 from attnprobe.maps import GroupMaps
 from attnprobe.report import tokens as coloured
-from attnprobe.report.checks import check_results_fit
+from attnprobe.report.checks import check_results_fit, maps_entry
 from attnprobe.report.figures import curves_figure, group_names, heads_figure, response_curves
 from attnprobe.report.maps import MOST_CELLS, maps_figure
 from attnprobe.report.plotting import figure_json, import_plotly, plotly_source
@@ -33,9 +35,11 @@ from attnprobe.report.response import (
     read_response,
     visible,
 )
+from attnprobe.results import html_table, ranges
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
 from attnprobe.storage import write_atomically
+from attnprobe.validation import IntLike, instance, whole_number
 from attnprobe.version import __version__
 
 _HEADS_LISTED = 10
@@ -55,42 +59,78 @@ for (const element of document.querySelectorAll("[data-figure]")) {
 """
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class Report:
     """A page that shows what was measured on one response of a batch.
 
     Args:
-        batch: the tokens; without texts, their ids are shown.
+        batch: the tokens, as for `measure`. The page shows texts if the batch or the statistics have them,
+            from a tokenizer (`TokenBatch.from_text`, `from_ids(..., tokenizer=...)`); else token ids.
         statistics: what `measure` returned for the batch.
         heads: the head groups that the scores are of.
         scores: the scores of the batch's tokens.
         rhythm: the peaks of the scores.
-        maps: the maps of the example, from `group_maps`; None leaves the pictures out.
+        maps: the maps of the example, from `group_maps`, or of all examples; None leaves the pictures out.
         example: which response of the batch to show.
         title: the page's heading.
         prompt: the prompt as text; default: the batch's own text before the response, if it has texts.
         notes: a text of your own, shown below the heading.
 
     Raises:
-        ParameterError: an example that the batch does not have.
-        ResultError: results that are not of one batch, or not of the same layers and heads.
+        BatchError: something that is no batch.
+        ParameterError: an example that the batch does not have, or something else in place of a result.
+        ResultError: results of other tokens, models, windows, horizons, layers or heads.
     """
 
-    batch: TokenBatch
-    statistics: HeadStatistics
-    heads: HeadGroups
-    scores: TokenScores
-    rhythm: Rhythm
-    maps: GroupMaps | None = None
-    _: KW_ONLY
-    example: int = 0
-    title: str = "Attention report"
-    prompt: str | None = None
-    notes: str | None = None
+    def __init__(
+        self,
+        batch: BatchLike,
+        statistics: HeadStatistics,
+        heads: HeadGroups,
+        scores: TokenScores,
+        rhythm: Rhythm,
+        maps: GroupMaps | None = None,
+        *,
+        example: IntLike = 0,
+        title: str = "Attention report",
+        prompt: str | None = None,
+        notes: str | None = None,
+    ) -> None:
+        batch = TokenBatch.of(batch)
+        self.statistics: HeadStatistics = instance(
+            statistics, HeadStatistics, "statistics", "measure returns them"
+        )
+        self.heads: HeadGroups = instance(heads, HeadGroups, "heads", "classify_heads returns them")
+        self.scores: TokenScores = instance(scores, TokenScores, "scores", "score_tokens returns them")
+        self.rhythm: Rhythm = instance(rhythm, Rhythm, "rhythm", "find_rhythm returns it")
+        self.maps: GroupMaps | None = None
+        if maps is not None:
+            self.maps = instance(maps, GroupMaps, "maps", "group_maps returns them")
+        self.example = whole_number(example, "example", maximum=batch.batch_size - 1)
+        self.title: str = instance(title, str, "title")
+        self.prompt: str | None = prompt if prompt is None else instance(prompt, str, "prompt")
+        self.notes: str | None = notes if notes is None else instance(notes, str, "notes")
+        check_results_fit(batch, statistics, heads, scores, rhythm, maps, self.example)
+        self.batch = batch if batch.texts is not None else replace(batch, texts=statistics.texts)
 
-    def __post_init__(self) -> None:
-        check_results_fit(
-            self.batch, self.statistics, self.heads, self.scores, self.rhythm, self.maps, self.example
+    def __repr__(self) -> str:
+        count = int(self.batch.response_mask[self.example].sum())
+        told = [
+            f"example {self.example} of {self.batch.batch_size}",
+            f"{count} response tokens",
+            _shown_model_name(self.statistics.model_name),
+            "without maps" if self.maps is None else "with maps",
+        ]
+        return f"Report({', '.join(told)})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the page, in a frame that lets its scripts run and nothing else."""
+        try:
+            page = self.html()
+        except MissingDependencyError as error:
+            return html_table(repr(self), ("", ""), [("cannot be shown", str(error))])
+        return (
+            f'<iframe srcdoc="{escape(page)}" sandbox="allow-scripts allow-downloads" '
+            f'title="{escape(self.title)}" style="width: 100%; height: 800px; border: 0"></iframe>'
         )
 
     def save(self, path: str | Path) -> Path:
@@ -147,10 +187,11 @@ class Report:
             has_receiver=self.scores.receiver_fai is not None,
             has_entropy=self.scores.entropy is not None,
         )
+        maps = self._maps_of_example()
         return {
             "curves": figure_json(curves_figure(tokens, pairs, curves)),
             "heads": figure_json(heads_figure(self.heads)),
-            "maps": None if self.maps is None else figure_json(maps_figure(self.maps, tokens)),
+            "maps": None if maps is None else figure_json(maps_figure(maps, tokens)),
         }
 
     def _facts(self) -> dict[str, str]:
@@ -159,7 +200,7 @@ class Report:
         low, high = statistics.horizon
         facts = {
             "Model": _shown_model_name(statistics.model_name),
-            "Layers measured": f"{len(heads.layers)}: {ranges(heads.layers)}",
+            "Layers measured": f"{len(statistics.layers)}: {ranges(statistics.layers)}",
         }
         if statistics.skipped_layers:
             facts["Layers without attention"] = ranges(statistics.skipped_layers)
@@ -208,7 +249,7 @@ class Report:
         ]
 
     def _head_table(self, group: Group) -> dict[str, Any]:
-        """Return the most typical heads of a group, as rows of a table."""
+        """Return the most typical heads of a group, as lines of a table."""
         index = {layer: i for i, layer in enumerate(self.heads.layers)}
         kurtosis = self.heads.receiver_kurtosis
         rows = []
@@ -225,9 +266,16 @@ class Report:
             )
         return {"group": group, "rows": rows, "has_kurtosis": kurtosis is not None}
 
+    def _maps_of_example(self) -> GroupMaps | None:
+        """Return the maps of the example alone, without what pads those of a shorter response."""
+        if self.maps is None:
+            return None
+        return self.maps.select(maps_entry(self.maps, self.batch, self.example), trim=True)
+
     def _map_block(self) -> int:
         """Return how many tokens a cell of the maps stands for."""
-        return 1 if self.maps is None else math.ceil(len(self.maps.columns) / MOST_CELLS)
+        maps = self._maps_of_example()
+        return 1 if maps is None else math.ceil(maps.columns.shape[1] / MOST_CELLS)
 
 
 def check_dependencies() -> None:
@@ -238,21 +286,6 @@ def check_dependencies() -> None:
     """
     _template()
     import_plotly()
-
-
-def ranges(numbers: tuple[int, ...]) -> str:
-    """Return ascending numbers with runs drawn together.
-
-    >>> ranges((0, 1, 2, 5, 7, 8))
-    '0-2, 5, 7-8'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def _template() -> Any:

@@ -1,7 +1,7 @@
 """The report's figures of scores and heads: curves over the response, and a map of all heads.
 
 `curves_figure` draws WAAD, FAI and entropy over the response with their peaks (Fig. 2 of arXiv
-2510.13554); `heads_figure` the mean span of every head. Both return plotly figures. What is left to
+2510.13554v2); `heads_figure` draws the mean span of every head. Both return plotly figures. What is left to
 others: attention maps (maps), the look that all figures share (plotting), and words (the page).
 """
 
@@ -25,14 +25,14 @@ from attnprobe.report.plotting import (
 )
 from attnprobe.report.response import CoupledPair, ResponseToken
 
-_ROW_HEIGHT = 170
-_ROW_GAP = 0.06
+_PANEL_HEIGHT = 170
+_PANEL_GAP = 0.06
 _PAIR_COLOUR = "rgba(120, 120, 120, 0.20)"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One row of the curves: a score of each token, and which tokens are its peaks."""
+    """One panel of the curves: a score of each token, and which tokens are its peaks."""
 
     name: str
     axis_title: str
@@ -92,14 +92,14 @@ def curves_figure(
     tokens: Sequence[ResponseToken], pairs: Sequence[CoupledPair], curves: Sequence[Curve]
 ) -> Any:
     """Return the curves, one below the other over a shared axis, with peaks and pairs marked."""
-    figure = empty_figure(_ROW_HEIGHT * len(curves) + 110)
+    figure = empty_figure(_PANEL_HEIGHT * len(curves) + 110)
     figure.add_trace(_token_line(tokens, curves[0]))
-    height = (1 - _ROW_GAP * (len(curves) - 1)) / len(curves)
-    for row, curve in enumerate(curves):
-        number = "" if row == 0 else str(row + 1)
-        top = 1 - row * (height + _ROW_GAP)
+    height = (1 - _PANEL_GAP * (len(curves) - 1)) / len(curves)
+    for panel, curve in enumerate(curves):
+        number = "" if panel == 0 else str(panel + 1)
+        top = 1 - panel * (height + _PANEL_GAP)
         limits = curve.limits()
-        for trace in _curve_traces(tokens, pairs, curve, limits, first=row == 0):
+        for trace in _curve_traces(tokens, pairs, curve, limits, first=panel == 0):
             figure.add_trace(trace.update(yaxis=f"y{number}"))
         axis = {
             "domain": [max(0.0, top - height), top],
@@ -124,7 +124,7 @@ def curves_figure(
     figure.update_layout(
         xaxis=_token_axis(tokens, len(curves)),
         hovermode="x unified",
-        # One box for the curves of all rows, not one for the row under the mouse.
+        # One box for the curves of all panels, not one for the panel under the mouse.
         hoversubplots="axis",
         barmode="overlay",
         legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
@@ -132,11 +132,11 @@ def curves_figure(
     return figure
 
 
-def _token_axis(tokens: Sequence[ResponseToken], rows: int) -> dict[str, Any]:
-    """Return the horizontal axis, which stands below the last row."""
+def _token_axis(tokens: Sequence[ResponseToken], panels: int) -> dict[str, Any]:
+    """Return the horizontal axis, which stands below the last panel."""
     return {
         "title": {"text": "token (column in the batch)"},
-        "anchor": f"y{rows}" if rows > 1 else "y",
+        "anchor": f"y{panels}" if panels > 1 else "y",
         "gridcolor": GRID,
         "zeroline": False,
         "range": [tokens[0].column - 1, tokens[-1].column + 1],
@@ -171,7 +171,7 @@ def _curve_traces(
     *,
     first: bool,
 ) -> list[Any]:
-    """Return a row's traces: bands from preplan to anchor, the curve, and its peaks."""
+    """Return a panel's traces: bands from preplan to anchor, the curve, and its peaks."""
     plotly = import_plotly()
     low, high = limits
     traces = []
@@ -220,7 +220,7 @@ def _curve_traces(
 def _with_gaps(
     tokens: Sequence[ResponseToken], values: Sequence[float]
 ) -> tuple[list[int], list[float | None]]:
-    """Return columns and values with a hole wherever two responses of a packed row meet."""
+    """Return columns and values with a hole wherever a gap lies between two parts of the response."""
     columns: list[int] = []
     filled: list[float | None] = []
     for token, value in zip(tokens, values, strict=True):

@@ -62,20 +62,21 @@ def pool_map(attention: Float[Tensor, "token token"], most_cells: int = MOST_CEL
 
 
 def maps_figure(maps: GroupMaps, tokens: Sequence[ResponseToken], most_cells: int = MOST_CELLS) -> Any:
-    """Return the local and the global map, queries down and keys across, in logarithmic colour."""
+    """Return both maps of one example in logarithmic colour, queries down and keys across."""
     named = {
-        "local heads": pool_map(maps.local_map, most_cells),
-        "global heads": pool_map(maps.global_map, most_cells),
+        "local heads": pool_map(maps.local_map[0], most_cells),
+        "global heads": pool_map(maps.global_map[0], most_cells),
     }
     block = named["local heads"].block
+    columns = maps.columns_of(0)
     by_column = {token.column: token for token in tokens}
-    labels = _labels([by_column[column] for column in maps.columns], block)
+    labels = _labels([by_column[column] for column in columns], block)
     # A few places: every token's own column would not fit, and hovering names it.
     shown = list(range(0, len(labels), max(1, len(labels) // 8)))
     axis = {
         "type": "category",
         "tickvals": shown,
-        "ticktext": [str(maps.columns[cell * block]) for cell in shown],
+        "ticktext": [str(columns[cell * block]) for cell in shown],
         "showgrid": False,
         "zeroline": False,
         "tickangle": 0,

@@ -71,7 +71,7 @@ class CoupledPair:
 def read_response(
     batch: TokenBatch, scores: TokenScores, rhythm: Rhythm, example: int
 ) -> tuple[ResponseToken, ...]:
-    """Return the response tokens of one row; without texts, ids stand in for them."""
+    """Return the response tokens of one example; without texts, ids stand in for them."""
     columns = batch.response_mask[example].nonzero()[:, 0].tolist()
     if batch.texts is not None:
         texts = [visible(batch.texts[example][column]) for column in columns]
@@ -116,7 +116,7 @@ def coupled_pairs(tokens: tuple[ResponseToken, ...], rhythm: Rhythm, example: in
 
 
 def prompt_text(batch: TokenBatch, example: int) -> str | None:
-    """Return the text before the response; None without texts, or where a row packs several prompts."""
+    """Return the text before the response; None without texts, or where an example packs several prompts."""
     if batch.texts is None or batch.segment_ids is not None:
         return None
     start = int(batch.response_mask[example].nonzero()[0, 0])
@@ -180,13 +180,13 @@ def _intro(
     """Return the token that opened the chunk of a dominated anchor, as `dominated_anchors` chose it."""
     if not tokens[place].dominated:
         return None
-    # Rhythm keeps intros as a set of tokens: an anchor's own is the largest change in its lookback,
-    # ties: the latest.
-    first = tokens[place].column - rhythm.lookback
+    # Rhythm keeps intros as a set of tokens: an anchor's own is the largest change in its lookback, as far
+    # back as no gap lies between them; ties: the latest.
+    column = tokens[place].column
     before = [
         token
-        for token in tokens[max(0, place - rhythm.lookback) : place]
-        if token.intro and token.column >= first
+        for distance, token in enumerate(reversed(tokens[max(0, place - rhythm.lookback) : place]), 1)
+        if token.column == column - distance and token.intro
     ]
     delta = rhythm.delta[example]
     return max(before, key=lambda token: (float(delta[token.column]), token.column), default=None)

@@ -1,4 +1,4 @@
-"""The response as text, each token's background coloured by a score (Fig. 8 of arXiv 2510.13554).
+"""The response as text, each token's background coloured by a score (Fig. 9 of arXiv 2510.13554v2).
 
 `coloured_text` turns a response and a score into styled pieces and a legend. What is left to others:
 the markup (the page's template, which also escapes every text) and the curves (figures).
