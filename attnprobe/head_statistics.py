@@ -280,7 +280,10 @@ class HeadStatisticsProbe(Probe):
         Raises:
             ResultError: no complete pass was observed.
         """
-        return HeadStatistics.concatenate([*self._finished, *self._current()])
+        parts = [*self._finished, *self._current()]
+        if not parts:
+            raise ResultError("there are no statistics yet: no forward pass was observed to its end")
+        return HeadStatistics.concatenate(parts)
 
     def reset(self) -> None:
         """Forget all passes."""
