@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint types format bench bench-quick build clean
+.PHONY: help install demo test test-fast fuzz lint types format bench bench-quick build clean
 
 help:  ## List what can be done
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ test: install  ## Run all tests
 
 test-fast: install  ## Run the tests that need no real model
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --quiet -m "not slow"
+
+fuzz: install  ## Try malformed inputs at every public entry point (a few minutes)
+	@$(BIN)/python -m tests.fuzz
 
 lint: install  ## Check style and formatting
 	@echo "==> ruff"

@@ -20,10 +20,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attnprobe.errors import BatchError, ParameterError
-from attnprobe.layout import RowLayout, check_padding, packed_segments
-from attnprobe.results import Result
+from attnprobe.layout import RowLayout, check_padding, check_sequences, packed_segments
+from attnprobe.results import Result, table_column
 from attnprobe.texts import as_texts, chat_prompt_ids, encoded, token_texts
-from attnprobe.validation import ArrayLike, as_mask, as_tensor, brief
+from attnprobe.validation import ArrayLike, as_mask, as_tensor, brief, is_array
 
 if TYPE_CHECKING:
     BatchLike: TypeAlias = "TokenBatch" | Mapping[str, Any] | ArrayLike
@@ -60,6 +60,8 @@ class TokenBatch(Result):
         """Check the parts, and make ids int64, which every model takes."""
         self._check(BatchError)
         object.__setattr__(self, "input_ids", _as_ids(self.input_ids, "input_ids"))
+        if self.segment_ids is not None:
+            check_sequences(self.segment_ids, self.attention_mask)
         outside = self.response_mask & ~self.attention_mask
         if bool(outside.any()):
             raise BatchError(
@@ -84,7 +86,7 @@ class TokenBatch(Result):
         """Return example, position, token_id, text and whether a token is response, of each real token."""
         place = self.attention_mask.nonzero()
         columns = token_columns(place, self.input_ids, self.texts)
-        columns["response"] = self.response_mask[place[:, 0], place[:, 1]].cpu().numpy()
+        columns["response"] = table_column(self.response_mask, place)
         return columns
 
     # ---- building -----------------------------------------------------------------------------
@@ -94,8 +96,9 @@ class TokenBatch(Result):
         """Return a batch from whatever stands for one; every function that takes a batch calls this.
 
         A `TokenBatch` is returned as it is. A tokenizer's output, or a dictionary like it, has `input_ids`
-        and may have `attention_mask`, `position_ids`, and `response_mask` or `labels` (-100 outside the
-        response). A tensor, an array or lists are ids. Where nothing says what is response, all of it is.
+        and may have `attention_mask`, `position_ids`, and `response_mask`, `labels` (-100 outside the
+        response), or a chat template's `assistant_masks`. A tensor, an array or lists are ids. Where
+        nothing says what is response, all of it is.
 
         Raises:
             BatchError: anything else, such as a text, which needs a tokenizer.
@@ -147,15 +150,16 @@ class TokenBatch(Result):
         >>> batch.response_mask.int().tolist()
         [[0, 0, 1, 1], [0, 0, 1, 0]]
         """
+        input_ids = _as_lists(input_ids)
         lengths = _ragged_lengths(input_ids)
         ids = _as_ids(_rectangle(input_ids, "input_ids", lengths), "input_ids")
         if ids.ndim == 1:
             ids = ids[None]
-        if ids.ndim != 2 or ids.numel() == 0:
-            raise BatchError(f"input_ids must be [batch, token], got {list(ids.shape)}")
+        if ids.ndim != 2:
+            raise BatchError(f"input_ids must be [batch, token]; got {list(ids.shape)}")
 
         def mask_of(value: Any, name: str) -> Tensor:
-            whole = _rectangle(value, name, lengths)
+            whole = _rectangle(_as_lists(value), name, lengths)
             return as_mask(whole, name, tuple(ids.shape), device=ids.device, error=BatchError)
 
         real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
@@ -165,9 +169,8 @@ class TokenBatch(Result):
             real = real & mask_of(attention_mask, "attention_mask")
         segments = None
         if position_ids is not None:
-            segments = packed_segments(
-                _as_ids(_rectangle(position_ids, "position_ids", lengths), "position_ids"), real
-            )
+            positions = _rectangle(_as_lists(position_ids), "position_ids", lengths)
+            segments = packed_segments(_as_ids(positions, "position_ids"), real)
         check_padding(real)
         if response_mask is not None and response_start is not None:
             raise BatchError("pass response_mask or response_start, not both")
@@ -292,6 +295,8 @@ class TokenBatch(Result):
                 columns = (self.segment_ids[row] == segment).nonzero()[:, 0]
                 if bool(self.response_mask[row, columns].any()):
                     spans.append((row, int(columns[0]), len(columns)))
+        if not spans:
+            raise BatchError("the packed rows hold no response: there is no token to describe")
         width = max(length for _, _, length in spans)
         ids = self.input_ids.new_zeros(len(spans), width)
         real = torch.zeros(len(spans), width, dtype=torch.bool, device=ids.device)
@@ -319,10 +324,12 @@ def token_columns(
     texts: tuple[tuple[str, ...], ...] | None,
 ) -> dict[str, Any]:
     """Return the columns by which tables of tokens are joined: example, position, and token_id and text."""
-    example, position = place[:, 0].cpu(), place[:, 1].cpu()
-    columns: dict[str, Any] = {"example": example.numpy(), "position": position.numpy()}
+    columns: dict[str, Any] = {
+        "example": place[:, 0].cpu().numpy(),
+        "position": place[:, 1].cpu().numpy(),
+    }
     if input_ids is not None:
-        columns["token_id"] = input_ids.cpu()[example, position].numpy()
+        columns["token_id"] = table_column(input_ids, place)
     if texts is not None:
         columns["text"] = [texts[i][j] for i, j in place.tolist()]
     return columns
@@ -359,7 +366,8 @@ def _join(tokenizer: Any, heads: list[list[int]], tails: list[list[int]]) -> Tok
 
 def _of_mapping(value: Mapping[str, Any]) -> TokenBatch:
     """Return the batch that a tokenizer's output, or a dictionary like it, describes."""
-    known = {"input_ids", "attention_mask", "position_ids", "response_mask", "labels"}
+    responses = ("response_mask", "assistant_masks", "labels")
+    known = {"input_ids", "attention_mask", "position_ids", *responses}
     # What tokenizers add of their own accord, and causal models do not need.
     unused = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "texts"}
     if "input_ids" not in value:
@@ -369,16 +377,41 @@ def _of_mapping(value: Mapping[str, Any]) -> TokenBatch:
             f"a batch holds {', '.join(sorted(known))}, not {', '.join(strange)}: attention is measured over "
             "text only"
         )
-    response = value.get("response_mask")
-    if response is None and value.get("labels") is not None:
-        labels = as_tensor(value["labels"], "labels", BatchError)
-        response = labels != -100
+    given = [name for name in responses if value.get(name) is not None]
+    if len(given) > 1:
+        raise BatchError(f"{' and '.join(given)} all say what is response: pass one of them")
+    response = value[given[0]] if given else None
+    if given == ["labels"]:
+        response = _labelled(response)
     return TokenBatch.from_ids(
         value["input_ids"],
         value.get("attention_mask"),
         response_mask=response,
         position_ids=value.get("position_ids"),
     )
+
+
+def _labelled(labels: Any) -> Any:
+    """Return which labels are not -100, in the form in which the labels come."""
+    labels = _as_lists(labels)
+    if isinstance(labels, list) and labels and all(isinstance(row, list | tuple) for row in labels):
+        return [_labelled(row) for row in labels]
+    numbers = as_tensor(labels, "labels", BatchError)
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise BatchError(f"labels must be whole numbers; got {brief(numbers)}")
+    marked = numbers != -100
+    return marked.tolist() if isinstance(labels, list | tuple) else marked
+
+
+def _as_lists(value: Any) -> Any:
+    """Return tensors or arrays that come in a list, one for each example, as lists of numbers."""
+    if not isinstance(value, list | tuple):
+        return value
+    rows = []
+    for row in value:
+        is_row = isinstance(row, Tensor) or is_array(row)
+        rows.append(row.tolist() if is_row else list(row) if isinstance(row, range) else row)
+    return rows
 
 
 def _ragged_lengths(ids: Any) -> list[int] | None:
@@ -404,6 +437,8 @@ def _rectangle(value: Any, name: str, lengths: list[int] | None) -> Any:
 
 def _as_ids(ids: Any, name: str) -> Int[Tensor, "..."]:
     tensor = as_tensor(ids, name, BatchError)
+    if tensor.numel() == 0:
+        raise BatchError(f"{name} must be [batch, token]; got {list(tensor.shape)}")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise BatchError(f"{name} must be whole numbers; got {brief(tensor)}")
     tensor = tensor.long()
@@ -415,11 +450,12 @@ def _as_ids(ids: Any, name: str) -> Int[Tensor, "..."]:
 def _starts(response_start: Any, ids: Tensor) -> Int[Tensor, "batch_or_1 1"]:
     """Return the column where each response starts."""
     starts = as_tensor(response_start, "response_start", BatchError).to(ids.device).reshape(-1, 1)
-    whole = not (starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool)
-    if not whole or bool((starts < 0).any()):
+    is_whole = not (starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool)
+    if not is_whole or bool((starts.long() < 0).any()):
         raise BatchError(
             f"response_start is a column, a whole number from 0; got {starts.flatten().tolist()}"
         )
+    starts = starts.long()
     if starts.shape[0] not in (1, ids.shape[0]):
         raise BatchError(
             f"response_start must be one column, or one for each of {ids.shape[0]} examples; got "

@@ -271,7 +271,7 @@ def parse_layers(text: str) -> Layers:
         ParameterError: anything else.
     """
     if text == "all" or text == "middle":
-        return text  # type: ignore[return-value]
+        return text
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

@@ -8,7 +8,7 @@ that take heads call `HeadSelection.of`, which knows all these forms, and then a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -16,7 +16,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.errors import ParameterError
-from attnprobe.validation import as_mask, as_tensor, brief, real_number, whole_number, whole_numbers
+from attnprobe.validation import (
+    as_mask,
+    as_tensor,
+    brief,
+    is_array,
+    real_number,
+    whole_number,
+    whole_numbers,
+)
 
 if TYPE_CHECKING:
     HeadsLike: TypeAlias = (
@@ -25,13 +33,14 @@ if TYPE_CHECKING:
 else:
     HeadsLike = Any
 
+_INF = float("inf")
 _FORMS = (
     'a group such as heads["local"], a mask or weights [layer, head], pairs (layer, head), a dictionary '
     '{layer: heads} or {(layer, head): weight}, head numbers, or "all"'
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadSelection:
     """Some heads of a model, each with a weight.
 
@@ -47,7 +56,22 @@ class HeadSelection:
     """
 
     heads: tuple[tuple[int, int, float], ...]
-    model_name: str = field(default="", compare=False)
+    model_name: str = ""
+
+    def __post_init__(self) -> None:
+        """Check each head, so that a selection made by hand is as good as another."""
+        if not isinstance(self.heads, list | tuple) or any(
+            not isinstance(part, list | tuple) or len(part) != 3 for part in self.heads
+        ):
+            raise ParameterError(f"heads must be (layer, head, weight) of each; got {brief(self.heads)}")
+        triples = [
+            (
+                *_pair(part[:2], "heads"),
+                real_number(part[2], f"the weight of {part[:2]}", above=0, below=_INF),
+            )
+            for part in self.heads
+        ]
+        object.__setattr__(self, "heads", tuple(_distinct(triples, "heads")))
 
     @staticmethod
     def of(
@@ -96,8 +120,15 @@ class HeadSelection:
                 f"{name} names (layer, head) {beyond[:5]}, but layers have heads 0..{(head_count or 0) - 1}"
             )
 
+    def __eq__(self, other: object) -> bool:
+        """Whether the same heads have the same weights, in whatever order."""
+        return isinstance(other, HeadSelection) and set(self.heads) == set(other.heads)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.heads))
+
     def __contains__(self, pair: object) -> bool:
-        return pair in set(self)
+        return isinstance(pair, list | tuple) and any(tuple(pair) == each for each in self)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((layer, head) for layer, head, _ in self.heads)
@@ -157,9 +188,11 @@ def _triples(
     if isinstance(value, Mapping):
         return _triples_of_mapping(value, head_count, name)
     if isinstance(value, set | frozenset):
-        value = sorted(value)
-    is_array = isinstance(value, Tensor) or type(value).__module__ == "numpy"
-    if is_array or _is_nested(value, layers, head_count):
+        try:
+            value = sorted(value)
+        except TypeError:  # A mixture of things, which is refused below.
+            value = list(value)
+    if isinstance(value, Tensor) or is_array(value) or _is_nested(value, layers, head_count):
         tensor = as_tensor(value, name)
         if tensor.ndim == 2 and not _holds_pairs(tensor, layers, head_count):
             return _triples_of_matrix(tensor, layers, head_count, name)
@@ -170,10 +203,11 @@ def _triples(
             return _distinct([(*_pair(part, name), 1.0) for part in parts], name)
         numbers = whole_numbers(parts, name) if parts else []
         return _distinct([(layer, head, 1.0) for layer in layers for head in numbers], name)
-    if not isinstance(value, bool | float | bytes) and value is not None and not isinstance(value, type):
+    try:
         number = whole_number(value, name)
-        return [(layer, number, 1.0) for layer in layers]
-    raise ParameterError(f"{name} must be {_FORMS}; got {brief(value)}")
+    except ParameterError as error:
+        raise ParameterError(f"{name} must be {_FORMS}; got {brief(value)}") from error
+    return [(layer, number, 1.0) for layer in layers]
 
 
 def _is_nested(value: Any, layers: tuple[int, ...], head_count: int | None) -> bool:
@@ -188,11 +222,16 @@ def _is_nested(value: Any, layers: tuple[int, ...], head_count: int | None) -> b
 
 
 def _holds_pairs(tensor: Tensor, layers: tuple[int, ...], head_count: int | None) -> bool:
-    """Whether whole numbers `[n, 2]` are pairs, and not a mask of 0 and 1 over two heads."""
+    """Whether a matrix holds pairs `[n, 2]`, and not a mask or weights; what may be both is refused."""
     if tensor.shape[1] != 2 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         return False
     fits = tensor.shape[0] == len(layers) and head_count in (2, None)
-    return not (fits and bool(((tensor == 0) | (tensor == 1)).all()))
+    if fits and bool(((tensor == 0) | (tensor == 1)).all()):
+        raise ParameterError(
+            f"heads {tensor.tolist()} may be pairs (layer, head) or a mask over two heads: make a mask of "
+            "True and False"
+        )
+    return True
 
 
 def _triples_of_matrix(
@@ -217,7 +256,7 @@ def _triples_of_mapping(
     for key, of in value.items():
         if isinstance(key, tuple):
             found.append(
-                (*_pair(key, name), real_number(of, f"the weight of {key}", minimum=0, below=float("inf")))
+                (*_pair(key, name), real_number(of, f"the weight of {key} in {name}", minimum=0, below=_INF))
             )
             continue
         layer = whole_number(key, f"a layer of {name}")
@@ -225,13 +264,18 @@ def _triples_of_mapping(
             found += [
                 (
                     layer,
-                    whole_number(head, f"a head of layer {layer}"),
-                    real_number(weight, f"the weight of ({layer}, {head})", minimum=0, below=float("inf")),
+                    whole_number(head, f"a head of layer {layer} in {name}"),
+                    real_number(weight, f"the weight of ({layer}, {head}) in {name}", minimum=0, below=_INF),
                 )
                 for head, weight in of.items()
             ]
         else:
-            found += _triples(of, (layer,), head_count, f"heads of layer {layer}")
+            part = _triples(of, (layer,), head_count, f"{name} of layer {layer}")
+            if strange := sorted({triple[0] for triple in part} - {layer}):
+                raise ParameterError(
+                    f"{name} of layer {layer} are heads of layer {strange[0]}; got {brief(of)}"
+                )
+            found += part
     return _distinct([triple for triple in found if triple[2] > 0], name)
 
 

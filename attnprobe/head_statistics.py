@@ -14,22 +14,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe import metrics
-from attnprobe.adapters.base import Layers, Value
+from attnprobe.adapters.base import Value
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch, token_columns
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
-from attnprobe.metrics import Horizon
+from attnprobe.metrics import Horizon, HorizonLike
 from attnprobe.probe import Probe
-from attnprobe.results import Result, html_table, ranges
+from attnprobe.results import Result, check_layers, html_table, ranges, table_column
 from attnprobe.sequence_sums import LayerSums, add_rows
-from attnprobe.validation import IntLike, choice, instance, truth, whole_numbers
+from attnprobe.validation import ArrayLike, IntLike, choice, instance, truth, whole_numbers
+
+if TYPE_CHECKING:
+    StatisticsLike: TypeAlias = "HeadStatistics | Iterable[HeadStatistics]"
+else:
+    StatisticsLike = Any
 
 ReceiverLevel = Literal["token", "sentence"]
 
@@ -56,6 +61,7 @@ class HeadStatistics(Result):
 
     Raises:
         ResultError: tensors of other kinds or sizes than these.
+        ParameterError: a window or horizon that makes no sense.
     """
 
     span: Float[Tensor, "batch layer head"] | None
@@ -78,17 +84,16 @@ class HeadStatistics(Result):
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
-        if len(self.layers) != self.waad.shape[1]:
-            raise error(
-                f"there are {len(self.layers)} layers {list(self.layers)}, but {self.waad.shape[1]} in waad"
-            )
+        check_layers(self, self.waad.shape[1], error)
+        object.__setattr__(self, "window", metrics.check_window(self.window))
+        object.__setattr__(self, "horizon", metrics.check_horizon(self.horizon))
 
     @property
     def head_count(self) -> int:
         """The number of heads in a layer; in models whose layers differ in it, the largest."""
         return self.waad.shape[2]
 
-    def at_layers(self, layers: Layers) -> HeadStatistics:
+    def at_layers(self, layers: ArrayLike | IntLike) -> HeadStatistics:
         """Return the statistics of some of the layers, as if only these had been measured.
 
         Raises:
@@ -124,7 +129,7 @@ class HeadStatistics(Result):
         for name in ("span", "receiver_kurtosis"):
             values = getattr(self, name)
             if values is not None:
-                columns[name] = values[tuple(place.T)].cpu().numpy()
+                columns[name] = table_column(values, place)
         return columns
 
     def _token_table(self) -> dict[str, Any]:
@@ -138,8 +143,8 @@ class HeadStatistics(Result):
             "layer": torch.tensor(self.layers)[layer].numpy(),
             "head": head.numpy(),
             **tokens,
-            "waad": self.waad[tuple(place.T)].cpu().numpy(),
-            "fai": self.fai[tuple(place.T)].cpu().numpy(),
+            "waad": table_column(self.waad, place),
+            "fai": table_column(self.fai, place),
         }
 
     def _repr_html_(self) -> str:
@@ -181,7 +186,7 @@ def check_same_measurement(first: HeadStatistics, part: HeadStatistics, action: 
             raise ResultError(f"cannot {action} statistics with and without {name}")
 
 
-def statistics_parts(statistics: HeadStatistics | Iterable[HeadStatistics]) -> Iterable[HeadStatistics]:
+def statistics_parts(statistics: StatisticsLike) -> Iterable[HeadStatistics]:
     """Return one or several statistics as an iterable of them, checked one by one.
 
     Raises:
@@ -224,14 +229,14 @@ class HeadStatisticsProbe(Probe):
         self,
         *,
         window: IntLike = 10,
-        horizon: Horizon = (10, 50),
+        horizon: HorizonLike = (10, 50),
         span: bool = True,
         receiver: bool = False,
         entropy: bool = True,
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
-        self.reads_distance = truth(span, "span")
+        self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
         self.sites = frozenset({"attention", "logits"} if truth(entropy, "entropy") else {"attention"})
         self._sequence = _Sequence()
@@ -254,7 +259,7 @@ class HeadStatisticsProbe(Probe):
         before = self._sequence.layers.get(layer) if self._continues else None
         far = metrics.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
-            before, value, batch.response_mask, self.window, self.horizon, far, span=self.reads_distance
+            before, value, batch.response_mask, self.window, self.horizon, far, span=self.span
         )
 
     def end(self, batch: TokenBatch) -> None:
@@ -275,7 +280,10 @@ class HeadStatisticsProbe(Probe):
         Raises:
             ResultError: no complete pass was observed.
         """
-        return HeadStatistics.concatenate([*self._finished, *self._current()])
+        parts = [*self._finished, *self._current()]
+        if not parts:
+            raise ResultError("there are no statistics yet: no forward pass was observed to its end")
+        return HeadStatistics.concatenate(parts)
 
     def reset(self) -> None:
         """Forget all passes."""

@@ -8,7 +8,7 @@ left to others: the measuring (measurement) and the use of groups (scores).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any, Literal
@@ -22,11 +22,21 @@ from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import (
     HeadStatistics,
     ReceiverLevel,
+    StatisticsLike,
     check_same_measurement,
     statistics_parts,
 )
-from attnprobe.results import Result, html_table, ranges
-from attnprobe.validation import FloatLike, IntLike, choice, real_number, whole_number
+from attnprobe.results import Result, check_layers, html_table, ranges, table_column
+from attnprobe.validation import (
+    ArrayLike,
+    FloatLike,
+    IntLike,
+    as_tensor,
+    brief,
+    choice,
+    real_number,
+    whole_number,
+)
 
 Group = Literal["local", "global", "receiver"]
 
@@ -68,15 +78,14 @@ class HeadGroups(Result):
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
-        if len(self.layers) != self.span.shape[0]:
-            raise error(f"there are layers {list(self.layers)}, but span is of {self.span.shape[0]} layers")
+        check_layers(self, self.span.shape[0], error)
 
     @property
     def head_count(self) -> int:
         """The number of heads in a layer; in models whose layers differ in it, the largest."""
         return self.span.shape[1]
 
-    def mask(self, group: Group) -> Bool[Tensor, "layer head"]:
+    def mask(self, group: str) -> Bool[Tensor, "layer head"]:
         """Return the mask of a group.
 
         Raises:
@@ -88,7 +97,7 @@ class HeadGroups(Result):
             raise ParameterError("receiver heads are unknown: measure(..., receiver=True)")
         return mask
 
-    def pairs(self, group: Group) -> list[tuple[int, int]]:
+    def pairs(self, group: str) -> list[tuple[int, int]]:
         """Return a group's heads as (layer number, head), the most typical first."""
         mask = self.mask(group)
         value = self.span if group == "local" else -self.span
@@ -98,7 +107,7 @@ class HeadGroups(Result):
         found.sort(key=lambda place: float(value[place[0], place[1]]))
         return [(self.layers[layer], head) for layer, head in found]
 
-    def __getitem__(self, group: Group) -> HeadSelection:
+    def __getitem__(self, group: str) -> HeadSelection:
         """Return a group as a selection of heads, the most typical first.
 
         Raises:
@@ -143,14 +152,14 @@ class HeadGroups(Result):
         columns: dict[str, Any] = {
             "layer": torch.tensor(self.layers)[layer].numpy(),
             "head": head.numpy(),
-            "span": self.span.cpu()[layer, head].numpy(),
+            "span": table_column(self.span, place),
         }
         if self.receiver_kurtosis is not None:
-            columns["receiver_kurtosis"] = self.receiver_kurtosis.cpu()[layer, head].numpy()
+            columns["receiver_kurtosis"] = table_column(self.receiver_kurtosis, place)
         for group in GROUPS:
             mask = getattr(self, f"{group}_heads")
             if mask is not None:
-                columns[group] = mask.cpu()[layer, head].numpy()
+                columns[group] = table_column(mask, place)
         return columns
 
     def _repr_html_(self) -> str:
@@ -220,7 +229,7 @@ def head_groups(
 
 
 def classify_heads(
-    statistics: HeadStatistics | Iterable[HeadStatistics],
+    statistics: StatisticsLike,
     *,
     quantile: FloatLike = 0.3,
     receivers: IntLike = 20,
@@ -293,8 +302,8 @@ def check_shares(quantile: FloatLike, receivers: IntLike) -> tuple[float, int]:
 
 
 def group_heads(
-    span: Float[Tensor, "layer head"],
-    kurtosis: Float[Tensor, "layer head"] | None = None,
+    span: ArrayLike,
+    kurtosis: ArrayLike | None = None,
     *,
     quantile: FloatLike = 0.3,
     receivers: IntLike = 20,
@@ -302,12 +311,15 @@ def group_heads(
     """Group heads by given spans and kurtoses, by the rules of `classify_heads`.
 
     Raises:
-        ParameterError: a quantile outside (0, 0.5], fewer than one receiver, or fewer than two heads.
+        ParameterError: spans that are not [layer, head], a quantile outside (0, 0.5], fewer than one
+            receiver, or fewer than two heads.
 
     >>> group_heads(torch.tensor([[1.0, 5.0, 3.0, 9.0]]), quantile=0.25).pairs("global")
     [(0, 3)]
     """
     quantile, receivers = check_shares(quantile, receivers)
+    span = _per_head(span, "span")
+    kurtosis = None if kurtosis is None else _per_head(kurtosis, "kurtosis")
     defined = int((~span.isnan()).sum())
     if defined < 2:
         raise ParameterError(
@@ -324,6 +336,13 @@ def group_heads(
         layers=tuple(range(span.shape[0])),
         quantile=quantile,
     )
+
+
+def _per_head(values: ArrayLike, name: str) -> Float[Tensor, "layer head"]:
+    tensor = as_tensor(values, name)
+    if tensor.ndim != 2 or not tensor.is_floating_point():
+        raise ParameterError(f"{name} must be floating point [layer, head]; got {brief(tensor)}")
+    return tensor
 
 
 def _lowest(values: Float[Tensor, "layer head"], count: int) -> Bool[Tensor, "layer head"]:

@@ -66,14 +66,37 @@ def packed_segments(
         positions = positions.expand(real.shape[0], -1)
     if positions.shape != real.shape:
         raise BatchError(
-            f"position_ids must be {list(real.shape)} like the token ids, got {list(positions.shape)}"
+            f"position_ids must be [example, token] = {list(real.shape)}; got {list(positions.shape)}"
         )
     starts = torch.ones_like(real)
     starts[:, 1:] = (positions[:, 1:] != positions[:, :-1] + 1) | ~real[:, :-1]
     starts &= real
-    if bool((positions[starts] != 0).any()):
-        raise BatchError("each packed sequence must start at position 0")
+    wrong = starts & (positions != 0)
+    if bool(wrong.any()):
+        example, position = wrong.nonzero()[0].tolist()
+        raise BatchError(
+            f"each packed sequence must start at position 0; in example {example} one starts at column "
+            f"{position} with position {int(positions[example, position])}"
+        )
     return (starts.cumsum(-1) - 1).masked_fill(~real, -1)
+
+
+def check_sequences(segments: Int[Tensor, "batch token"], real: Bool[Tensor, "batch token"]) -> None:
+    """Check that sequences stand one behind the other, and that padding has the number -1.
+
+    Raises:
+        BatchError: they do not.
+    """
+    wrong = (segments < 0) == real
+    # With padding as low as nothing before it and as high as nothing behind, numbers must not fall.
+    latest = segments.masked_fill(~real, -1).cummax(-1).values
+    wrong |= real & (segments < latest)
+    if bool(wrong.any()):
+        example, position = wrong.nonzero()[0].tolist()
+        raise BatchError(
+            f"segment_ids must not fall from token to token, and be -1 on padding; at position {position} of "
+            f"example {example} they are {int(segments[example, position])}"
+        )
 
 
 def check_padding(real: Bool[Tensor, "batch token"]) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnprobe.errors import AttnprobeError, ResultError
-from attnprobe.results import Provenance, Result
+from attnprobe.results import Provenance, Result, table_column
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,14 +55,13 @@ class GroupMaps(Result):
         real = self.columns >= 0
         causal = torch.ones_like(self.local_map[0], dtype=torch.bool).tril()
         place = (real[:, :, None] & real[:, None] & causal).nonzero()
-        example, query, key = place.unbind(1)
         columns: dict[str, Any] = {
-            "example": example.cpu().numpy(),
-            "position": self.columns[example, query].cpu().numpy(),
-            "key_position": self.columns[example, key].cpu().numpy(),
+            "example": place[:, 0].cpu().numpy(),
+            "position": table_column(self.columns, place[:, :2]),
+            "key_position": table_column(self.columns, place[:, ::2]),
         }
         if self.input_ids is not None:
-            columns["token_id"] = self.input_ids[example, query].cpu().numpy()
+            columns["token_id"] = table_column(self.input_ids, place[:, :2])
         for name in ("local_map", "global_map"):
-            columns[name] = getattr(self, name)[example, query, key].cpu().numpy()
+            columns[name] = table_column(getattr(self, name), place)
         return columns

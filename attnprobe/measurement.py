@@ -8,7 +8,7 @@ layout. What is left to others: what is computed (head_statistics, metrics) and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from attnprobe import metrics
 from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers, Value, resolve_layers
+from attnprobe.attention.kernels import carries_positions
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.errors import BatchError, ParameterError
@@ -98,7 +99,10 @@ def measure(
             if by_sentence is not None and sentences is not None:
                 rows = slice(number * run.size, (number + 1) * run.size)
                 by_sentence.sentence_ids = sentences[rows, : part.token_count]
-            with attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask):
+            with (
+                carries_positions() if span else nullcontext(),
+                attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask),
+            ):
                 if entropy:
                     entropies.append(_run_for_entropy(run.adapter, part, run.width))
                 else:

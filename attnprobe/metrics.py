@@ -11,6 +11,7 @@ head groups (heads), and averaging over them (scores).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,12 +22,13 @@ from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
 from attnprobe.validation import ArrayLike, IntLike, as_mask, as_tensor, brief, whole_number
 
+Horizon = tuple[int, int | None]
+
 if TYPE_CHECKING:
     AttentionLike: TypeAlias = Attention | ArrayLike
+    HorizonLike: TypeAlias = Horizon | Sequence[IntLike | None] | ArrayLike
 else:
-    AttentionLike = Any
-
-Horizon = tuple[int, int | None]
+    AttentionLike = HorizonLike = Any
 
 RECEIVER_HORIZON: Horizon = (10, None)
 """The horizon of receiver kurtosis: near rows are left out."""
@@ -86,7 +88,7 @@ def windowed_attention_distance(
 def future_attention_influence(
     attention: AttentionLike,
     response_mask: ArrayLike | None = None,
-    horizon: Horizon = (10, 50),
+    horizon: HorizonLike = (10, 50),
     segment_ids: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head token"]:
     """Return FAI of each response token: the mean attention that later response tokens give it.
@@ -115,7 +117,7 @@ def future_attention_influence(
 def receiver_kurtosis(
     attention: AttentionLike,
     response_mask: ArrayLike | None = None,
-    horizon: Horizon = RECEIVER_HORIZON,
+    horizon: HorizonLike = RECEIVER_HORIZON,
     segment_ids: ArrayLike | None = None,
     minimum_rows: IntLike = 10,
 ) -> Float[Tensor, "batch head"]:
@@ -209,27 +211,57 @@ def sentence_attention(
 # ---- the parts that can be added up over the steps of a KV cache ------------------------------
 
 
-def windowed_distance_by_row(attention: Attention, window: int) -> Float[Tensor, "batch head query"]:
-    """Return WAAD (Eq. 9) of each row, for any queries."""
-    distance = torch.arange(window, device=attention.device, dtype=attention.dtype)
+def near_band(
+    attention: Attention, window: int, horizon: Horizon
+) -> Float[Tensor, "batch head query distance"] | None:
+    """Return the one band that serves both WAAD and FAI; None where no band serves both well."""
+    low, high = _distances_within(attention, horizon)
+    width = max(min(window, attention.key_count), high + 1)
+    return attention.band(width) if _goes_by_band(attention, low, high) and width <= WIDEST_BAND else None
+
+
+def windowed_distance_by_row(
+    attention: Attention,
+    window: int,
+    near: Float[Tensor, "batch head query distance"] | None = None,
+) -> Float[Tensor, "batch head query"]:
+    """Return WAAD (Eq. 9) of each row, for any queries; `near` is the band from distance 0, if at hand.
+
+    A window beyond the first key cuts nothing off: it costs no more than the keys that there are.
+    """
+    window = min(window, attention.key_count)
+    if window == attention.key_count and near is None:
+        # No distance is cut off: the plain mean distance, which needs no band as wide as the text.
+        return attention.mean_distance().clamp(min=0.0)
     # min(t - s, W) is W less what the near keys fall short of it: far keys need no look.
-    shortfall = attention.band(window) @ (window - distance)
+    waad = window * attention.row_mass()
+    # A piece at a time, so that memory does not grow with the window.
+    for start in range(0, window, WIDEST_BAND):
+        stop = min(start + WIDEST_BAND, window)
+        piece = attention.band(stop - start, start) if near is None else near[..., start:stop]
+        distance = torch.arange(start, stop, device=attention.device, dtype=attention.dtype)
+        waad = waad - piece @ (window - distance)
     # Rounding can leave a first token, which sees itself alone, a hair below 0.
-    return (window * attention.row_mass() - shortfall).clamp(min=0.0)
+    return waad.clamp(min=0.0)
 
 
 def received_by_key(
-    attention: Attention, rows: Bool[Tensor, "batch query"], horizon: Horizon
+    attention: Attention,
+    rows: Bool[Tensor, "batch query"],
+    horizon: Horizon,
+    near: Float[Tensor, "batch head query distance"] | None = None,
 ) -> Float[Tensor, "batch head key"]:
-    """Return what each key is given by the marked rows within the horizon: the numerator of Eq. 10."""
-    low, high = horizon
+    """Return what each key is given by the marked rows within the horizon: the numerator of Eq. 10.
+
+    `near` is the band from distance 0, if at hand.
+    """
+    low, high = _distances_within(attention, horizon)
     weights = rows.to(attention.dtype)
-    width = None if high is None else high - low + 1
-    # A band pays where there are more rows than distances; a cached step has one row.
-    if width is None or width > WIDEST_BAND or attention.query_count < width:
-        stop = None if high is None else high + 1
-        return attention.receive(weights[..., None], start=low, stop=stop)[..., 0]
-    band = attention.band(width, start=low) * weights[:, None, :, None]
+    if not _goes_by_band(attention, low, high):
+        return attention.receive(weights[..., None], start=low, stop=high + 1)[..., 0]
+    width = high - low + 1
+    band = attention.band(width, low) if near is None else near[..., low : high + 1]
+    band = band * weights[:, None, :, None]
     # Key s is given band[t, j] by the query that stands at s + low + j: a diagonal of the band, which a
     # stride of one more than a row walks. Rows of zeros stand in for queries before and after.
     first = low - attention.query_offset
@@ -238,6 +270,26 @@ def received_by_key(
     shape = (*band.shape[:2], attention.key_count, width)
     strides = (*padded.stride()[:3], width + 1)
     return padded.as_strided(shape, strides, (first + padding) * width).sum(-1)
+
+
+def _distances_within(attention: Attention, horizon: Horizon) -> tuple[int, int]:
+    """Return the nearest and the farthest distance of a horizon at which there are keys.
+
+    A horizon that lies beyond all keys gives `(key_count, key_count)`, where nothing is.
+    """
+    low, high = horizon
+    farthest = attention.key_count - 1
+    low = min(low, farthest + 1)
+    return low, max(low, farthest if high is None else min(high, farthest))
+
+
+def _goes_by_band(attention: Attention, low: int, high: int) -> bool:
+    """Whether a horizon is summed from a band.
+
+    A band pays where there are more rows than distances; a cached step has one row.
+    """
+    width = high - low + 1
+    return width <= min(WIDEST_BAND, attention.query_count)
 
 
 def influence_of(
@@ -381,7 +433,8 @@ def check_horizon(horizon: Any) -> Horizon:
     >>> check_horizon([10, None])
     (10, None)
     """
-    parts: Any = horizon.tolist() if isinstance(horizon, Tensor) else horizon
+    is_array = isinstance(horizon, Tensor) or type(horizon).__module__ == "numpy"
+    parts: Any = horizon.tolist() if is_array else horizon
     if isinstance(parts, list | tuple) and len(parts) == 2:
         low, high = parts
         try:
@@ -400,6 +453,8 @@ def _rows_in_horizon(
 ) -> Int[Tensor, "batch token"]:
     """Count the response rows in each token's horizon, within its own sequence."""
     count = mask.shape[1]
+    # Beyond the text there are no rows, however far beyond.
+    low, high = min(low, count), None if high is None else min(high, count)
     before = torch.nn.functional.pad(mask.long().cumsum(-1), (1, 0))
     token = torch.arange(count, device=mask.device).expand(mask.shape)
     end = torch.full_like(token, count - 1)

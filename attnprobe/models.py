@@ -15,7 +15,18 @@ import torch
 
 from attnprobe.errors import BatchError, MissingDependencyError, ModelLoadError, ParameterError
 from attnprobe.progress import Advance, progress_bar
+from attnprobe.storage import PathLike, as_path
 from attnprobe.texts import chat_prompt_ids
+from attnprobe.validation import (
+    ArrayLike,
+    FloatLike,
+    IntLike,
+    instance,
+    real_number,
+    truth,
+    whole_number,
+    whole_numbers,
+)
 
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGED_FILE = f"{PACKAGED_MODEL}.Q4_1.gguf"
@@ -30,7 +41,7 @@ class LoadedModel:
     name: str
 
 
-def load_model(source: str | Path | None = None, *, progress: bool = False) -> LoadedModel:
+def load_model(source: PathLike | None = None, *, progress: bool = False) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Args:
@@ -39,9 +50,11 @@ def load_model(source: str | Path | None = None, *, progress: bool = False) -> L
         progress: whether to show a progress bar.
 
     Raises:
+        ParameterError: a source that is neither a path nor a name.
         ModelLoadError: a file or folder that is missing or damaged, or a name that cannot be fetched.
         MissingDependencyError: a GGUF file without the `gguf` extra.
     """
+    truth(progress, "progress")
     where, name, options = _locate(source)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,11 +72,11 @@ def load_model(source: str | Path | None = None, *, progress: bool = False) -> L
     return LoadedModel(model.eval(), tokenizer, name)
 
 
-def _locate(source: str | Path | None) -> tuple[str, str, dict[str, str]]:
+def _locate(source: PathLike | None) -> tuple[str, str, dict[str, str]]:
     """Return what transformers is to load from, the model's name, and loading options."""
     if source is None:
         source = packaged_model_path()
-    path = Path(source)
+    path = as_path(source, "a model is named by a path or by a name on the model hub", ParameterError)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelLoadError(f"there is no model file at {path}")
@@ -103,14 +116,24 @@ def packaged_model_path() -> Path:
     )
 
 
-def prompt_ids(loaded: LoadedModel, prompt: str, *, system: str | None, chat: bool | None) -> list[int]:
+def prompt_ids(
+    loaded: LoadedModel, prompt: str, *, system: str | None = None, chat: bool | None = None
+) -> list[int]:
     """Return the ids of a prompt, through the chat template or as plain text.
 
-    `chat=None` uses the template if the tokenizer has one; plain text ignores `system`.
+    `prompt` is a text, `system` one or None; `chat=None` uses the template if the tokenizer has one; plain
+    text ignores `system`.
 
     Raises:
+        ParameterError: a prompt that is no text, or another `chat`.
         BatchError: an empty prompt, or a chat wanted from a tokenizer without template.
     """
+    instance(loaded, LoadedModel, "loaded", "load_model returns one")
+    instance(prompt, str, "prompt")
+    if system is not None:
+        instance(system, str, "system")
+    if chat is not None:
+        truth(chat, "chat")
     if not prompt.strip():
         raise BatchError("the prompt is empty")
     has_template = getattr(loaded.tokenizer, "chat_template", None) is not None
@@ -126,11 +149,11 @@ def prompt_ids(loaded: LoadedModel, prompt: str, *, system: str | None, chat: bo
 
 def generate_response(
     loaded: LoadedModel,
-    prompt: list[int],
+    prompt: ArrayLike,
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
+    max_new_tokens: IntLike = 256,
+    temperature: FloatLike = 0.0,
+    seed: IntLike = 0,
     progress: bool = False,
 ) -> list[int]:
     """Return the ids of the model's answer to a prompt, without the token that ended it.
@@ -139,13 +162,15 @@ def generate_response(
     numbers is left as it was.
 
     Raises:
-        ParameterError: a length below 1 or a negative temperature.
+        ParameterError: a prompt that is no ids, a length below 1, a negative temperature, or no whole seed.
         BatchError: a prompt and answer longer than the model's context, or an empty answer.
     """
-    if max_new_tokens < 1:
-        raise ParameterError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ParameterError(f"the temperature must not be negative, got {temperature}")
+    instance(loaded, LoadedModel, "loaded", "load_model returns one")
+    prompt = whole_numbers(prompt, "prompt")
+    max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", minimum=1)
+    temperature = real_number(temperature, "temperature", minimum=0, below=float("inf"))
+    seed = whole_number(seed, "seed", maximum=2**63 - 1)
+    truth(progress, "progress")
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and len(prompt) + max_new_tokens > context:
         raise BatchError(

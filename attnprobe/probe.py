@@ -11,7 +11,7 @@ What is left to others: how sites are read (adapters), and the probes that compu
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,8 @@ from attnprobe.adapters import LAYER_SITES, SITES, Adapter, adapter_for
 from attnprobe.adapters.base import Layers, Value, resolve_layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import IncompleteRunError, InterventionError, ParameterError, UnsupportedModelError
+from attnprobe.validation import ArrayLike, as_mask, brief
+from attnprobe.with_block import WithBlock
 
 
 class Probe:
@@ -41,9 +43,6 @@ class Probe:
     """
 
     sites: frozenset[str] = frozenset({"attention"})
-    reads_distance: bool = False
-    """Whether the probe asks for `Attention.mean_distance`: in forward passes of attnprobe's own, such as
-    those of `measure`, it is then computed along with the model's attention, at a tenth of the cost."""
 
     def begin(self, batch: TokenBatch) -> None:
         """Take note that a forward pass over these tokens starts."""
@@ -66,7 +65,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` yields: what is being observed, and how."""
+    """What `with attach(...)` gives: what is being observed, and how."""
 
     adapter: Adapter
     layers: tuple[int, ...]
@@ -77,36 +76,46 @@ class Attachment:
         return self.adapter.skipped_layers
 
 
-@contextmanager
 def attach(
     model: Any,
     *probes: Probe,
     layers: Layers = "all",
-    response_mask: Tensor | None = None,
-) -> Iterator[Attachment]:
-    """Show the forward passes of a model to probes, for as long as the block lasts.
+    response_mask: ArrayLike | None = None,
+) -> WithBlock[Attachment]:
+    """Show the forward passes of a model to probes, for as long as a `with` block lasts.
 
     Args:
         model: a model that an adapter knows.
         probes: who is shown what happens; several at once are fine.
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
-        response_mask: `[batch, token]`, which of the tokens that you pass to the model are response;
-            default: all real ones. Where a KV cache is continued, as in `generate`, give the mask of
-            the first pass; tokens that come after it count as response.
+        response_mask: `[batch, token]`, which of the tokens that you pass to the model are response, as
+            truth values or as 0 and 1; default: all real ones. Where a KV cache is continued, as in
+            `generate`, give the mask of the first pass; tokens that come after it count as response.
 
     Raises:
-        ParameterError: no probe, an unknown site, or layers that the model does not have.
+        ParameterError: no probe, something that is none, an unknown site, a mask of other numbers, or layers
+            that the model does not have.
         UnsupportedModelError: a model whose attention cannot be read, or a site that its family cannot
             give with the meaning that it has everywhere.
         IncompleteRunError: on a forward pass in which some layer was not seen exactly once.
         InterventionError: on a forward pass in which a probe returned what cannot take a site's place.
 
     The model's own outputs do not change unless a probe replaces something, and when the block ends, by
-    whatever way, the model is as it was before.
+    whatever way, the model is as it was before. Arguments are checked at the call; nothing is attached before
+    the block opens.
+
+    >>> from attnprobe.testing.tiny_models import tiny_model
+    >>> class CountHeads(Probe):
+    ...     heads = 0
+    ...     def observe(self, site, layer, value, batch):
+    ...         self.heads += value.head_count
+    >>> model, probe = tiny_model("llama"), CountHeads()
+    >>> with attach(model, probe, layers=[0, 2]):
+    ...     output = model(torch.tensor([[1, 2, 3]]))
+    >>> probe.heads
+    8
     """
-    if not probes:
-        raise ParameterError("attach needs at least one probe")
-    sites = {site for probe in probes for site in probe.sites}
+    sites = _sites_of(probes)
     unknown = sites - set(SITES)
     if unknown:
         raise ParameterError(f"unknown sites {sorted(unknown)}; there are {', '.join(SITES)}")
@@ -114,9 +123,52 @@ def attach(
     for site in sorted(sites & set(adapter.refused_sites)):
         raise UnsupportedModelError(f"there is no site {site} here: {adapter.refused_sites[site]}")
     chosen = resolve_layers(layers, adapter)
-    run = _Run(adapter, probes, chosen, sites, response_mask)
-    with adapter.observed(run, sorted(sites), chosen):
-        yield Attachment(adapter, chosen)
+    mask = None if response_mask is None else _response_mask(response_mask)
+    return WithBlock("attach", _attached(_Run(adapter, probes, chosen, sites, mask), sorted(sites)))
+
+
+@contextmanager
+def _attached(run: _Run, sites: Sequence[str]) -> Iterator[Attachment]:
+    with run.adapter.observed(run, sites, run.layers):
+        yield Attachment(run.adapter, run.layers)
+
+
+def _sites_of(probes: Sequence[Any]) -> set[str]:
+    """Return the sites that probes want, or say what is not a probe."""
+    if not probes:
+        raise ParameterError("attach needs at least one probe")
+    for probe in probes:
+        if isinstance(probe, type):
+            raise ParameterError(
+                f"{probe.__name__} is a class: attach an instance of it, {probe.__name__}(...)"
+            )
+        if isinstance(probe, list | tuple | set | dict):
+            raise ParameterError(
+                f"attach takes probes one by one, attach(model, first, second), not a {type(probe).__name__} "
+                "of them"
+            )
+        methods = ("begin", "observe", "end", "abort")
+        missing = [name for name in methods if not callable(getattr(probe, name, None))]
+        if missing or not hasattr(probe, "sites"):
+            raise ParameterError(
+                f"attach needs probes, instances of subclasses of attnprobe.Probe; got {brief(probe)}, a "
+                f"{type(probe).__name__}, which has no {(missing or ['sites'])[0]}"
+            )
+        if isinstance(probe.sites, str) or not isinstance(probe.sites, Iterable):
+            raise ParameterError(
+                f"the sites of {type(probe).__name__} are a set of names, as in frozenset({{'attention'}}); "
+                f"got {brief(probe.sites)}"
+            )
+    return {site for probe in probes for site in probe.sites}
+
+
+def _response_mask(given: ArrayLike) -> Tensor:
+    """Return a response mask as truth values `[batch, token]`."""
+    mask = as_mask(given, "response_mask")
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.ndim != 2:
+        raise ParameterError(f"response_mask is [batch, token], got {list(mask.shape)}")
+    return mask
 
 
 class _Run:
@@ -130,12 +182,11 @@ class _Run:
         sites: set[str],
         response_mask: Tensor | None,
     ) -> None:
-        self._adapter = adapter
+        self.adapter = adapter
+        self.layers = layers
         self._probes = probes
-        self._layers = layers
         self._sites = [site for site in LAYER_SITES if site in sites]
         self._response_mask = response_mask
-        self.reads_distance = any(probe.reads_distance for probe in probes)
         self._seen: Counter[tuple[str, int | None]] = Counter()
         self._batch: TokenBatch | None = None
 
@@ -158,7 +209,7 @@ class _Run:
                 f"response_mask is {list(mask.shape)}, but the model was given tokens "
                 f"{list(batch.input_ids.shape)}"
             )
-        mask = mask.to(device=batch.input_ids.device).bool()[:, cached : cached + tokens]
+        mask = mask.to(batch.input_ids.device)[:, cached : cached + tokens]
         return torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=True)
 
     def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
@@ -193,14 +244,14 @@ class _Run:
         told = []
         for site in self._sites:
             at = "" if site == "attention" else f" at {site}"
-            silent = [layer for layer in self._layers if self._seen[site, layer] == 0]
-            repeated = [layer for layer in self._layers if self._seen[site, layer] > 1]
+            silent = [layer for layer in self.layers if self._seen[site, layer] == 0]
+            repeated = [layer for layer in self.layers if self._seen[site, layer] > 1]
             told += [f"layers {silent} were silent{at}"] if silent else []
             told += [f"layers {repeated} spoke more than once{at}"] if repeated else []
         if told:
             raise IncompleteRunError(
-                f"{' and '.join(told)} in a forward pass of {self._adapter.full_name} through "
-                f"{self._adapter.backend}; each layer must be seen exactly once, so nothing of this pass is "
+                f"{' and '.join(told)} in a forward pass of {self.adapter.full_name} through "
+                f"{self.adapter.backend}; each layer must be seen exactly once, so nothing of this pass is "
                 "kept"
             )
 

@@ -8,7 +8,7 @@ the definition (metrics), and ranking heads (heads).
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe import metrics
@@ -17,6 +17,7 @@ from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.probe import Probe
+from attnprobe.validation import ArrayLike, IntLike, as_tensor, whole_number
 
 
 class SentenceReceiverProbe(Probe):
@@ -26,17 +27,21 @@ class SentenceReceiverProbe(Probe):
         sentence_ids: the sentence of each token, from 0 in each response, -1 outside: for the batch
             of the next pass, aligned with it. Set the attribute anew for another batch.
         min_distance: pairs of sentences nearer than this are left out.
+
+    Raises:
+        ParameterError: ids that are no numbers, or a distance below 1.
     """
 
-    def __init__(self, sentence_ids: Int[Tensor, "batch token"], *, min_distance: int = 4) -> None:
-        self.sentence_ids = sentence_ids
-        self.min_distance = min_distance
+    def __init__(self, sentence_ids: ArrayLike, *, min_distance: IntLike = 4) -> None:
+        self.sentence_ids = as_tensor(sentence_ids, "sentence_ids")
+        self.min_distance = whole_number(min_distance, "min_distance", minimum=1)
         self._layers: dict[int, Tensor] = {}
         self._finished: list[Tensor] = []
 
     def begin(self, batch: TokenBatch) -> None:
         """Check that the sentences are those of this batch."""
         self.abort()
+        self.sentence_ids = as_tensor(self.sentence_ids, "sentence_ids")
         if self.sentence_ids.shape != batch.input_ids.shape:
             raise ParameterError(
                 f"sentence_ids are {list(self.sentence_ids.shape)}, but the model was given tokens "

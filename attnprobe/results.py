@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor
 
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
-from attnprobe.storage import import_pandas, import_pyarrow, load_result, save_result
-from attnprobe.validation import as_tensor, brief, instance, whole_number
+from attnprobe.storage import PathLike, import_pandas, import_pyarrow, load_result, save_result
+from attnprobe.validation import as_tensor, brief, instance, truth, whole_number, whole_numbers
 
 if TYPE_CHECKING:
     import pandas
@@ -191,6 +192,7 @@ class Result:
         if "batch" not in sizes:
             raise ParameterError(f"{type(self).__name__} has no examples to select from")
         chosen = example_indices(examples, sizes["batch"])
+        truth(trim, "trim")
         changed: dict[str, Any] = {}
         for each, value in self._tensors():
             axis = each.axes.index("batch")
@@ -204,8 +206,16 @@ class Result:
         used = selected._used().any(0).nonzero()[:, 0]
         return selected.at_columns(slice(0, int(used.max()) + 1 if len(used) else 1))
 
-    def at_columns(self: ResultT, columns: slice) -> ResultT:
-        """Return the result with some of its columns: `at_columns(slice(8, None))` without the first 8."""
+    def at_columns(self: ResultT, columns: Any) -> ResultT:
+        """Return the result with some of its columns: `at_columns(slice(8, None))` without the first 8.
+
+        Raises:
+            ParameterError: no slice, one with a step, or one that chooses no column.
+        """
+        count = max(
+            (t.shape[i] for f, t in self._tensors() for i, a in enumerate(f.axes) if a in _PADDED), default=0
+        )
+        check_columns(columns, count)
         changed: dict[str, Any] = {}
         for each, value in self._tensors():
             index = tuple(columns if axis in _PADDED else slice(None) for axis in each.axes)
@@ -221,7 +231,7 @@ class Result:
         return mask
 
     @classmethod
-    def concatenate(cls: type[ResultT], parts: Iterable[ResultT]) -> ResultT:
+    def concatenate(cls: type[ResultT], parts: Any) -> ResultT:
         """Join results along their examples; shorter ones are padded on the right.
 
         Raises:
@@ -232,7 +242,7 @@ class Result:
             raise ResultError(f"there is no {cls.__name__} to join")
         for part in parts:
             instance(part, cls, f"each part to join as {cls.__name__}", error=ResultError)
-        first = parts[0]
+        first: ResultT = parts[0]
         cls._check_joins(parts)
         joined: dict[str, Any] = {}
         for each, value in first._tensors():
@@ -261,10 +271,12 @@ class Result:
             for name in setting_names(cls):
                 ours, theirs = getattr(first, name), getattr(part, name)
                 if name in cls._PER_EXAMPLE:
-                    ours, theirs = ours is not None, theirs is not None
-                if ours != theirs:
+                    if (ours is None) != (theirs is None):
+                        raise ResultError(f"{cls.__name__}s cannot be joined with and without {name}")
+                elif ours != theirs:
+                    what, ours, theirs = _difference(name, ours, theirs)
                     raise ResultError(
-                        f"{cls.__name__}s cannot be joined whose {name} differ: {brief(ours)} and "
+                        f"{cls.__name__}s cannot be joined whose {what} differ: {brief(ours)} and "
                         f"{brief(theirs)}"
                     )
             found = {each.name: _fixed_sizes(each, value) for each, value in part._tensors()}
@@ -276,7 +288,7 @@ class Result:
                         f"{cls.__name__}s cannot be joined whose {name} differ in {sizes} and {found[name]}"
                     )
 
-    def to(self: ResultT, device: torch.device | str) -> ResultT:
+    def to(self: ResultT, device: Any) -> ResultT:
         """Return the result with its tensors on a device.
 
         Raises:
@@ -284,15 +296,18 @@ class Result:
         """
         try:
             place = torch.device(device)
+            if place.type == "meta":
+                raise RuntimeError("it holds no numbers")
             moved = {each.name: value.to(place) for each, value in self._tensors()}
-        except (RuntimeError, TypeError, AssertionError) as error:
-            raise ParameterError(f"cannot move to the device {device!r}: {error}") from error
+        except (RuntimeError, TypeError, AssertionError, ImportError) as error:
+            raise ParameterError(f"cannot move to the device {brief(device)}: {error}") from error
         return dataclasses.replace(self, **moved)
 
     def __eq__(self, other: object) -> bool:
         """Whether two results hold the same numbers and settings, wherever their tensors lie; NaN is NaN."""
+        # Not NotImplemented: arrays would compare themselves element by element.
         if type(other) is not type(self):
-            return NotImplemented
+            return False
         names = setting_names(type(self))
         if any(getattr(self, name) != getattr(other, name) for name in names):
             return False
@@ -319,7 +334,7 @@ class Result:
             if name in self._PER_EXAMPLE or value in (None, "", ()):
                 continue
             if isinstance(value, Provenance):
-                told.append(str(value))
+                told += [text] if (text := str(value)) else []
             elif name in ("layers", "skipped_layers"):
                 told.append(f"{name}={ranges(value)}")
             else:
@@ -334,7 +349,7 @@ class Result:
 
     # ---- files and tables -----------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: PathLike) -> Path:
         """Save as one safetensors file with JSON metadata, and return its path.
 
         Raises:
@@ -345,7 +360,7 @@ class Result:
         return save_result(path, type(self).__name__, tensors, settings)
 
     @classmethod
-    def load(cls: type[ResultT], path: str | Path) -> ResultT:
+    def load(cls: type[ResultT], path: PathLike) -> ResultT:
         """Load what `save` wrote.
 
         Raises:
@@ -369,7 +384,7 @@ class Result:
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        frame: pandas.DataFrame = import_pandas().DataFrame(self._table(*arguments, **options))
+        frame: pandas.DataFrame = import_pandas().DataFrame(self._columns(arguments, options))
         return frame
 
     def to_arrow(self, *arguments: Any, **options: Any) -> pyarrow.Table:
@@ -378,7 +393,16 @@ class Result:
         Raises:
             MissingDependencyError: pyarrow is not installed.
         """
-        return import_pyarrow().table(self._table(*arguments, **options))
+        return import_pyarrow().table(self._columns(arguments, options))
+
+    def _columns(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+        signature = inspect.signature(self._table)
+        try:
+            signature.bind(*arguments, **options)
+        except TypeError as error:
+            names = ", ".join(signature.parameters) or "no arguments"
+            raise ParameterError(f"the table of {type(self).__name__} takes {names}: {error}") from error
+        return self._table(*arguments, **options)
 
 
 def setting_types(kind: Any) -> dict[str, Any]:
@@ -397,12 +421,13 @@ def example_indices(examples: Any, count: int) -> list[int]:
     if isinstance(examples, slice):
         try:
             chosen = list(range(count))[examples]
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ParameterError(f"{expected}; got {examples}") from error
         if not chosen:
             raise ParameterError(f"{examples} chooses none of {count} examples")
         return chosen
-    if isinstance(examples, str | bytes | bool | float) or examples is None:
+    is_mixed = isinstance(examples, list | tuple) and len({isinstance(each, bool) for each in examples}) > 1
+    if isinstance(examples, str | bytes | bool | float) or examples is None or is_mixed:
         raise ParameterError(f"{expected}; got {brief(examples)}")
     try:
         numbers = as_tensor(list(examples) if isinstance(examples, set) else examples, "examples")
@@ -424,6 +449,57 @@ def example_indices(examples: Any, count: int) -> list[int]:
     if wrong:
         raise ParameterError(f"there are examples 0..{count - 1}, not {wrong}")
     return [number % count for number in listed]
+
+
+def check_layers(result: Any, count: int, error: type[AttnprobeError]) -> None:
+    """Check that a result names the layer behind each index of its layer axis, and keep them as a tuple.
+
+    Raises:
+        AttnprobeError: of that kind, if it does not.
+    """
+    layers = tuple(whole_numbers(result.layers, "layers", error=error))
+    if len(layers) != count or len(set(layers)) != count:
+        raise error(
+            f"{type(result).__name__} is of {count} layers, and must name each of them once; got "
+            f"{brief(list(layers))}"
+        )
+    object.__setattr__(result, "layers", layers)
+
+
+def check_columns(columns: Any, count: int) -> None:
+    """Refuse what is no slice of neighbouring columns, or chooses none of `count`.
+
+    Raises:
+        ParameterError: one of these.
+    """
+    expected = "columns must be a slice without step, such as slice(8, None)"
+    if not isinstance(columns, slice):
+        raise ParameterError(f"{expected}; got {brief(columns)}")
+    try:
+        first, stop, step = columns.indices(count)
+    except (TypeError, ValueError) as error:
+        raise ParameterError(f"{expected}; got {columns}") from error
+    if step != 1:
+        raise ParameterError(f"{expected}; got {columns}")
+    if stop <= first:
+        raise ParameterError(f"{columns} chooses none of {count} columns")
+
+
+def table_column(values: Tensor, place: Tensor) -> Any:
+    """Return the values at places `[place, axis]` as a column of a table."""
+    chosen = values.detach()[tuple(place.to(values.device).T)].cpu()
+    # Numpy has no bfloat16.
+    return (chosen.float() if chosen.dtype == torch.bfloat16 else chosen).numpy()
+
+
+def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
+    """Return which setting differs: of provenances, which part of them."""
+    if isinstance(ours, Provenance) and isinstance(theirs, Provenance):
+        for each in dataclasses.fields(Provenance):
+            parts = getattr(ours, each.name), getattr(theirs, each.name)
+            if parts[0] != parts[1]:
+                return f"{name}.{each.name}", *parts
+    return name, ours, theirs
 
 
 def _is_kind(value: Tensor, kind: str) -> bool:

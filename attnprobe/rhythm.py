@@ -17,9 +17,19 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch, check_unpacked, token_columns
 from attnprobe.errors import ParameterError
-from attnprobe.results import Provenance, Result, html_table
+from attnprobe.results import Provenance, Result, html_table, table_column
 from attnprobe.scores import TokenScores, check_same_tokens
-from attnprobe.validation import FloatLike, IntLike, as_tensor, brief, instance, real_number, whole_number
+from attnprobe.validation import (
+    ArrayLike,
+    FloatLike,
+    IntLike,
+    as_mask,
+    as_tensor,
+    brief,
+    instance,
+    real_number,
+    whole_number,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,7 +82,7 @@ class Rhythm(Result):
     def _used(self) -> Tensor:
         return torch.ones_like(self.anchor) if self.response_mask is None else self.response_mask
 
-    def at_columns(self, columns: slice) -> Rhythm:
+    def at_columns(self, columns: Any) -> Rhythm:
         """Return the rhythm of some columns only; preplans that lie outside them are forgotten."""
         part = super().at_columns(columns)
         first = columns.indices(self.anchor.shape[1])[0]
@@ -94,7 +104,7 @@ class Rhythm(Result):
         place = torch.stack([getattr(self, name) for name in names]).any(0).nonzero()
         columns = token_columns(place, ids, texts)
         for name in (*names, "anchor_preplan"):
-            columns[name] = getattr(self, name)[tuple(place.T)].cpu().numpy()
+            columns[name] = table_column(getattr(self, name), place)
         return columns
 
     def _repr_html_(self) -> str:
@@ -131,17 +141,17 @@ def find_rhythm(scores: TokenScores, *, quantile: FloatLike = 0.4, lookback: Int
     instance(scores, TokenScores, "scores", "score_tokens returns them")
     check_unpacked(scores.segment_ids, "find peaks")
     quantile, lookback = check_quantile(quantile), check_lookback(lookback)
-    preplan = find_peaks(scores.waad, quantile=quantile)
-    anchor = find_peaks(scores.fai, quantile=quantile)
-    dominated, intro = dominated_anchors(anchor, scores.waad, lookback=lookback)
-    mask = scores.response_mask.to(anchor.device)
+    mask = scores.response_mask.to(scores.waad.device)
+    waad, fai = scores.waad.masked_fill(~mask, torch.nan), scores.fai.masked_fill(~mask, torch.nan)
+    preplan, anchor = find_peaks(waad, quantile=quantile), find_peaks(fai, quantile=quantile)
+    dominated, intro = dominated_anchors(anchor, waad, lookback=lookback)
     return Rhythm(
         preplan=preplan,
         anchor=anchor,
         anchor_preplan=_latest_within(preplan, anchor, mask, lookback),
         dominated=dominated,
         intro=intro,
-        delta=waad_change(scores.waad),
+        delta=waad_change(waad),
         quantile=quantile,
         lookback=lookback,
         response_mask=scores.response_mask,
@@ -151,9 +161,7 @@ def find_rhythm(scores: TokenScores, *, quantile: FloatLike = 0.4, lookback: Int
     )
 
 
-def top_quantile(
-    values: Float[Tensor, "batch token"], quantile: FloatLike = 0.4
-) -> Bool[Tensor, "batch token"]:
+def top_quantile(values: ArrayLike, quantile: FloatLike = 0.4) -> Bool[Tensor, "batch token"]:
     """Mark the `ceil(quantile * n)` largest of the n defined values of each row; ties: the earliest.
 
     Raises:
@@ -171,9 +179,7 @@ def top_quantile(
     return defined & (rank < _quantile_counts(values, quantile)[:, None])
 
 
-def find_peaks(
-    values: Float[Tensor, "batch token"], *, quantile: FloatLike = 0.4
-) -> Bool[Tensor, "batch token"]:
+def find_peaks(values: ArrayLike, *, quantile: FloatLike = 0.4) -> Bool[Tensor, "batch token"]:
     """Mark the peaks of each row: strict local maxima among the top quantile of defined values.
 
     A plateau that is higher than both its neighbours is one peak, at its first position. The first and
@@ -206,24 +212,25 @@ def find_peaks(
     return peaks & (values >= threshold)
 
 
-def waad_change(waad: Float[Tensor, "batch token"]) -> Float[Tensor, "batch token"]:
+def waad_change(waad: ArrayLike) -> Float[Tensor, "batch token"]:
     """Return `|WAAD[t] - WAAD[t + 1]|` (Eq. 14 of arXiv 2510.13554v2); NaN for the last token.
 
     >>> waad_change(torch.tensor([[1.0, 3.0, 2.5]]))
     tensor([[2.0000, 0.5000,    nan]])
     """
+    waad = check_values(waad)
     delta = torch.full_like(waad, torch.nan)
     delta[:, :-1] = (waad[:, :-1] - waad[:, 1:]).abs()
     return delta
 
 
 def dominated_anchors(
-    anchor: Bool[Tensor, "batch token"],
-    waad: Float[Tensor, "batch token"],
+    anchor: ArrayLike,
+    waad: ArrayLike,
     *,
     lookback: IntLike = 3,
-    waad_threshold: float | None = None,
-    delta_threshold: float | None = None,
+    waad_threshold: FloatLike | None = None,
+    delta_threshold: FloatLike | None = None,
 ) -> tuple[Bool[Tensor, "batch token"], Bool[Tensor, "batch token"]]:
     """Mark the anchors that a chunk's opening dominates, and the tokens that opened the chunks.
 
@@ -236,9 +243,9 @@ def dominated_anchors(
     Raises:
         ParameterError: a lookback below 1, or shapes that differ.
     """
-    lookback = min(check_lookback(lookback), max(1, waad.shape[-1]))
-    if anchor.shape != waad.shape:
-        raise ParameterError(f"anchor is {list(anchor.shape)}, waad {list(waad.shape)}")
+    waad = check_values(waad)
+    anchor = as_mask(anchor, "anchor", tuple(waad.shape), device=waad.device)
+    lookback = min(check_lookback(lookback), max(1, waad.shape[1]))
     delta = waad_change(waad)
     low = _threshold(waad, waad_threshold)
     high = _threshold(delta, delta_threshold)
@@ -255,9 +262,9 @@ def dominated_anchors(
     return dominated, intro
 
 
-def _threshold(values: Float[Tensor, "batch token"], given: float | None) -> Tensor:
+def _threshold(values: Float[Tensor, "batch token"], given: FloatLike | None) -> Tensor:
     if given is not None:
-        return values.new_full((values.shape[0], 1), given)
+        return values.new_full((values.shape[0], 1), real_number(given, "a threshold"))
     # Half precision has no median.
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
     return wide.nanquantile(0.5, dim=-1, keepdim=True)
@@ -284,6 +291,7 @@ def _latest_preplan(
     preplan: Bool[Tensor, "batch token"], response_mask: Bool[Tensor, "batch token"], lookback: int
 ) -> Int[Tensor, "batch token"]:
     """Return for each token the column of the latest preplan in `t - lookback .. t`; -1 across a gap."""
+    lookback = min(lookback, preplan.shape[1])
     column = torch.arange(preplan.shape[1], device=preplan.device).expand_as(preplan)
     latest = column.masked_fill(~preplan, -1).cummax(-1).values
     gap = column.masked_fill(response_mask.to(preplan.device), -1).cummax(-1).values
@@ -308,7 +316,7 @@ def check_lookback(lookback: IntLike, minimum: int = 1) -> int:
     return whole_number(lookback, "lookback", minimum=minimum)
 
 
-def check_values(values: Tensor) -> Float[Tensor, "batch token"]:
+def check_values(values: ArrayLike) -> Float[Tensor, "batch token"]:
     """Return scores of tokens `[batch, token]`, or raise `ParameterError`."""
     values = as_tensor(values, "values")
     if values.ndim != 2 or not values.is_floating_point():

@@ -22,7 +22,7 @@ from attnprobe.errors import ParameterError, ResultError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups, head_groups
-from attnprobe.results import Align, Provenance, Result
+from attnprobe.results import Align, Provenance, Result, table_column
 from attnprobe.validation import choice, instance
 
 
@@ -72,7 +72,7 @@ class TokenScores(Result):
         for name in ("waad", "fai", "receiver_fai", "entropy"):
             values = getattr(self, name)
             if values is not None:
-                columns[name] = values[tuple(place.to(values.device).T)].cpu().numpy()
+                columns[name] = table_column(values, place)
         return columns
 
     def _repr_html_(self) -> str:
@@ -158,7 +158,8 @@ def score_tokens(
         heads: the groups, of this or another batch of the same model; a dictionary of selections by group;
             or one selection, such as "all", for WAAD and FAI alike.
         local_heads, global_heads, receiver_heads: your own selections, in any form that `HeadSelection.of`
-            knows, with weights if you like; they take the place of those in `heads`.
+            knows, with weights if you like; they take the place of those in `heads`. Where layers differ in
+            their number of heads, those that a layer does not have are left out of the mean.
         align: which token a row of attention describes. "token": row t describes token t, as in the paper.
             "prediction": row t describes token t + 1, which it produced. WAAD moves by one; FAI, which
             belongs to columns, stays.
@@ -178,16 +179,17 @@ def score_tokens(
         **{"global": global_heads},
     )
     choice(align, "align", get_args(Align))
-    waad = _mean_over(statistics.waad, groups["local"], statistics)
+    weights = {name: _weights(selection, statistics, name) for name, selection in groups.items()}
+    waad = _mean_over(statistics.waad, weights["local"])
     if align == "prediction":
         waad = described_by_prediction(waad, statistics.response_mask)
-    receivers = groups.get("receiver")
+    receivers = weights.get("receiver")
     return TokenScores(
         waad=waad,
-        fai=_mean_over(statistics.fai, groups["global"], statistics),
+        fai=_mean_over(statistics.fai, weights["global"]),
         entropy=statistics.entropy,
         response_mask=statistics.response_mask,
-        receiver_fai=None if receivers is None else _mean_over(statistics.fai, receivers, statistics),
+        receiver_fai=None if receivers is None else _mean_over(statistics.fai, receivers),
         segment_ids=statistics.segment_ids,
         input_ids=statistics.input_ids,
         texts=statistics.texts,
@@ -196,21 +198,36 @@ def score_tokens(
             layers=statistics.layers,
             window=statistics.window,
             horizon=statistics.horizon,
-            heads={str(group): selection.heads for group, selection in groups.items()},
+            heads={str(group): tuple(sorted(selection.heads)) for group, selection in groups.items()},
             align=align,
         ),
     )
 
 
+def _weights(heads: HeadSelection, statistics: HeadStatistics, group: str) -> Float[Tensor, "layer head"]:
+    """Return the weight of each head; 0 where a layer does not have it.
+
+    Raises:
+        ParameterError: no layer has any of the heads.
+    """
+    weights = heads.weights(statistics.layers, statistics.head_count).to(statistics.waad.device)
+    inside = statistics.response_mask.to(weights.device)
+    # A head that a layer does not have is NaN everywhere.
+    missing = statistics.waad.isnan().all(-1).all(0) & inside.any()
+    weights = weights.masked_fill(missing, 0.0)
+    if not bool(weights.any()):
+        raise ParameterError(f"{group}_heads are heads that their layers do not have: {heads}")
+    return weights
+
+
 def _mean_over(
-    values: Float[Tensor, "batch layer head token"], heads: HeadSelection, statistics: HeadStatistics
+    values: Float[Tensor, "batch layer head token"], weights: Float[Tensor, "layer head"]
 ) -> Float[Tensor, "batch token"]:
-    """Return the mean over heads, by their weights."""
-    weights = heads.weights(statistics.layers, statistics.head_count).to(values.device)
-    chosen = values[:, weights > 0]  # [batch, chosen head, token]
-    if not heads.is_weighted:
+    """Return the mean over the heads that have a weight, by their weights."""
+    chosen, weight = values[:, weights > 0], weights[weights > 0]  # [batch, chosen head, token]
+    if bool((weight == weight[0]).all()):
         return chosen.mean(1)
-    share = (weights[weights > 0] / weights.sum()).to(values.dtype)
+    share = (weight.double() / weight.double().sum()).to(values.dtype)
     return (chosen * share[:, None]).sum(1)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import BatchError
+from attnprobe.validation import instance
 
 _NEVER_LAST = "e.g i.e cf vs viz mr mrs ms dr prof mt rev hon sr jr approx resp incl dept capt sgt w.r.t s.t"
 _NUMBERED = "no nos fig figs eq eqs sec ch ex thm lem prop cor def vol p pp art"
@@ -141,26 +142,47 @@ def sentence_ids(batch: TokenBatch) -> Int[Tensor, "batch token"]:
     """Return the sentence of each response token, counted from 0 in each response; -1 elsewhere.
 
     A token belongs to the sentence in which its first character that is not white space lies; one of
-    white space alone, to the sentence of its first character.
+    white space alone, to the sentence of its first character. A gap in the response ends a sentence.
 
     Raises:
         BatchError: a batch without texts, or of packed rows.
     """
+    instance(batch, TokenBatch, "batch")
     if batch.texts is None:
         raise BatchError("sentences need the tokens' texts: build the batch with tokenizer=...")
     if batch.segment_ids is not None:
         raise BatchError("rows are packed: take batch.unpadded_rows()[0], one response a row")
     ids = torch.full(batch.input_ids.shape, -1, dtype=torch.long)
     for row, mask in enumerate(batch.response_mask):
-        columns = mask.nonzero()[:, 0].tolist()
-        pieces = [batch.texts[row][column] for column in columns]
-        ends = [end for _, end in split_sentences("".join(pieces))]
-        sentence, begin = 0, 0
-        for column, piece in zip(columns, pieces, strict=True):
-            blank = len(piece) - len(piece.lstrip())
-            place = begin + (blank if blank < len(piece) else 0)
-            while sentence + 1 < len(ends) and place >= ends[sentence]:
-                sentence += 1
-            ids[row, column] = sentence
-            begin += len(piece)
+        count = 0
+        for columns in _runs(mask.nonzero()[:, 0].tolist()):
+            numbers = _sentence_of_each([batch.texts[row][column] for column in columns])
+            ids[row, columns] = torch.tensor(numbers) + count
+            count += numbers[-1] + 1
     return ids.to(batch.input_ids.device)
+
+
+def _runs(columns: list[int]) -> list[list[int]]:
+    """Return ascending columns as runs without gaps."""
+    runs: list[list[int]] = []
+    for column in columns:
+        if runs and column == runs[-1][-1] + 1:
+            runs[-1].append(column)
+        else:
+            runs.append([column])
+    return runs
+
+
+def _sentence_of_each(pieces: list[str]) -> list[int]:
+    """Return the sentence of each token of a text without gaps, counted from 0."""
+    ends = [end for _, end in split_sentences("".join(pieces))]
+    numbers: list[int] = []
+    sentence, begin = 0, 0
+    for piece in pieces:
+        blank = len(piece) - len(piece.lstrip())
+        place = begin + (blank if blank < len(piece) else 0)
+        while sentence + 1 < len(ends) and place >= ends[sentence]:
+            sentence += 1
+        numbers.append(sentence)
+        begin += len(piece)
+    return numbers

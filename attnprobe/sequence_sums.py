@@ -63,15 +63,13 @@ def add_rows(
     start = attention.key_start + attention.query_offset
     _check_continues(before, attention, start)
     mask = metrics.check_mask(attention, response_mask)
-    reach = max(window, (horizon[1] or 0) + 1)
-    if window < reach <= metrics.WIDEST_BAND and attention.query_count > reach:
-        # One product serves WAAD and FAI: the attention keeps its widest band.
-        attention.band(reach)
+    # One product serves WAAD and FAI.
+    near = metrics.near_band(attention, window, horizon)
     columns = start + attention.query_count
     distance = None
     if span:
         distance = (attention.mean_distance() * mask[:, None].to(attention.dtype)).sum(-1)
-    waad = metrics.windowed_distance_by_row(attention, window)
+    waad = metrics.windowed_distance_by_row(attention, window, near)
 
     def placed(received: Tensor, earlier: Tensor | None) -> Tensor:
         """Add what this pass's keys were given to what the columns had before."""
@@ -82,7 +80,7 @@ def add_rows(
         return total
 
     received = placed(
-        metrics.received_by_key(attention, mask, horizon), None if before is None else before.received
+        metrics.received_by_key(attention, mask, horizon, near), None if before is None else before.received
     )
     received_far = None
     if far_horizon == horizon:

@@ -12,15 +12,22 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from attnprobe.errors import MissingDependencyError, ResultError
+from attnprobe.errors import AttnprobeError, MissingDependencyError, ResultError
+from attnprobe.validation import brief
 from attnprobe.version import __version__
+
+if TYPE_CHECKING:
+    PathLike: TypeAlias = str | os.PathLike[str]
+else:
+    # A wrong path is to reach the check that explains it, also when types are checked at run time.
+    PathLike = Any
 
 _KEY = "attnprobe"
 _TEMPORARY = ".attnprobe-"
@@ -37,7 +44,7 @@ def library_versions() -> dict[str, str]:
     }
 
 
-def write_atomically(path: str | Path, content: bytes) -> Path:
+def write_atomically(path: PathLike, content: bytes) -> Path:
     """Write a file completely or not at all, and return its path.
 
     Raises:
@@ -62,16 +69,16 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def check_writable(path: str | Path) -> None:
+def check_writable(path: PathLike) -> None:
     """Check that a file could be written there, before the work whose result it is to hold.
 
     Raises:
         ResultError: a folder that does not exist or cannot be written, or a path that is a folder.
     """
     path = as_path(path)
-    if path.is_dir():
-        raise ResultError(f"cannot write {path}: it is a folder; name a file")
     try:
+        if path.is_dir():
+            raise ResultError(f"cannot write {path}: it is a folder; name a file")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_TEMPORARY):
             pass
     except OSError as error:
@@ -79,7 +86,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def save_result(
-    path: str | Path, kind: str, tensors: dict[str, Tensor | None], settings: dict[str, Any]
+    path: PathLike, kind: str, tensors: dict[str, Tensor | None], settings: dict[str, Any]
 ) -> Path:
     """Save the tensors of a result that are not None, with its settings, as one safetensors file.
 
@@ -95,11 +102,15 @@ def save_result(
         if tensor is not None
     }
     header = {"kind": kind, "versions": library_versions(), "settings": msgspec.to_builtins(settings)}
-    return write_atomically(path, to_bytes(present, metadata={_KEY: json.dumps(header)}))
+    try:
+        content = to_bytes(present, metadata={_KEY: json.dumps(header)})
+    except SafetensorError as error:
+        raise ResultError(f"cannot save {kind} as a safetensors file: {error}. Save parts of it") from error
+    return write_atomically(path, content)
 
 
 def load_result(
-    path: str | Path, kind: str, needed: Sequence[str], types: dict[str, Any]
+    path: PathLike, kind: str, needed: Sequence[str], types: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load a result of that kind: its tensors, of which some are needed, and its settings, of given types.
 
@@ -109,12 +120,14 @@ def load_result(
     import msgspec
 
     path = as_path(path)
-    if not path.is_file():
-        raise ResultError(f"there is no result at {path}")
     try:
+        if not path.is_file():
+            raise ResultError(f"there is no result at {path}")
         with safe_open(path, framework="pt") as stream:
             header = json.loads((stream.metadata() or {}).get(_KEY, "{}"))
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    except ResultError:
+        raise
     except (SafetensorError, ValueError, OSError) as error:
         raise ResultError(f"{path} is not a readable safetensors file: {error}") from error
     if not isinstance(header, dict):
@@ -135,11 +148,15 @@ def load_result(
     return tensors, converted
 
 
-def as_path(path: Any) -> Path:
-    """Return a path, or raise `ResultError` for what is none."""
-    if isinstance(path, str | os.PathLike) and str(path):
-        return Path(path)
-    raise ResultError(f"a file is named by a str or a Path; got {path!r}")
+def as_path(
+    path: Any, expected: str = "a file is named by a str or a Path", error: type[AttnprobeError] = ResultError
+) -> Path:
+    """Return a path, or raise an error for what is none."""
+    if isinstance(path, str | os.PathLike):
+        name = os.fspath(path)
+        if isinstance(name, str) and name and "\0" not in name:
+            return Path(name)
+    raise error(f"{expected}; got {brief(path)}")
 
 
 def import_pandas() -> Any:

@@ -68,7 +68,7 @@ def chat_prompt_ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> l
 
 def encoded(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """Return the ids of a text, with the tokenizer's special tokens or without."""
-    if not callable(tokenizer) or isinstance(tokenizer, type):
+    if not callable(tokenizer) or isinstance(tokenizer, type) or not hasattr(tokenizer, "decode"):
         raise BatchError(f"tokenizer must be a transformers tokenizer; got {brief(tokenizer)}")
     encoded = tokenizer(text) if special else tokenizer(text, add_special_tokens=False)
     try:

@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.errors import AttnprobeError, ParameterError
@@ -27,10 +27,19 @@ if TYPE_CHECKING:
     ArrayLike: TypeAlias = Tensor | numpy.ndarray[Any, Any] | Sequence[Any] | range
     IntLike: TypeAlias = int | numpy.integer[Any] | Tensor
     FloatLike: TypeAlias = float | IntLike | numpy.floating[Any]
+    # Fields of dataclasses whose __post_init__ checks what it is given and keeps a plain number.
+    IntField: TypeAlias = int
+    FloatField: TypeAlias = float
+    BoolField: TypeAlias = bool
 else:
     # When types are checked at run time, as our tests do, a wrong value is to reach the check that explains
     # it, and not to be turned away before.
-    ArrayLike = IntLike = FloatLike = Any
+    ArrayLike = IntLike = FloatLike = IntField = FloatField = BoolField = Any
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is a numpy array, or a number of numpy's."""
+    return type(value).__module__ == "numpy" and hasattr(value, "ndim")
 
 
 def brief(value: Any, longest: int = 80) -> str:
@@ -42,7 +51,7 @@ def brief(value: Any, longest: int = 80) -> str:
     if isinstance(value, Tensor):
         kind = str(value.dtype).removeprefix("torch.")
         return f"a {kind} tensor {list(value.shape)}" if value.ndim else f"a {kind} tensor of {value.item()}"
-    if type(value).__module__ == "numpy" and value.shape:
+    if is_array(value) and value.ndim:
         return f"a {value.dtype} array {list(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -89,7 +98,7 @@ def _index(value: Any) -> int | None:
     """Return what stands for a whole number as an int: of Python, numpy or torch; None if it does not."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype == torch.bool or value.ndim)):
         return None
-    if type(value).__module__ == "numpy" and value.ndim:
+    if is_array(value) and value.ndim:
         return None
     try:
         return operator.index(value)
@@ -203,6 +212,10 @@ def instance(
     raise error(f"{name} must be {article} {kind.__name__}{source}; got {told}")
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) or is_array(value)
+
+
 def as_tensor(value: Any, name: str, error: ErrorClass = ParameterError) -> Tensor:
     """Return a tensor, a numpy array, or (nested) lists of numbers as a tensor.
 
@@ -211,15 +224,40 @@ def as_tensor(value: Any, name: str, error: ErrorClass = ParameterError) -> Tens
     """
     if isinstance(value, Tensor):
         return value
-    is_array = type(value).__module__ == "numpy" or hasattr(value, "__array__")
-    if is_array or isinstance(value, list | tuple | range | int | float):
+    if is_array(value) and any(stride < 0 for stride in value.strides):
+        value = value.copy()  # Torch takes no reversed views.
+    if hasattr(value, "__array__") or isinstance(value, list | tuple | range | int | float):
         try:
-            if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
-                return torch.stack(list(value))
+            if isinstance(value, list | tuple) and value and all(_is_numbers(part) for part in value):
+                return torch.stack([torch.as_tensor(part) for part in value])
             return torch.as_tensor(list(value) if isinstance(value, range) else value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
     raise error(f"{name} must be a tensor, an array or lists of numbers of equal length; got {brief(value)}")
+
+
+def as_float_tensor(
+    value: Any,
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    *,
+    axes: str = "example, token",
+    error: ErrorClass = ParameterError,
+) -> Float[Tensor, "..."]:
+    """Return numbers as a tensor of floats: whole numbers become floats, since factors and means of them do.
+
+    >>> as_float_tensor([[1, 2]], "gamma", (1, 2))
+    tensor([[1., 2.]])
+    >>> as_float_tensor([1, 2], "gamma", (1, 2), axes="completion, token")
+    Traceback (most recent call last):
+    attnprobe.errors.ParameterError: gamma must be [completion, token] = [1, 2]; got [2]
+    """
+    numbers = as_tensor(value, name, error)
+    if numbers.dtype == torch.bool or numbers.is_complex():
+        raise error(f"{name} must hold real numbers; got {brief(numbers)}")
+    if shape is not None and tuple(numbers.shape) != tuple(shape):
+        raise error(f"{name} must be [{axes}] = {list(shape)}; got {list(numbers.shape)}")
+    return numbers if numbers.is_floating_point() else numbers.to(torch.get_default_dtype())
 
 
 def as_mask(
@@ -268,7 +306,7 @@ def whole_numbers(
     if single is not None:
         return [whole_number(single, name, minimum=minimum, maximum=maximum, error=error)]
     parts: Any = value
-    if isinstance(value, Tensor) or type(value).__module__ == "numpy":
+    if _is_numbers(value):
         if value.ndim != 1:
             raise error(f"{name} must be one or more whole numbers; got {brief(value)}")
         parts = value.tolist()

@@ -1,7 +1,8 @@
-"""A credited run of a tiny trainer, as one process of several: started by torchrun from test_trl_scale.
+"""A credited run, as one process of several: started by torchrun from test_trl_scale.
 
-It writes what each process generated and how it was weighed, with the weights of the policy at that
-moment, for the test to compare with one process that holds all rows.
+"ddp" and "fsdp2" train a tiny trainer and write what each process generated and how it was weighed, with the
+weights of the policy at that moment, for the test to compare with one process that holds all completions.
+"loop" weighs made-up rollouts by a `RolloutCredit`, without a trainer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import torch
 from trl import GRPOTrainer
 
-from attnprobe.rl import CoupledRhythmCredit, attach_credit
+from attnprobe.rl import CoupledRhythmCredit, Rollout, RolloutCredit, attach_credit
+from attnprobe.testing.tiny_models import tiny_model
 from attnprobe.testing.tiny_trainers import tiny_trainer
 
 HORIZON = (1, 4)
@@ -36,8 +38,35 @@ def shard(trainer) -> None:
     trainer.is_fsdp_enabled = True
 
 
+def loop(folder: Path) -> None:
+    """Weigh three rollouts of 4 completions in one process, of 3 in the other, which gains nothing."""
+    torch.distributed.init_process_group("gloo")
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    ids = torch.randint(1, 90, (4 - rank, 40), generator=torch.Generator().manual_seed(rank))
+    ones = torch.ones_like(ids)
+    parts = (ids[:, :4], ones[:, :4], ids[:, 4:], ones[:, 4:])
+    advantages = [-1.0] * 3 if rank else [1.0, -1.0, 1.0, 1.0]
+    credit = RolloutCredit(
+        tiny_model("llama"), CoupledRhythmCredit(), horizon=HORIZON, layers="all", reclassify_every=2
+    )
+    grouped_at = []
+    for step in range(3):
+        credit.weigh(Rollout(*parts), advantages, step)
+        grouped_at.append(credit.grouping.grouped_at)
+    found = {
+        "world": world,
+        "rollout": parts,
+        "grouped_at": grouped_at,
+        "groups": credit.grouping.saved_groups,
+    }
+    torch.save(found, folder / f"rank{rank}.pt")
+
+
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
+    if kind == "loop":
+        loop(folder)
+        return
     config = {"max_steps": 3, "max_completion_length": 8}
     trainer = tiny_trainer(GRPOTrainer, folder, **config)
     if kind == "fsdp2":

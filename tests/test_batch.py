@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from attnprobe import BatchError, TokenBatch
 from attnprobe.layout import RowLayout
 from attnprobe.texts import chat_prompt_ids, token_texts
+from tests.refusals import refused
 
 NAN = math.nan
 SENTENCES = [
@@ -60,11 +62,8 @@ def smollm2() -> Any:
     return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def error_of(call: Callable[[], Any]) -> str:
-    """The text of the BatchError that a call raises."""
-    with pytest.raises(BatchError) as error:
-        call()
-    return str(error.value)
+def check_refused(call: Callable[[], Any], *facts: object) -> None:
+    refused(call, *facts, error=BatchError)
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
@@ -119,19 +118,36 @@ def test_one_prompt_and_one_response_need_no_list(tokenizer: PreTrainedTokenizer
 
 
 def test_texts_that_make_no_batch_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    def error(prompts: list[str], responses: list[str]) -> str:
-        return error_of(lambda: TokenBatch.from_text(tokenizer, prompts, responses))
+    def check(prompts: list[str], responses: list[str] | None, *facts: object) -> None:
+        check_refused(lambda: TokenBatch.from_text(tokenizer, prompts, responses), *facts)
 
-    assert error(["a", "b"], ["c"]) == "2 prompts but 1 responses"
-    assert error([], []) == "the batch is empty: pass at least one prompt and response"
-    assert error(["a", "b"], ["c", ""]) == "response 1 is empty: there is no token to describe"
+    check(["a", "b"], ["c"], "2 prompts", "1 responses")
+    check([], [], "empty")
+    check([], None, "empty")
+    check(["a", "b"], ["c", ""], "response 1", "empty")
 
 
 @pytest.mark.usefixtures("as_users_call")
-def test_texts_that_are_no_strings_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    for prompts, responses, name in (([1], ["a"], "prompts"), (["a"], [None], "responses")):
-        message = error_of(lambda p=prompts, r=responses: TokenBatch.from_text(tokenizer, p, r))
-        assert f"{name} must be a list of strings" == message
+@pytest.mark.parametrize("wrong", [1, None, b"a", [1], [None], ["a", 1], {"a": 1}, torch.ones(1)])
+def test_texts_that_are_no_strings_are_refused(tokenizer: PreTrainedTokenizerFast, wrong: Any) -> None:
+    check_refused(lambda: TokenBatch.from_text(tokenizer, wrong, ["a"]), "prompts")
+    if wrong is not None:
+        check_refused(lambda: TokenBatch.from_text(tokenizer, ["a"], wrong), "responses")
+
+
+def test_without_responses_all_of_a_text_is_response(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The tokenizer's special tokens too: they are part of what the model reads."""
+    batch = TokenBatch.from_text(tokenizer, ["The cat", " sat"])
+    assert [([], list(tokenizer(text)["input_ids"])) for text in ("The cat", " sat")] == rows_of(batch)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "wrong", ["gpt2", None, 5, PreTrainedTokenizerFast, str.upper, torch.nn.Linear(2, 2)]
+)
+def test_what_is_no_tokenizer_is_refused(wrong: Any) -> None:
+    """Also what can be called, such as a model that was handed in by mistake."""
+    check_refused(lambda: TokenBatch.from_text(wrong, ["a"], ["b"]), "tokenizer")
 
 
 # ---- from_chat ------------------------------------------------------------------------------------
@@ -170,18 +186,23 @@ def test_one_chat_needs_no_list(chatting: PreTrainedTokenizerFast, response: str
 
 
 def test_chats_that_make_no_batch_are_refused(chatting: PreTrainedTokenizerFast) -> None:
-    def error(messages: Any, responses: Any) -> str:
-        return error_of(lambda: TokenBatch.from_chat(chatting, messages, responses))
+    def check(messages: Any, responses: Any, *facts: object) -> None:
+        check_refused(lambda: TokenBatch.from_chat(chatting, messages, responses), *facts)
 
-    assert error([CHAT, OTHER], ["a"]) == "2 prompts but 1 responses"
-    assert error(CHAT, ["a", "b"]) == "1 prompts but 2 responses"
-    assert error(CHAT, "") == "response 0 is empty: there is no token to describe"
-    assert error([], []) == "the batch is empty: pass at least one prompt and response"
+    check([CHAT, OTHER], ["a"], "2 prompts", "1 responses")
+    check(CHAT, ["a", "b"], "1 prompts", "2 responses")
+    check(CHAT, "", "response 0", "empty")
+    check([], [], "messages", "[]")
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("messages", ["hi", None, 5, ["hi"], [["hi"]], {"role": "user"}, torch.ones(2)])
+def test_what_is_no_chat_is_refused(chatting: PreTrainedTokenizerFast, messages: Any) -> None:
+    check_refused(lambda: TokenBatch.from_chat(chatting, messages, "a"))
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    message = error_of(lambda: TokenBatch.from_chat(tokenizer, CHAT, "a"))
-    assert message == "this tokenizer has no chat template: use TokenBatch.from_text"
+    check_refused(lambda: TokenBatch.from_chat(tokenizer, CHAT, "a"), "chat template", "from_text")
 
 
 # ---- from_ids -------------------------------------------------------------------------------------
@@ -305,62 +326,46 @@ def packed(response: list[list[int]], positions: list[list[int]]) -> dict[str, A
 
 @pytest.mark.usefixtures("as_users_call")
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        ({"input_ids": torch.zeros(1, 2, 3).long()}, "input_ids must be [batch, token], got [1, 2, 3]"),
-        ({"input_ids": torch.zeros(2, 0).long()}, "input_ids must be [batch, token], got [2, 0]"),
-        ({"input_ids": []}, "every row needs at least one token"),
-        ({"input_ids": [[1], []]}, "every row needs at least one token"),
-        ({"input_ids": torch.zeros(1, 2)}, "input_ids must be integers, got torch.float32"),
-        ({"input_ids": [[1.0, 2.0]]}, "input_ids must be integers, got torch.float32"),
-        ({"input_ids": torch.ones(1, 2).bool()}, "input_ids must be integers, got torch.bool"),
-        ({"input_ids": torch.tensor([[1, -100]])}, "input_ids must not be negative, got -100"),
-        ({"input_ids": [[1, 2], [3, -1]]}, "input_ids must not be negative, got -1"),
-        (
-            {"input_ids": [[1, 2], [3]], "attention_mask": torch.ones(2, 2)},
-            "lists of ids carry their own lengths: pass a tensor to use attention_mask",
-        ),
-        (
-            {"input_ids": IDS, "attention_mask": torch.ones(2, 3)},
-            "attention_mask must be [2, 4] like the token ids, got [2, 3]",
-        ),
-        (
-            {"input_ids": IDS, "response_mask": torch.ones(4)},
-            "response_mask must be [2, 4] like the token ids, got [4]",
-        ),
-        (
-            {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 2, 1]] * 2)},
-            "attention_mask must hold 0 and 1 (or False and True) only",
-        ),
-        (
-            {"input_ids": IDS, "response_mask": torch.tensor([[0, 0, 0.5, 1]] * 2)},
-            "response_mask must hold 0 and 1 (or False and True) only",
-        ),
-        (
-            {"input_ids": IDS, "response_mask": torch.tensor([[0, 0, NAN, 1]] * 2)},
-            "response_mask must hold 0 and 1 (or False and True) only",
-        ),
-        (
-            {"input_ids": IDS, "response_mask": torch.tensor([[0, 0, -1, 1]] * 2)},
-            "response_mask must hold 0 and 1 (or False and True) only",
-        ),
+        ({"input_ids": torch.zeros(1, 2, 3).long()}, ["input_ids", "[1, 2, 3]"]),
+        ({"input_ids": torch.zeros(2, 0).long()}, ["input_ids", "[2, 0]"]),
+        ({"input_ids": []}, ["input_ids", "[0]"]),
+        ({"input_ids": [[]]}, ["example 0", "empty"]),
+        ({"input_ids": [[1], []]}, ["example 1", "empty"]),
+        ({"input_ids": 5}, ["input_ids", "[]"]),
+        ({"input_ids": torch.zeros(1, 2)}, ["input_ids", "whole numbers", "float32"]),
+        ({"input_ids": [[1.0, 2.0]]}, ["input_ids", "whole numbers", "float32"]),
+        ({"input_ids": torch.ones(1, 2).bool()}, ["input_ids", "bool"]),
+        ({"input_ids": torch.tensor([[1, -100]])}, ["input_ids", "-100"]),
+        ({"input_ids": [[1, 2], [3, -1]]}, ["input_ids", "-1"]),
+        ({"input_ids": [[1, 2], [3, "a"]]}, ["input_ids", "'a'"]),
+        ({"input_ids": [[1, 2], [3, None]]}, ["input_ids", "None"]),
+        ({"input_ids": [[1, 2], 3]}, ["input_ids"]),
+        ({"input_ids": [[1, 2**70]]}, ["input_ids"]),
+        ({"input_ids": np.array([[2**63]], dtype=np.uint64)}, ["input_ids", "negative"]),
+        ({"input_ids": "abc"}, ["input_ids", "'abc'"]),
+        ({"input_ids": None}, ["input_ids", "None"]),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 3)}, ["attention_mask", "[2, 4]", "[2, 3]"]),
+        ({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1, 1]]}, ["attention_mask", "[2, 1]"]),
+        ({"input_ids": IDS, "response_mask": torch.ones(4)}, ["response_mask", "[2, 4]", "[4]"]),
+        ({"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 2, 1]] * 2)}, ["attention_mask", "2"]),
+        ({"input_ids": IDS, "response_mask": torch.tensor([[0, 0, 0.5, 1]] * 2)}, ["response_mask", "0.5"]),
+        ({"input_ids": IDS, "response_mask": torch.tensor([[0, 0, NAN, 1]] * 2)}, ["response_mask", "nan"]),
+        ({"input_ids": IDS, "response_mask": torch.tensor([[0, 0, -1, 1]] * 2)}, ["response_mask", "-1"]),
+        ({"input_ids": IDS, "response_mask": "1111"}, ["response_mask", "'1111'"]),
+        ({"input_ids": IDS, "response_mask": [["1"] * 4] * 2}, ["response_mask"]),
         (
             {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1]])},
-            "attention_mask has a hole in row 1: a row may be padded on the left or right, and a response "
-            "is one run of tokens",
+            ["attention_mask", "hole", "example 1"],
         ),
         (
             {"input_ids": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])},
-            "attention_mask is empty in row 1",
-        ),
-        (
-            {"input_ids": IDS, "response_mask": torch.tensor([[1, 0, 0, 1], [1, 1, 1, 1]])},
-            "response_mask has a hole in row 0: a row may be padded on the left or right, and a response "
-            "is one run of tokens",
+            ["attention_mask", "empty", "example 1"],
         ),
         (
             {"input_ids": IDS, "response_mask": torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0]])},
-            "row 1 has an empty response: there is no token to describe",
+            ["example 1", "empty response"],
         ),
         (
             {
@@ -368,58 +373,251 @@ def packed(response: list[list[int]], positions: list[list[int]]) -> dict[str, A
                 "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
                 "response_mask": torch.tensor([[0, 0, 1, 1]] * 2),
             },
-            "response_mask marks padding in row 1: it must lie in attention_mask",
+            ["response_mask", "padding", "example 1", "attention_mask"],
         ),
         (
             {"input_ids": IDS, "response_mask": torch.ones(2, 4), "response_start": 1},
-            "pass response_mask or response_start, not both",
+            ["response_mask", "response_start"],
         ),
         (
             {"input_ids": IDS, "response_start": torch.tensor([1, 2, 3])},
-            "response_start must be one column or one for each of 2 rows, got 3",
+            ["response_start", "2 examples", "3"],
         ),
-        (
-            {"input_ids": IDS, "response_start": 4},
-            "row 0 has an empty response: there is no token to describe",
-        ),
-        (
-            {"input_ids": [[1, 2, 3], [1, 2]], "response_start": 2},
-            "row 1 has an empty response: there is no token to describe",
-        ),
+        ({"input_ids": IDS, "response_start": 4}, ["example 0", "empty response"]),
+        ({"input_ids": [[1, 2, 3], [1, 2]], "response_start": 2}, ["example 1", "empty response"]),
         (
             {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 0, 1]] * 2), "response_start": 1},
-            "packed rows hold several responses: pass response_mask",
+            ["packed", "response_mask"],
         ),
         (
             {"input_ids": IDS, "position_ids": torch.zeros(2, 3).long()},
-            "position_ids must be [2, 4] like the token ids, got [2, 3]",
+            ["position_ids", "[2, 4]", "[2, 3]"],
         ),
         (
-            {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 4]] * 2)},
-            "each packed sequence must start at position 0",
+            {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 3], [0, 1, 2, 4]])},
+            ["position 0", "example 1", "column 3", "position 4"],
         ),
         (
             {"input_ids": IDS, "position_ids": torch.tensor([[1, 2, 3, 4]] * 2)},
-            "each packed sequence must start at position 0",
+            ["position 0", "example 0", "column 0", "position 1"],
         ),
-        (
-            packed([[1, 0, 1, 0, 1]], [[0, 1, 2, 0, 1]]),
-            "response_mask has a hole in row 0: one run for each sequence",
-        ),
-        (
-            packed([[0, 0, 0, 0], [0, 1, 0, 1]], [[0, 1, 0, 1]] * 2),
-            "row 0 has an empty response: there is no token to describe",
-        ),
+        ({"input_ids": IDS, "position_ids": torch.rand(2, 4)}, ["position_ids", "float32"]),
+        (packed([[0, 0, 0, 0], [0, 1, 0, 1]], [[0, 1, 0, 1]] * 2), ["example 0", "empty response"]),
     ],
 )
-def test_ids_that_make_no_batch_are_refused(arguments: dict[str, Any], message: str) -> None:
-    assert message == error_of(lambda: TokenBatch.from_ids(**arguments))
+def test_ids_that_make_no_batch_are_refused(arguments: dict[str, Any], facts: list[str]) -> None:
+    check_refused(lambda: TokenBatch.from_ids(**arguments), *facts)
+
+
+def test_a_response_may_have_gaps() -> None:
+    """Two turns with a tool's output in between, also in a sequence of a packed row."""
+    batch = TokenBatch.from_ids(IDS, response_mask=[[1, 0, 0, 1], [1, 1, 0, 1]])
+    assert batch.response_mask.int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 1]]
+    one_row = TokenBatch.from_ids(**packed([[1, 0, 1, 0, 1]], [[0, 1, 2, 0, 1]]))
+    assert one_row.unpadded_rows()[0].response_mask.int().tolist() == [[1, 0, 1], [0, 1, 0]]
+
+
+INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: dtype.__name__)
+def test_ids_and_masks_may_have_any_integer_dtype(dtype: Any) -> None:
+    """Of numpy and of torch; ids come out as int64."""
+    ids, mask = np.array([[5, 6, 7], [8, 9, 9]]), np.array([[1, 1, 1], [1, 1, 0]])
+    expected = TokenBatch.from_ids(ids.tolist(), mask.tolist(), response_start=[1, 0])
+    arrays = [array.astype(dtype) for array in (ids, mask, np.array([1, 0]))]
+    for parts in (arrays, [torch.as_tensor(array) for array in arrays]):
+        batch = TokenBatch.from_ids(parts[0], parts[1], response_start=parts[2])
+        assert batch == expected
+        assert batch.input_ids.dtype == torch.int64
+
+
+RAGGED = [[5, 6, 7], [8]]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        RAGGED,
+        tuple(map(tuple, RAGGED)),
+        [torch.tensor(r) for r in RAGGED],
+        [np.array(r) for r in RAGGED],
+        [torch.tensor(RAGGED[0]), RAGGED[1]],
+        [range(5, 8), [8]],
+    ],
+    ids=["lists", "tuples", "tensors", "arrays", "mixed", "ranges"],
+)
+def test_rows_of_different_lengths_come_in_any_form(rows: Any) -> None:
+    """With masks and positions in the same form, or as a rectangle."""
+    batch = TokenBatch.from_ids(rows, [[1, 1, 1], [1]], response_mask=[[0, 1, 1], [1]])
+    assert rows_of(batch) == [([5], [6, 7]), ([], [8])]
+    marks = [np.array([0, 1, 1]), torch.tensor([1])]
+    assert TokenBatch.from_ids(rows, response_mask=marks) == batch
+    assert TokenBatch.from_ids(rows, torch.tensor([[1, 1, 1], [1, 0, 0]]), response_mask=marks) == batch
+    positioned = TokenBatch.from_ids(rows, response_mask=marks, position_ids=[[0, 1, 0], [0]])
+    assert positioned.segment_ids is not None
+    assert positioned.segment_ids.tolist() == [[0, 0, 1], [0, -1, -1]]
+
+
+def test_reversed_arrays_are_taken_as_they_stand() -> None:
+    """Numpy's views with negative strides, which torch refuses."""
+    assert TokenBatch.from_ids(np.array([[7, 6, 5]])[:, ::-1]).input_ids.tolist() == [[5, 6, 7]]
+
+
+# ---- of: whatever stands for a batch ---------------------------------------------------------------
+
+
+def test_a_batch_stands_for_itself() -> None:
+    batch = TokenBatch.from_ids(IDS)
+    assert TokenBatch.of(batch) is batch
+
+
+@pytest.mark.parametrize(
+    "value", [IDS, IDS.tolist(), IDS.numpy(), IDS.int(), tuple(map(tuple, IDS.tolist()))]
+)
+def test_ids_stand_for_a_batch(value: Any) -> None:
+    assert TokenBatch.of(value) == TokenBatch.from_ids(IDS)
+
+
+def test_one_row_of_ids_stands_for_a_batch_of_one() -> None:
+    assert TokenBatch.of([5, 6, 7]) == TokenBatch.from_ids([[5, 6, 7]])
+    assert TokenBatch.of(range(5, 8)) == TokenBatch.from_ids([[5, 6, 7]])
+
+
+@pytest.mark.parametrize("form", [None, "pt", "np"])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizers_output_is_a_batch(
+    tokenizer: PreTrainedTokenizerFast, form: str | None, padding: bool, side: str
+) -> None:
+    """Of one text or several, with padding or without, as lists, tensors or arrays."""
+    writing = ["The cat sat", " sat"] if padding or form is None else ["The cat sat"]
+    padded = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", pad_token="</s>", padding_side=side
+    )
+    output = padded(writing, return_tensors=form, padding=padding)
+    batch = TokenBatch.of(output)
+    assert rows_of(batch) == [([], list(tokenizer(text)["input_ids"])) for text in writing]
+    alone = TokenBatch.of(padded(writing[0], return_tensors=form))
+    assert rows_of(alone) == rows_of(batch)[:1]
+    assert TokenBatch.of(dict(output)) == batch
+
+
+@pytest.mark.parametrize("name", ["response_mask", "labels", "assistant_masks"])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    "form", [lambda x: x, lambda x: [torch.tensor(r) for r in x], lambda x: tuple(map(tuple, x))]
+)
+def test_a_dictionary_says_what_is_response(name: str, ragged: bool, form: Callable[[Any], Any]) -> None:
+    """By a mask, by a chat template's mask, or by labels, which are -100 outside."""
+    ids = [[5, 6, 7, 8], [5, 6, 7] if ragged else [5, 6, 7, 9]]
+    mask = [[0, 1, 0, 1], [0, 0, 1] if ragged else [0, 0, 1, 0]]
+    labels = [[i if m else -100 for i, m in zip(*row, strict=True)] for row in zip(ids, mask, strict=True)]
+    batch = TokenBatch.of({"input_ids": form(ids), name: form(labels if name == "labels" else mask)})
+    assert [([5, 7], [6, 8]), ([5, 6], [7]) if ragged else ([5, 6, 9], [7])] == rows_of(batch)
+
+
+def test_labels_may_be_one_row_or_a_rectangle() -> None:
+    expected = [([5], [6, 7])]
+    for ids, labels in (([5, 6, 7], [-100, 6, 7]), (np.array([[5, 6, 7]]), np.array([[-100, 6, 7]]))):
+        assert expected == rows_of(TokenBatch.of({"input_ids": ids, "labels": labels}))
+
+
+def test_packed_rows_may_come_in_a_dictionary() -> None:
+    batch = TokenBatch.of(packed([[0, 1, 0, 1]], [[0, 1, 0, 1]]))
+    assert batch == TokenBatch.from_ids(**packed([[0, 1, 0, 1]], [[0, 1, 0, 1]]))
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    ("value", "facts"),
+    [
+        ("a text", ["tokenizer", "from_text"]),
+        (["a text"], ["tokenizer", "from_text"]),
+        (("a", "b"), ["tokenizer", "from_text"]),
+        ([["a"]], ["input_ids"]),
+        (b"abc", ["input_ids"]),
+        (None, ["input_ids", "None"]),
+        (1.5, ["input_ids", "float32"]),
+        (NAN, ["input_ids"]),
+        ({1, 2}, ["input_ids"]),
+        ({}, ["input_ids"]),
+        ({"ids": [1]}, ["input_ids", "ids"]),
+        ({3: [1]}, ["input_ids", "3"]),
+        ({"input_ids": [[1]], "pixel_values": torch.ones(1)}, ["pixel_values"]),
+        ({"input_ids": [[1]], "inputs_embeds": torch.ones(1), "audio": 1}, ["inputs_embeds", "audio"]),
+        ({"input_ids": None}, ["input_ids", "None"]),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1, 2]]}, ["attention_mask", "2"]),
+        ({"input_ids": [[1, 2]], "attention_mask": [[1.0, NAN]]}, ["attention_mask", "nan"]),
+        ({"input_ids": [[1, 2]], "labels": [[-100, -100]]}, ["example 0", "empty response"]),
+        ({"input_ids": [[1, 2]], "labels": [[0.5, 1.0]]}, ["labels", "float32"]),
+        ({"input_ids": [[1, 2]], "labels": "ab"}, ["labels", "'ab'"]),
+        ({"input_ids": [[1, 2]], "labels": [["a", 1]]}, ["labels", "'a'"]),
+        ({"input_ids": [[1, 2]], "labels": [[1, 2, 3]]}, ["[1, 2]", "[1, 3]"]),
+        ({"input_ids": [[1, 2]], "labels": [[1, 2]], "response_mask": [[1, 1]]}, ["labels", "response_mask"]),
+        (TokenBatch, ["TokenBatch"]),
+        (object(), ["object"]),
+    ],
+)
+def test_what_stands_for_no_batch_is_refused(value: Any, facts: list[str]) -> None:
+    check_refused(lambda: TokenBatch.of(value), *facts)
+
+
+# ---- built by hand ---------------------------------------------------------------------------------
+
+REAL = torch.ones(2, 4, dtype=torch.bool)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"input_ids": IDS.float()}, ["input_ids", "float32"]),
+        ({"input_ids": IDS.tolist()}, ["input_ids"]),
+        ({"input_ids": IDS - 100}, ["input_ids", "-93"]),
+        ({"input_ids": IDS[0]}, ["input_ids", "[4]"]),
+        ({"attention_mask": REAL.int()}, ["attention_mask", "int32"]),
+        ({"attention_mask": REAL[:, :3]}, ["attention_mask", "[2, 3]", "[2, 4]"]),
+        ({"response_mask": REAL[:1]}, ["response_mask", "[1, 4]", "[2, 4]"]),
+        ({"attention_mask": ~REAL}, ["response_mask", "attention_mask", "example 0"]),
+        ({"segment_ids": torch.zeros(2, 3).long()}, ["segment_ids", "[2, 3]"]),
+        (
+            {"segment_ids": torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])},
+            ["segment_ids", "position 2", "example 1"],
+        ),
+        (
+            {"segment_ids": torch.tensor([[0, 0, 1, -1], [0, 0, 1, 1]])},
+            ["segment_ids", "position 3", "example 0"],
+        ),
+        ({"texts": (("a",) * 4,)}, ["texts", "1", "2"]),
+        ({"texts": (("a",) * 4, ("b",) * 3)}, ["texts", "3", "4"]),
+        ({"texts": [["a"] * 4] * 2}, ["texts"]),
+        ({"texts": "abcd"}, ["texts", "abcd"]),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], facts: list[str]) -> None:
+    fields = {"input_ids": IDS, "attention_mask": REAL, "response_mask": REAL}
+    check_refused(lambda: TokenBatch(**(fields | changes)), *facts)
+
+
+def test_packed_rows_without_any_response_cannot_be_run() -> None:
+    segments = torch.tensor([[0, 0, 1, 1]] * 2)
+    batch = TokenBatch(IDS, REAL, ~REAL, segments)
+    check_refused(batch.unpadded_rows, "response")
 
 
 def test_a_negative_response_start_is_refused() -> None:
     """It is no column; counted from the end, as Python does, it would mean something else."""
     for start in (-2, torch.tensor([1, -2])):
-        assert "response_start" in error_of(lambda s=start: TokenBatch.from_ids(IDS, response_start=s))
+        check_refused(lambda s=start: TokenBatch.from_ids(IDS, response_start=s), "response_start", "-2")
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "start", [1.0, 0.5, True, "1", [1, "a"], NAN, torch.tensor([0.0, 1.0]), [[1, 2], [3, 4]], {}]
+)
+def test_a_response_start_that_is_no_column_is_refused(start: Any) -> None:
+    check_refused(lambda: TokenBatch.from_ids(IDS, response_start=start), "response_start")
 
 
 # ---- from_rollout ---------------------------------------------------------------------------------
@@ -464,52 +662,50 @@ def test_a_rollout_may_have_texts(tokenizer: PreTrainedTokenizerFast) -> None:
     assert "".join(batch.texts[0]) == "The cat sat größer"
 
 
+def test_a_rollout_may_say_what_the_policy_wrote() -> None:
+    """Where a tool wrote part of a completion, its tokens are read, but are not response."""
+    ids, ones = [[5, 6], [7, 8]], [[1, 1], [1, 1]]
+    completion, own = [[1, 2, 3], [4, 5, 6]], [[1, 0, 1], [0, 1, 0]]
+    batch = TokenBatch.from_rollout(ids, ones, completion, [[1, 1, 1], [1, 1, 0]], response_mask=own)
+    assert batch.response_mask.int().tolist() == [[0, 0, 1, 0, 1], [0, 0, 0, 1, 0]]
+    assert batch.attention_mask.int().tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
+    check_refused(
+        lambda: TokenBatch.from_rollout(ids, ones, completion, [[1, 1, 0]] * 2, response_mask=own),
+        "response_mask",
+        "padding",
+        "example 0",
+    )
+
+
 @pytest.mark.usefixtures("as_users_call")
 @pytest.mark.parametrize(
-    ("prompt_mask", "completion_mask", "message"),
+    ("prompt_mask", "completion_mask", "facts"),
     [
-        ([[1, 1, 1]] * 2, [[1, 1]] * 2, "prompt_mask must be [2, 2] like the token ids, got [2, 3]"),
-        ([[1, 1]] * 2, [[1]] * 2, "completion_mask must be [2, 2] like the token ids, got [2, 1]"),
-        ([[1, 1]] * 2, [[1, 3]] * 2, "completion_mask must hold 0 and 1 (or False and True) only"),
-        (
-            [[1, 1]] * 2,
-            [[1, 1], [0, 0]],
-            "row 1 has an empty response: there is no token to describe",
-        ),
-        (
-            [[1, 0]] * 2,
-            [[1, 1]] * 2,
-            "attention_mask has a hole in row 0: a row may be padded on the left or right, and a response "
-            "is one run of tokens",
-        ),
-        (
-            [[1, 1]] * 2,
-            [[0, 1]] * 2,
-            "attention_mask has a hole in row 0: a row may be padded on the left or right, and a response "
-            "is one run of tokens",
-        ),
+        ([[1, 1, 1]] * 2, [[1, 1]] * 2, ["prompt_mask", "[2, 2]", "[2, 3]"]),
+        ([[1, 1]] * 2, [[1]] * 2, ["completion_mask", "[2, 2]", "[2, 1]"]),
+        ([[1, 1]] * 2, [[1, 3]] * 2, ["completion_mask", "3"]),
+        ([[1, 1]] * 2, [[1, 1], [0, 0]], ["example 1", "empty response"]),
+        ([[1, 0]] * 2, [[1, 1]] * 2, ["attention_mask", "hole", "example 0"]),
+        ([[1, 1]] * 2, [[0, 1]] * 2, ["attention_mask", "hole", "example 0"]),
     ],
 )
 def test_rollouts_that_make_no_batch_are_refused(
-    prompt_mask: list[list[int]], completion_mask: list[list[int]], message: str
+    prompt_mask: list[list[int]], completion_mask: list[list[int]], facts: list[str]
 ) -> None:
     ids = numbered(2, 2)
     masks = torch.tensor(prompt_mask), torch.tensor(completion_mask)
-    assert message == error_of(lambda: TokenBatch.from_rollout(ids, masks[0], ids, masks[1]))
+    check_refused(lambda: TokenBatch.from_rollout(ids, masks[0], ids, masks[1]), *facts)
 
 
 @pytest.mark.usefixtures("as_users_call")
 def test_rollouts_of_other_shapes_are_refused() -> None:
     two, three = numbered(2, 2), numbered(3, 2)
     ones = torch.ones(2, 2)
-    assert (
-        error_of(lambda: TokenBatch.from_rollout(two, ones, three, torch.ones(3, 2)))
-        == "2 prompts but 3 completions"
+    check_refused(
+        lambda: TokenBatch.from_rollout(two, ones, three, torch.ones(3, 2)), "2 prompts", "3 completions"
     )
-    assert (
-        error_of(lambda: TokenBatch.from_rollout(two[0], ones, two, ones))
-        == "prompt_ids and completion_ids must be [batch, token], got [2] and [2, 2]"
-    )
+    check_refused(lambda: TokenBatch.from_rollout(two[0], ones, two, ones), "prompt_ids", "[2]", "[2, 2]")
+    check_refused(lambda: TokenBatch.from_rollout(two, ones, "ab", ones), "completion_ids", "'ab'")
 
 
 # ---- unpadded rows, and the way back --------------------------------------------------------------
@@ -685,7 +881,7 @@ def test_values_of_rows_are_weighted_means_over_their_source(
 
 @given(rows=padded_rows(), data=st.data())
 def test_selected_rows_keep_their_tokens_in_their_columns(rows: list[Parts], data: st.DataObject) -> None:
-    """Only columns after the last token of all the rows chosen are cut off."""
+    """All columns stay, unless those behind the last token of all the examples chosen are trimmed."""
     real, response = masks_of(rows)
     width = len(real[0])
     plain = TokenBatch.from_ids(numbered(len(rows), width), torch.tensor(real))
@@ -693,13 +889,14 @@ def test_selected_rows_keep_their_tokens_in_their_columns(rows: list[Parts], dat
     batch = TokenBatch(plain.input_ids, plain.attention_mask, torch.tensor(response), None, names)
     first = data.draw(st.integers(0, len(rows) - 1))
     chosen = slice(first, data.draw(st.integers(first + 1, len(rows))))
-    used = max(left + prompt + answer for left, prompt, answer, _ in rows[chosen])
-    selected = batch.select(chosen)
-    assert [row[:used] for row in real[chosen]] == selected.attention_mask.tolist()
-    assert [row[:used] for row in response[chosen]] == selected.response_mask.tolist()
-    assert torch.equal(batch.input_ids[chosen, :used], selected.input_ids)
-    assert tuple(row[:used] for row in names[chosen]) == selected.texts
-    assert selected.segment_ids is None
+    longest = max(left + prompt + answer for left, prompt, answer, _ in rows[chosen])
+    for trim, used in ((False, width), (True, longest)):
+        selected = batch.select(chosen, trim=trim)
+        assert [row[:used] for row in real[chosen]] == selected.attention_mask.tolist()
+        assert [row[:used] for row in response[chosen]] == selected.response_mask.tolist()
+        assert torch.equal(batch.input_ids[chosen, :used], selected.input_ids)
+        assert tuple(row[:used] for row in names[chosen]) == selected.texts
+        assert selected.segment_ids is None
 
 
 @given(rows=packed_rows())

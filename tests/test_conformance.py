@@ -101,8 +101,6 @@ class Incomplete(WrapperAdapter):
 class _Changing:
     """An observer that is told something else."""
 
-    reads_distance = False
-
     def __init__(self, observer, adapter, replaces: bool = True) -> None:
         self._observer, self._adapter, self._replaces = observer, adapter, replaces
 

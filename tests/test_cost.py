@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnprobe
+from attnprobe import DenseAttention, FactoredAttention, metrics
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -126,6 +127,82 @@ def test_receiver_statistics_cost_one_product_more() -> None:
     product = LAYERS * HEADS * tokens * tokens * WIDTH
     columns = LAYERS * HEADS * tokens * tokens
     assert far - near <= (product + columns) * 1.15
+
+
+# ---- windows and horizons beyond the text -------------------------------------------------------
+
+
+def attention_of(queries: int, keys: int) -> FactoredAttention:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, HEADS, queries, WIDTH, generator=generator)
+    return FactoredAttention(query, torch.randn(2, HEADS, keys, WIDTH, generator=generator))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(200, 200), (200, 260), (1, 90), (7, 7)])
+def test_a_window_beyond_the_text_is_cut_to_it(queries: int, keys: int) -> None:
+    """Bit by bit what a window of the text gives, at the same cost: all distances, none cut off."""
+    attention = attention_of(queries, keys)
+    expected, cost = metrics.windowed_distance_by_row(attention, keys), []
+    assert torch.equal(expected, attention.mean_distance().clamp(min=0.0))
+    for window in (keys, keys + 1, 5000, 10**9, 10**30):
+        with Operations() as operations:
+            assert torch.equal(metrics.windowed_distance_by_row(attention, window), expected)
+        cost.append((operations.count, operations.largest))
+    assert all(found == cost[0] for found in cost)
+    below = metrics.windowed_distance_by_row(attention, keys - 1) if keys > 1 else expected
+    assert float((expected - below).max()) <= 1 + 1e-3
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(60, 60), (200, 260), (1, 90)])
+@pytest.mark.parametrize("low", [0, 10])
+def test_a_horizon_beyond_the_text_is_cut_to_it(queries: int, keys: int, low: int) -> None:
+    attention = attention_of(queries, keys)
+    rows = torch.ones(2, queries, dtype=torch.bool)
+    expected, cost = metrics.received_by_key(attention, rows, (low, keys)), []
+    for high in (keys - 1, keys, 10**9, 10**30, None):
+        with Operations() as operations:
+            assert torch.equal(metrics.received_by_key(attention, rows, (low, high)), expected)
+        cost.append((operations.count, operations.largest))
+    assert all(found == cost[0] for found in cost)
+    for far in (keys, 10**30):
+        for horizon in ((far, None), (far, far), (far, 10**31)):
+            received = metrics.received_by_key(attention, rows, horizon)
+            assert received.shape == (2, HEADS, keys)
+            assert not received.any()
+
+
+@pytest.mark.parametrize("window", [129, 300, 511])
+def test_a_wide_window_needs_no_wide_band(window: int) -> None:
+    """The band goes by pieces: memory does not grow with the window, and the numbers are those of one map."""
+    tokens = 512
+    attention = attention_of(tokens, tokens)
+    pattern = DenseAttention(attention.rows(torch.arange(tokens)))
+    with Operations() as operations:
+        found = metrics.windowed_distance_by_row(attention, window)
+    distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)).clamp(max=window)
+    expected = (pattern.pattern * distance).sum(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert operations.largest < 2 * HEADS * tokens * 4 * (metrics.WIDEST_BAND + 64) * 2
+
+
+def test_limits_of_any_size_can_be_measured() -> None:
+    """From the front door, over steps of a cache too, and with no row in a horizon beyond the text."""
+    model, batch = long_model(), batch_of(40)
+    wide = attnprobe.measure(model, batch, window=10**30, horizon=(2, 10**30))
+    fitting = attnprobe.measure(model, batch, window=40, horizon=(2, None))
+    for name in ("span", "waad", "fai"):
+        assert torch.equal(getattr(wide, name).nan_to_num(), getattr(fitting, name).nan_to_num()), name
+    far = attnprobe.measure(model, batch, horizon=(10**30, None))
+    assert bool(far.fai.isnan().all())
+    results = []
+    for window, high in ((10**30, 10**30), (40, None)):
+        probe = attnprobe.HeadStatisticsProbe(window=window, horizon=(2, high), entropy=False)
+        with attnprobe.attach(model, probe), torch.no_grad():
+            model.generate(batch.input_ids[:, :20], max_new_tokens=12, do_sample=False, pad_token_id=0)
+        results.append(probe.result())
+    for name in ("span", "waad", "fai"):
+        found, expected = (getattr(result, name).nan_to_num() for result in results)
+        assert torch.equal(found, expected), name
 
 
 @pytest.mark.parametrize("settings", [{}, {"horizon": (10, None), "receiver": True}], ids=["near", "far"])

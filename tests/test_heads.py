@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnprobe import HeadGroups, HeadStatistics, ParameterError, ResultError, classify_heads
+from attnprobe import HeadGroups, HeadSelection, HeadStatistics, ParameterError, ResultError, classify_heads
+from tests.refusals import refused
 
 NAN = math.nan
 Spans = list[list[list[float]]]
@@ -193,18 +196,19 @@ def test_spans_that_rank_heads_stay_as_they_were() -> None:
 
 @pytest.mark.parametrize("quantile", [0.0, -0.1, 0.51, 1.0, NAN])
 def test_a_quantile_that_makes_groups_overlap_is_refused(quantile: float) -> None:
-    with pytest.raises(ParameterError) as error:
-        classify_heads(statistics_of([[[1.0, 2.0]]]), quantile=quantile)
-    assert f"quantile must be in (0, 0.5], so that groups do not overlap; got {quantile}" == str(error.value)
+    statistics = statistics_of([[[1.0, 2.0]]])
+    refused(
+        lambda: classify_heads(statistics, quantile=quantile),
+        "quantile",
+        "0.5",
+        quantile,
+        error=ParameterError,
+    )
 
 
 @pytest.mark.parametrize(("span", "count"), [([[[1.0]]], 1), ([[[1.0, NAN]]], 1), ([[[NAN, NAN]]], 0)])
 def test_ranking_needs_two_heads(span: Spans, count: int) -> None:
-    with pytest.raises(ParameterError) as error:
-        classify_heads(statistics_of(span))
-    assert f"ranking needs at least two heads with a defined span, got {count}: measure more layers" == str(
-        error.value
-    )
+    refused(lambda: classify_heads(statistics_of(span)), "two heads", count, error=ParameterError)
 
 
 # ---- receivers ------------------------------------------------------------------------------------
@@ -233,16 +237,20 @@ def test_without_kurtosis_receivers_are_unknown() -> None:
     groups = classify_heads(statistics_of([[[1.0, 2.0]]]))
     assert (groups.receiver_heads, groups.receiver_kurtosis) == (None, None)
     for call in (groups.mask, groups.pairs):
-        with pytest.raises(ParameterError) as error:
-            call("receiver")
-        assert str(error.value) == "receiver heads are unknown: measure(..., receiver=True)"
+        refused(lambda call=call: call("receiver"), "receiver", error=ParameterError)
+    refused(lambda: groups.receiver, "receiver", error=ParameterError)
 
 
 @pytest.mark.parametrize("receivers", [0, -1])
 def test_fewer_than_one_receiver_is_refused(receivers: int) -> None:
-    with pytest.raises(ParameterError) as error:
-        classify_heads(statistics_of([[[1.0, 2.0]]]), receivers=receivers)
-    assert f"receivers must be at least 1, got {receivers}" == str(error.value)
+    statistics = statistics_of([[[1.0, 2.0]]])
+    refused(
+        lambda: classify_heads(statistics, receivers=receivers),
+        "receivers",
+        "1",
+        receivers,
+        error=ParameterError,
+    )
 
 
 # ---- reading groups -------------------------------------------------------------------------------
@@ -284,10 +292,79 @@ def test_masks_have_names() -> None:
 @pytest.mark.usefixtures("as_users_call")
 def test_an_unknown_group_is_refused() -> None:
     groups = example()
-    for call in (groups.mask, groups.pairs):
-        with pytest.raises(ParameterError) as error:
-            call("induction")
-        assert str(error.value) == "there are local, global and receiver heads, not 'induction'"
+    for call in (groups.mask, groups.pairs, groups.__getitem__):
+        for group in ("induction", 0, None, ["local"]):
+            refused(
+                lambda call=call, group=group: call(group),
+                "local",
+                "global",
+                "receiver",
+                repr(group),
+                error=ParameterError,
+            )
+
+
+def test_groups_are_selections() -> None:
+    """By name, also by attribute: the same heads with the same order, weight 1, and the model's name."""
+    groups = example()
+    for name, selection in (
+        ("local", groups.local),
+        ("global", groups.global_),
+        ("receiver", groups.receiver),
+    ):
+        assert list(selection) == groups.pairs(name)
+        assert selection == groups[name] == HeadSelection.of(groups.mask(name), (3, 5), 4)
+        assert selection.model_name == "tiny"
+        assert {weight for _, _, weight in selection.heads} == {1.0}
+    assert (5, 1) in groups.local
+    assert (5, 1) not in groups["global"]
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "statistics", ["x", None, 5, [], ["x"], torch.ones(2), [None], {"a": 1}], ids=lambda value: str(value)[:9]
+)
+def test_what_is_no_statistics_is_refused(statistics: object) -> None:
+    refused(lambda: classify_heads(statistics), "statistics")
+
+
+def test_groups_of_several_batches_are_those_of_all_their_responses() -> None:
+    """Also from a generator, which is asked for one batch at a time."""
+    spans = torch.rand(7, 2, 4)
+    whole = classify_heads(statistics_of(spans))
+    for parts in ([spans[:2], spans[2:]], spans.split(1)):
+        assert classify_heads(statistics_of(part) for part in parts) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"layers": (0, 2)}, ["layers", "(0, 1)", "(0, 2)"]),
+        ({"model_name": "other"}, ["model_name", "tiny", "other"]),
+    ],
+)
+def test_batches_of_different_measurements_are_not_ranked_together(changes: dict, facts: list[str]) -> None:
+    ours = statistics_of(torch.rand(1, 2, 3), model_name="tiny")
+    theirs = replace(ours, **changes)
+    refused(lambda: classify_heads([ours, theirs]), *facts, error=ResultError)
+
+
+@pytest.mark.parametrize("layers", [[0, 1], range(2), torch.arange(2), (np.int64(0), 1)])
+@pytest.mark.usefixtures("as_users_call")
+def test_groups_made_by_hand_take_layers_in_any_form(layers: object) -> None:
+    mask = torch.tensor([[True, False], [False, False]])
+    groups = HeadGroups(mask, ~mask, None, torch.zeros(2, 2), None, layers)
+    assert groups.layers == (0, 1)
+    assert groups.pairs("local") == [(0, 0)]
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("layers", [(0,), (0, 1, 2), (0, 0), ("a", "b"), None, "01", (0.5, 1), (-1, 0)])
+def test_groups_name_each_of_their_layers_once(layers: object) -> None:
+    mask = torch.tensor([[True, False], [False, False]])
+    refused(
+        lambda: HeadGroups(mask, ~mask, None, torch.zeros(2, 2), None, layers), "layers", error=ResultError
+    )
 
 
 def test_the_table_has_a_row_for_each_head_that_exists() -> None:
@@ -328,38 +405,38 @@ def test_groups_come_back_as_they_were_saved(tmp_path: Path, measured: bool) -> 
 
 def test_other_results_are_no_groups(tmp_path: Path) -> None:
     path = statistics_of([[[1.0, 2.0]]]).save(tmp_path / "statistics.safetensors")
-    with pytest.raises(ResultError) as error:
-        HeadGroups.load(path)
-    assert f"{path} holds HeadStatistics, not HeadGroups" == str(error.value)
+    refused(lambda: HeadGroups.load(path), path, "HeadStatistics", "HeadGroups", error=ResultError)
 
 
 @pytest.mark.parametrize("ours", ["tiny", ""])
 @pytest.mark.parametrize("theirs", ["tiny", ""])
 def test_groups_fit_another_batch_of_the_model(ours: str, theirs: str) -> None:
     """A model that has no name is given the benefit of the doubt."""
-    other = statistics_of(torch.rand(3, 2, 4), layers=(3, 5), model_name=theirs)
-    assert example(model_name=ours).check_fits(other) is None
+    groups = example(model_name=ours)
+    assert groups.check_fits((3, 5), 4, theirs) is None
+    assert groups.check_fits((2, 3, 4, 5), 4, theirs) is None, "more layers were measured"
+    assert groups.check_fits((3, 5), None, theirs) is None, "the number of heads is not known"
 
 
 @pytest.mark.parametrize(
-    ("shape", "layers", "model_name", "described"),
+    ("layers", "head_count", "model_name", "facts"),
     [
-        ((1, 2, 4), (3, 6), "tiny", "tiny with layers [3, 6] of 4 heads"),
-        ((1, 3, 4), (3, 4, 5), "tiny", "tiny with layers [3, 4, 5] of 4 heads"),
-        ((1, 2, 6), (3, 5), "tiny", "tiny with layers [3, 5] of 6 heads"),
-        ((1, 2, 4), (3, 5), "large", "large with layers [3, 5] of 4 heads"),
-        ((1, 1, 4), (3,), "", "an unnamed model with layers [3] of 4 heads"),
+        ((3, 6), 4, "tiny", ["layers 3, 6 of 4 heads"]),
+        ((3, 4), 4, "tiny", ["layers 3-4 of 4 heads"]),
+        ((3, 5), 6, "tiny", ["layers 3, 5 of 6 heads"]),
+        ((3, 5), 4, "large", ["large"]),
+        ((3,), 4, "", ["unnamed", "layers 3 of 4 heads"]),
     ],
-    ids=["layer numbers", "layer count", "head count", "model", "layers, no name"],
+    ids=["layer numbers", "layers missing", "head count", "model", "layers, no name"],
 )
 def test_groups_that_do_not_fit_are_refused(
-    shape: tuple[int, int, int], layers: tuple[int, ...], model_name: str, described: str
+    layers: tuple[int, ...], head_count: int, model_name: str, facts: list[str]
 ) -> None:
     """The message names both sides."""
-    statistics = statistics_of(torch.rand(shape), layers=layers, model_name=model_name)
-    with pytest.raises(ResultError) as error:
-        example().check_fits(statistics)
-    assert (
-        "these head groups were made for tiny with layers [3, 5] of 4 heads, "
-        f"but the statistics are of {described}" == str(error.value)
+    refused(
+        lambda: example().check_fits(layers, head_count, model_name),
+        "tiny",
+        "layers 3, 5 of 4 heads",
+        *facts,
+        error=ResultError,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from attnprobe import FactoredAttention, PatternError, metrics
 from attnprobe.errors import ParameterError
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import patterns
+from tests.refusals import refused
 
 NAN = math.nan
 HORIZONS = st.one_of(
@@ -101,7 +104,7 @@ def test_span(case: tuple) -> None:
 
 @given(pattern=patterns(), window=st.integers(1, 20))
 def test_waad(pattern: torch.Tensor, window: int) -> None:
-    actual = metrics.windowed_attention_distance(pattern, window)
+    actual = metrics.windowed_attention_distance(pattern, window=window)
     assert_equal(actual, slow_waad(pattern, window))
     assert float(actual.min()) >= 0
     assert float(actual.max()) <= window + 1e-9
@@ -175,7 +178,7 @@ def test_metrics_are_linear_in_attention(
     mask = torch.ones(pattern.shape[0], pattern.shape[2], dtype=torch.bool)
     for metric in (
         lambda p: metrics.mean_attention_distance(p, mask),
-        lambda p: metrics.windowed_attention_distance(p, 4),
+        lambda p: metrics.windowed_attention_distance(p, mask, 4),
         lambda p: metrics.future_attention_influence(p, mask, horizon),
     ):
         mixed = metric(weight * pattern + (1 - weight) * second)
@@ -198,7 +201,7 @@ def test_padding_changes_nothing(case: tuple, padding: int, left: bool, horizon:
         equal_nan=True,
     )
     for metric in (
-        lambda p, m: metrics.windowed_attention_distance(p, 3, m),
+        lambda p, m: metrics.windowed_attention_distance(p, m, 3),
         lambda p, m: metrics.future_attention_influence(p, m, horizon),
     ):
         values = metric(padded, padded_mask)
@@ -267,7 +270,7 @@ def test_a_first_token_head_has_waad_of_the_window() -> None:
     pattern = torch.zeros(20, 20)
     pattern[:, 0] = 1
     expected = [float(min(t, 5)) for t in range(20)]
-    assert metrics.windowed_attention_distance(pattern, 5)[0, 0].tolist() == expected
+    assert metrics.windowed_attention_distance(pattern, window=5)[0, 0].tolist() == expected
     assert float(metrics.mean_attention_distance(pattern, torch.ones(1, 20, dtype=torch.bool))) == 9.5
 
 
@@ -300,7 +303,7 @@ def test_a_sink_takes_its_share() -> None:
     mask = torch.ones(1, 12, dtype=torch.bool)
     for metric in (
         lambda p: metrics.mean_attention_distance(p, mask),
-        lambda p: metrics.windowed_attention_distance(p, 3),
+        lambda p: metrics.windowed_attention_distance(p, mask, 3),
         lambda p: metrics.future_attention_influence(p, mask, (1, 4)),
     ):
         torch.testing.assert_close(metric(pattern / 2), metric(pattern) / 2, equal_nan=True)
@@ -328,36 +331,82 @@ PATTERN = torch.eye(4)[None, None]
 MASK = torch.ones(1, 4, dtype=torch.bool)
 
 
+STRANGE = torch.tensor([[1.0, 0.5, 1.0, 1.0]])
+
+
 @pytest.mark.usefixtures("as_users_call")
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "facts"),
     [
-        (lambda: metrics.mean_attention_distance(PATTERN, MASK[:, :3]), r"\[1, 4\], got \[1, 3\]"),
-        (lambda: metrics.windowed_attention_distance(PATTERN, 0), "at least 1; got 0"),
-        (lambda: metrics.windowed_attention_distance(PATTERN, True), "whole number"),
-        (lambda: metrics.windowed_attention_distance(PATTERN, 2, MASK[0]), r"got \[4\]"),
-        (lambda: metrics.future_attention_influence(PATTERN, MASK, (5, 4)), r"got \(5, 4\)"),
-        (lambda: metrics.future_attention_influence(PATTERN, MASK, (-1, 4)), r"got \(-1, 4\)"),
-        (lambda: metrics.future_attention_influence(PATTERN, MASK, (1.5, None)), "whole tokens"),
+        (lambda: metrics.mean_attention_distance(PATTERN, MASK[:, :3]), ["[1, 4]", "[1, 3]"]),
+        (lambda: metrics.mean_attention_distance(PATTERN, STRANGE), ["response_mask", "0.5"]),
+        (lambda: metrics.mean_attention_distance(PATTERN, STRANGE * NAN), ["response_mask", "nan"]),
+        (lambda: metrics.mean_attention_distance(PATTERN, "mask"), ["response_mask", "'mask'"]),
+        (lambda: metrics.windowed_attention_distance(PATTERN, window=0), ["window", "1", "0"]),
+        (lambda: metrics.windowed_attention_distance(PATTERN, window=True), ["window", "True"]),
+        (lambda: metrics.windowed_attention_distance(PATTERN, window="10"), ["window", "'10'"]),
+        (lambda: metrics.windowed_attention_distance(PATTERN, MASK.expand(2, 4)), ["[1, 4]", "[2, 4]"]),
+        (lambda: metrics.windowed_attention_distance(PATTERN, 10), ["response_mask"]),
+        (lambda: metrics.future_attention_influence(PATTERN, MASK, (5, 4)), ["horizon", "(5, 4)"]),
+        (lambda: metrics.future_attention_influence(PATTERN, MASK, (-1, 4)), ["horizon", "(-1, 4)"]),
+        (lambda: metrics.future_attention_influence(PATTERN, MASK, (1.5, None)), ["horizon", "(1.5, None)"]),
+        (lambda: metrics.future_attention_influence(PATTERN, MASK, 10), ["horizon", "10"]),
+        (lambda: metrics.future_attention_influence(PATTERN, MASK, None), ["horizon", "None"]),
         (
             lambda: metrics.future_attention_influence(PATTERN, MASK, (1, 2), MASK[:, :2].long()),
-            r"segment_ids must be \[1, 4\], got \[1, 2\]",
+            ["segment_ids", "[1, 4]", "[1, 2]"],
         ),
-        (lambda: metrics.receiver_kurtosis(PATTERN, MASK, minimum_rows=0), "at least 1; got 0"),
-        (lambda: metrics.token_entropy(torch.zeros(2, 3)), r"got \[2, 3\]"),
-        (lambda: metrics.token_entropy(torch.zeros(1, 3, 2), MASK), r"\[1, 3\], got \[1, 4\]"),
+        (
+            lambda: metrics.future_attention_influence(PATTERN, MASK, (1, 2), STRANGE),
+            ["segment_ids", "float32"],
+        ),
+        (lambda: metrics.receiver_kurtosis(PATTERN, MASK, minimum_rows=0), ["minimum_rows", "1", "0"]),
+        (lambda: metrics.token_entropy(torch.zeros(2, 3)), ["logits", "[2, 3]"]),
+        (lambda: metrics.token_entropy("logits"), ["logits", "'logits'"]),
+        (lambda: metrics.token_entropy(torch.zeros(1, 3, 2), MASK), ["[1, 3]", "[1, 4]"]),
     ],
 )
-def test_parameters_that_make_no_sense_are_refused(call, message: str) -> None:
-    with pytest.raises(ParameterError, match=message):
-        call()
+def test_parameters_that_make_no_sense_are_refused(call: Callable[[], object], facts: list[str]) -> None:
+    refused(call, *facts, error=ParameterError)
+
+
+@given(case=masked_patterns(), horizon=HORIZONS)
+def test_metrics_take_masks_and_patterns_in_any_form(case: tuple, horizon: tuple) -> None:
+    """As lists, arrays or tensors, of bools or of 0 and 1; one map without a batch axis too."""
+    pattern, mask = case
+    for metric in (
+        metrics.mean_attention_distance,
+        lambda p, m: metrics.windowed_attention_distance(p, m, np.int64(3)),
+        lambda p, m: metrics.future_attention_influence(p, m, list(horizon)),
+        lambda p, m: metrics.receiver_kurtosis(p, m, horizon, minimum_rows=torch.tensor(2)),
+    ):
+        expected = metric(pattern, mask)
+        for form in (mask.int(), mask.tolist(), mask.numpy(), mask.double().numpy(), mask.int().tolist()):
+            torch.testing.assert_close(metric(pattern, form), expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(metric(pattern.numpy(), mask), expected, rtol=0, atol=0, equal_nan=True)
+        alone = metric(pattern[:1, :1], mask[:1])
+        torch.testing.assert_close(metric(pattern[0, 0], mask[0]), alone, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("low", [0, 3])
+@pytest.mark.parametrize("high", [10**6, 2**63 - 1, 2**80])
+def test_a_horizon_beyond_the_end_is_one_to_the_end(low: int, high: int) -> None:
+    """However far beyond; and a horizon that starts behind the end leaves nothing."""
+    pattern = torch.rand(2, 2, 20, 20, dtype=torch.float64).tril() / 20
+    mask = torch.rand(2, 20) < 0.7
+    for metric in (metrics.future_attention_influence, metrics.receiver_kurtosis):
+        expected = metric(pattern, mask, (low, None))
+        torch.testing.assert_close(metric(pattern, mask, (low, high)), expected, equal_nan=True)
+        assert bool(metric(pattern, mask, (high, high)).isnan().all())
 
 
 def test_logits_that_are_nan_are_refused() -> None:
-    with pytest.raises(PatternError, match="logits hold NaN"):
-        metrics.token_entropy(torch.full((1, 2, 3), torch.nan))
+    refused(
+        lambda: metrics.token_entropy(torch.full((1, 2, 3), torch.nan)), "logits", "NaN", error=PatternError
+    )
 
 
 def test_cached_steps_are_refused() -> None:
-    with pytest.raises(PatternError, match="1 queries for 3 keys"):
-        metrics.mean_attention_distance(torch.ones(1, 1, 1, 3) / 3, MASK[:, :1])
+    cached = torch.ones(1, 1, 1, 3) / 3
+    call = lambda: metrics.mean_attention_distance(cached, MASK[:, :1])  # noqa: E731
+    refused(call, "1 queries", "3 keys", error=PatternError)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from attnprobe.errors import BatchError, ModelLoadError, ParameterError
 from attnprobe.models import LoadedModel, generate_response, load_model, prompt_ids
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
+from tests.refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +35,22 @@ def test_a_folder_is_loaded(loaded: LoadedModel) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"there is no model file at .*nowhere\.gguf"):
-        load_model(tmp_path / "nowhere.gguf")
-    with pytest.raises(ModelLoadError, match="neither a folder with a saved model nor a GGUF file"):
-        load_model(tmp_path / "nowhere")
+    for name in ("nowhere.gguf", "nowhere"):
+        refused(lambda name=name: load_model(tmp_path / name), tmp_path / name, error=ModelLoadError)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("source", ["", 5, 1.5, [], {}, b"gpt2", True, torch.nn.Linear(2, 2)], ids=str)
+def test_what_is_no_source_is_refused(source: object) -> None:
+    refused(lambda: load_model(source), "model", error=ParameterError)
 
 
 def test_a_corrupt_file_is_named(tmp_path: Path, folder: Path) -> None:
     wrong, cut = tmp_path / "wrong.gguf", tmp_path / "cut.gguf"
     wrong.write_bytes(b"not a model")
-    with pytest.raises(ModelLoadError, match="is not a GGUF file"):
-        load_model(wrong)
+    refused(lambda: load_model(wrong), wrong, "GGUF", error=ModelLoadError)
     cut.write_bytes(b"GGUF" + bytes(20))
-    with pytest.raises(ModelLoadError, match="cannot load cut from"):
-        load_model(cut)
+    refused(lambda: load_model(cut), cut, error=ModelLoadError)
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in folder.iterdir():
@@ -54,19 +58,16 @@ def test_a_corrupt_file_is_named(tmp_path: Path, folder: Path) -> None:
         (broken / file.name).write_bytes(
             content[: len(content) // 2] if file.suffix == ".safetensors" else content
         )
-    with pytest.raises(ModelLoadError, match="cannot load broken"):
-        load_model(broken)
+    refused(lambda: load_model(broken), broken, error=ModelLoadError)
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"holds no config\.json"):
-        load_model(tmp_path)
+    refused(lambda: load_model(tmp_path), tmp_path, "config.json", error=ModelLoadError)
 
 
 def test_an_unknown_name_is_named() -> None:
     """Without a network, a hub name that is not cached is an error of ours."""
-    with pytest.raises(ModelLoadError, match="cannot load nobody/nothing"):
-        load_model("nobody/nothing")
+    refused(lambda: load_model("nobody/nothing"), "nobody/nothing", error=ModelLoadError)
 
 
 def test_prompts_go_through_the_chat_template(loaded: LoadedModel) -> None:
@@ -81,13 +82,21 @@ def test_a_chat_without_a_template_is_refused(loaded: LoadedModel) -> None:
     tokenizer.chat_template = None
     plain = LoadedModel(loaded.model, tokenizer, "plain")
     assert tokenizer.decode(prompt_ids(plain, "Hello", system=None, chat=None)) == "Hello"
-    with pytest.raises(BatchError, match="plain has no chat template"):
-        prompt_ids(plain, "Hello", system=None, chat=True)
+    chat = lambda: prompt_ids(plain, "Hello", system=None, chat=True)  # noqa: E731
+    refused(chat, "plain", "chat template", error=BatchError)
 
 
 def test_an_empty_prompt_is_refused(loaded: LoadedModel) -> None:
-    with pytest.raises(BatchError, match="the prompt is empty"):
-        prompt_ids(loaded, " \n", system=None, chat=None)
+    refused(lambda: prompt_ids(loaded, " \n", system=None, chat=None), "prompt", "empty", error=BatchError)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "wrong", [{"prompt": 5}, {"prompt": None}, {"system": 5}, {"chat": "yes"}, {"chat": 1}]
+)
+def test_what_is_no_prompt_is_refused(loaded: LoadedModel, wrong: dict) -> None:
+    arguments = {"prompt": "Hello", "system": None, "chat": None} | wrong
+    refused(lambda: prompt_ids(loaded, **arguments), *wrong, error=ParameterError)
 
 
 def test_answers_repeat_with_the_seed(loaded: LoadedModel) -> None:
@@ -113,10 +122,33 @@ def test_a_greedy_answer_is_the_most_likely_one(loaded: LoadedModel) -> None:
         ids.append(token)
 
 
-def test_generation_that_cannot_be_is_refused(loaded: LoadedModel) -> None:
-    with pytest.raises(BatchError, match="a prompt of 3 and an answer of 254 tokens are longer"):
-        generate_response(loaded, [1, 2, 3], max_new_tokens=254)
-    with pytest.raises(ParameterError, match="at least 1, got 0"):
-        generate_response(loaded, [1], max_new_tokens=0)
-    with pytest.raises(ParameterError, match="must not be negative"):
-        generate_response(loaded, [1], temperature=-1.0)
+@pytest.mark.parametrize(
+    ("changes", "facts", "error"),
+    [
+        ({"prompt": [1, 2, 3], "max_new_tokens": 254}, ["3", "254", "tiny-llama", "256"], BatchError),
+        ({"max_new_tokens": 0}, ["max_new_tokens", "0"], ParameterError),
+        ({"max_new_tokens": 2.5}, ["max_new_tokens", "2.5"], ParameterError),
+        ({"max_new_tokens": True}, ["max_new_tokens", "True"], ParameterError),
+        ({"temperature": -0.5}, ["temperature", "-0.5"], ParameterError),
+        ({"temperature": float("nan")}, ["temperature", "nan"], ParameterError),
+        ({"temperature": float("inf")}, ["temperature", "inf"], ParameterError),
+        ({"temperature": "hot"}, ["temperature", "'hot'"], ParameterError),
+        ({"seed": 0.5}, ["seed", "0.5"], ParameterError),
+        ({"seed": 2**64}, ["seed"], ParameterError),
+        ({"prompt": "Read"}, ["prompt", "'Read'"], ParameterError),
+        ({"prompt": []}, ["prompt"], ParameterError),
+        ({"prompt": [1.5]}, ["prompt", "1.5"], ParameterError),
+        ({"prompt": torch.ones(1, 2).long()}, ["prompt", "[1, 2]"], ParameterError),
+    ],
+)
+def test_generation_that_cannot_be_is_refused(
+    loaded: LoadedModel, changes: dict, facts: list[str], error: type[Exception]
+) -> None:
+    arguments = {"prompt": [1]} | changes
+    refused(lambda: generate_response(loaded, **arguments), *facts, error=error)
+
+
+def test_a_prompt_may_be_an_array(loaded: LoadedModel) -> None:
+    expected = generate_response(loaded, [5, 6, 7], max_new_tokens=3)
+    for prompt in (torch.tensor([5, 6, 7]), np.array([5, 6, 7]), range(5, 8)):
+        assert generate_response(loaded, prompt, max_new_tokens=np.int64(3)) == expected

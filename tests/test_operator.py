@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnprobe import DenseAttention, FactoredAttention, PatternError
-from attnprobe.attention.kernels import listen
+from attnprobe.attention.kernels import carries_positions, listen
 from attnprobe.attention.masks import CausalMask
-from attnprobe.attention.operator import Attention
+from attnprobe.attention.operator import Attention, key_positions
 from attnprobe.errors import ParameterError
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import CallInputs, call_inputs, patterns
@@ -103,6 +107,73 @@ def test_inputs_are_not_modified(inputs: CallInputs) -> None:
     assert torch.equal(inputs.key, key)
 
 
+QUESTIONS: dict[str, Callable[[Attention], torch.Tensor]] = {
+    "attend": lambda a: a.attend(torch.ones(a.batch_size, a.key_count, 2)),
+    "receive": lambda a: a.receive(torch.ones(a.batch_size, a.query_count, 1), start=3),
+    "band": lambda a: a.band(5),
+    "wider band": lambda a: a.band(9, start=1),
+    "rows": lambda a: a.rows(torch.arange(a.query_count)),
+    "mean_distance": lambda a: a.mean_distance(),
+    "row_mass": lambda a: a.row_mass(),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 4}, {"softcap": 2.0}, {"sinks": torch.ones(2)}])
+def test_no_answer_depends_on_what_was_asked_before(options: dict) -> None:
+    """Bit by bit, and in what is run: nothing is remembered from one question to the next."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 2, 40, 8, generator=generator) for _ in range(2))
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def asked(attention: Attention, question: str) -> tuple[torch.Tensor, list[str]]:
+        names.clear()
+        with Operations():
+            answer = QUESTIONS[question](attention)
+        return answer, list(names)
+
+    names: list[str] = []
+    fresh = {name: asked(FactoredAttention(query, key, **options), name) for name in QUESTIONS}
+    used = FactoredAttention(query, key, **options)
+    for name in [*QUESTIONS, *reversed(QUESTIONS)]:
+        answer, run = asked(used, name)
+        assert torch.equal(answer, fresh[name][0]), name
+        assert run == fresh[name][1], name
+
+
+@pytest.mark.parametrize("kind", ["factored", "dense"])
+def test_far_questions_cost_what_there_is(kind: str) -> None:
+    """Whole numbers of any size are limits that cut nothing off; a band beyond the keys holds zeros."""
+    query, key = torch.randn(1, 2, 6, 4), torch.randn(1, 2, 6, 4)
+    pattern = dense_pattern(query, key).float()
+    attention = FactoredAttention(query, key) if kind == "factored" else DenseAttention(pattern)
+    huge = 10**30
+    weights = torch.ones(1, 6, 1)
+    assert torch.equal(attention.receive(weights, 2, huge), attention.receive(weights, 2))
+    for start, stop in ((6, None), (huge, None), (huge, huge + 1)):
+        assert not attention.receive(weights, start, stop).any()
+    assert torch.equal(attention.band(40)[..., :6], attention.band(6))
+    assert not attention.band(40)[..., 6:].any()
+    assert not attention.band(3, start=huge).any()
+
+
+def test_an_understood_mask_stands_for_the_mask() -> None:
+    """One `CausalMask` serves all layers; what a call's mask says leaves nothing to window and padding."""
+    query, key = torch.randn(2, 2, 7, 4), torch.randn(2, 1, 7, 4)
+    seen = torch.rand(2, 1, 7, 7, generator=torch.Generator().manual_seed(3)).tril() > 0.2
+    bias = torch.randn(1, 2, 7, 7)
+    expected = FactoredAttention(query, key, mask=seen, bias=bias).rows(torch.arange(7))
+    understood = CausalMask.from_mask(seen)
+    for options in ({}, {"window": 1, "key_mask": torch.zeros(2, 7)}):
+        attention = FactoredAttention(query, key, mask=understood, bias=bias, **options)
+        assert torch.equal(attention.rows(torch.arange(7)), expected)
+    with pytest.raises(PatternError, match=r"\[1, 7\].*\[2, 2, 3, 4\]"):
+        FactoredAttention(query[:, :, :3], key, mask=understood)
+
+
 def test_long_rows_go_by_blocks() -> None:
     """Several blocks of queries, and a window that leaves whole blocks of keys unseen."""
     torch.manual_seed(0)
@@ -154,7 +225,6 @@ def test_many_tiles_equal_one_map(kind: str, cached: int) -> None:
 
 def test_factored_never_stores_a_map() -> None:
     """No tensor as large as one head's map is made at any time, whatever the question."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         size = 0
@@ -191,10 +261,10 @@ def test_usual_masks_are_intervals(kind: str) -> None:
         "packed": (s <= t) & (t // 5 == s // 5),
         "chunked": (s <= t) & (t // 4 == s // 4),
     }[kind]
-    visibility = CausalMask.from_mask(seen[None, None])
-    assert visibility.exact is None
+    mask = CausalMask.from_mask(seen[None, None])
+    assert mask.exact is None
     whole = slice(0, tokens)
-    assert torch.equal(visibility.block(whole, whole)[0, 0], seen)
+    assert torch.equal(mask.block(whole, whole)[0, 0], seen)
 
 
 def test_a_plain_causal_mask_is_recognised() -> None:
@@ -254,8 +324,10 @@ def test_nan_activations_are_refused(options: dict) -> None:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (lambda a: a.band(0), "width >= 1"),
-        (lambda a: a.band(2, start=-1), "start >= 0"),
+        (lambda a: a.band(0), "width .* at least 1; got 0"),
+        (lambda a: a.band(2.5), "width .* got 2.5"),
+        (lambda a: a.band(2, start=-1), "start .* at least 0; got -1"),
+        (lambda a: a.band(10**9), r"1000000000 distances .* keys \(4\)"),
         (lambda a: a.receive(torch.zeros(1, 4, 1), start=3, stop=3), "start < stop"),
         (lambda a: a.attend(torch.zeros(1, 3, 1)), r"key=4, feature\], got \[1, 3, 1\]"),
         (lambda a: a.receive(torch.zeros(1, 4)), r"query=4, feature\], got \[1, 4\]"),
@@ -373,17 +445,21 @@ def test_two_calls_cannot_be_heard_as_one() -> None:
     assert listening.result is None
 
 
-def test_features_are_read_along_the_way() -> None:
-    """The output keeps its width and values, and the extra columns are attended to."""
+@pytest.mark.parametrize(("own_pass", "carried"), [(True, True), (True, False), (False, True)])
+def test_positions_are_read_along_the_way_in_passes_of_our_own(own_pass: bool, carried: bool) -> None:
+    """The output keeps its width and values; elsewhere it does not change by a bit."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, 2, 50, 8, generator=generator) for _ in range(3))
-    features = torch.arange(50.0)[:, None]
-    with listen(features) as listening:
+    with carries_positions() if carried else nullcontext(), listen(own_pass=own_pass) as listening:
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-    pattern = dense_pattern(query, key)
     assert listening.result is not None
-    assert listening.result.read is not None
+    position = listening.result.mean_position
+    if not (own_pass and carried):
+        plain = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        assert position is None
+        assert torch.equal(output, plain)
+        return
+    assert position is not None
+    pattern, positions = dense_pattern(query, key), key_positions(50, torch.float64, torch.device("cpu"))
     torch.testing.assert_close(output.double(), pattern @ value.double(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(
-        listening.result.read.double(), pattern @ features.double(), rtol=1e-5, atol=1e-4
-    )
+    torch.testing.assert_close(position.double(), pattern @ positions, rtol=1e-5, atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,30 +40,29 @@ def masked_rows(draw, *, group_size: int = 1):
 # ---- advantages -------------------------------------------------------------------------------
 
 
-def slow_advantages(rewards, values, mask, discount, gae_lambda) -> list[list[float]]:
-    """GAE by its definition: the sum of all later errors, each weighted by (discount * lambda) ** away."""
+def slow_advantages(rewards, values, mask, gamma, gae_lambda) -> list[list[float]]:
+    """GAE by its definition: the sum of all later errors, each weighted by (gamma * lambda) ** away."""
     result = []
     for row in range(rewards.shape[0]):
         end = int(mask[row].sum())
         value = [*values[row, :end].tolist(), 0.0]
-        error = [float(rewards[row, t]) + discount * value[t + 1] - value[t] for t in range(end)]
+        error = [float(rewards[row, t]) + gamma * value[t + 1] - value[t] for t in range(end)]
         sums = [
-            math.fsum((discount * gae_lambda) ** (u - t) * error[u] for u in range(t, end))
-            for t in range(end)
+            math.fsum((gamma * gae_lambda) ** (u - t) * error[u] for u in range(t, end)) for t in range(end)
         ]
         result.append(sums + [0.0] * (rewards.shape[1] - end))
     return result
 
 
 @given(masked_rows(), st.floats(0, 1), st.floats(0, 1))
-def test_generalized_advantages_are_their_definition(rows, discount, gae_lambda) -> None:
-    expected = torch.tensor(slow_advantages(*rows, discount, gae_lambda), dtype=torch.float64)
-    torch.testing.assert_close(generalized_advantages(*rows, discount, gae_lambda), expected)
+def test_generalized_advantages_are_their_definition(rows, gamma, gae_lambda) -> None:
+    expected = torch.tensor(slow_advantages(*rows, gamma, gae_lambda), dtype=torch.float64)
+    torch.testing.assert_close(generalized_advantages(*rows, gamma, gae_lambda), expected)
 
 
 @given(masked_rows())
 def test_lambda_of_1_waits_for_the_rewards(rows) -> None:
-    """Without discount: all that is still to come, less what was expected."""
+    """Without gamma: all that is still to come, less what was expected."""
     rewards, values, mask = rows
     to_come = (rewards * mask).flip(-1).cumsum(-1).flip(-1)
     expected = (to_come - values) * mask
@@ -70,15 +70,15 @@ def test_lambda_of_1_waits_for_the_rewards(rows) -> None:
 
 
 @given(masked_rows(), st.floats(0, 1))
-def test_lambda_of_0_believes_the_next_value(rows, discount) -> None:
+def test_lambda_of_0_believes_the_next_value(rows, gamma) -> None:
     rewards, values, mask = rows
     after = torch.nn.functional.pad(values * mask, (0, 1))[:, 1:]
-    expected = (rewards + discount * after - values) * mask
-    torch.testing.assert_close(generalized_advantages(*rows, discount, 0.0), expected)
+    expected = (rewards + gamma * after - values) * mask
+    torch.testing.assert_close(generalized_advantages(*rows, gamma, 0.0), expected)
 
 
 @given(masked_rows())
-def test_what_stands_behind_the_end_does_not_matter(rows) -> None:
+def test_what_comes_after_the_end_does_not_matter(rows) -> None:
     rewards, values, mask = rows
     other = generalized_advantages(
         rewards.masked_fill(~mask, 7.0), values.masked_fill(~mask, 9.0), mask, 0.9, 0.8
@@ -108,6 +108,28 @@ def test_group_advantages_are_standard_scores(rows) -> None:
             torch.testing.assert_close(advantages[row], expected, atol=1e-9, rtol=1e-9)
 
 
+def test_generalized_advantages_cross_a_gap() -> None:
+    """What a tool wrote is no step of the policy: the tokens around it follow one another."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1]]).bool()
+    rewards = torch.tensor([[0.0, 0, 0, 0, 0, 1]])
+    assert generalized_advantages(rewards, torch.zeros(1, 6), mask, 1.0, 1.0).tolist() == [[1, 1, 0, 0, 1, 1]]
+
+
+@given(masked_rows(), st.integers(0, 2**31))
+def test_a_gap_makes_no_difference(rows, seed) -> None:
+    """The advantages with tool output in between are those without it."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, width = rows[2].shape
+    own = torch.rand(width + 5, generator=generator).argsort()[:width].sort().values
+    spread = [torch.full((batch, width + 5), 7, dtype=part.dtype) for part in rows]
+    spread[2] = torch.zeros(batch, width + 5, dtype=torch.bool)
+    for wide, part in zip(spread, rows, strict=True):
+        wide[:, own] = part
+    found = generalized_advantages(*spread, 0.9, 0.8)
+    assert torch.equal(found[:, own], generalized_advantages(*rows, 0.9, 0.8))
+    assert not bool(found[~spread[2]].any())
+
+
 def test_equal_completions_have_no_advantage() -> None:
     mask = torch.ones(4, 3, dtype=torch.bool)
     assert torch.equal(group_advantages(torch.full((4, 3), 0.3), mask, 4), torch.zeros(4, 3))
@@ -132,12 +154,12 @@ def test_equal_values_are_whitened_to_0(value, count) -> None:
 
 
 @given(masked_rows(), st.floats(0, 2))
-def test_the_score_is_paid_once_and_divergence_at_each_token(rows, coefficient) -> None:
-    divergence, scores, mask = rows
-    rewards = token_rewards(scores[:, 0], divergence, mask, coefficient)
+def test_the_reward_is_paid_once_and_divergence_at_each_token(rows, coefficient) -> None:
+    kl, paid, mask = rows
+    rewards = token_rewards(paid[:, 0], kl, mask, coefficient)
     for row, end in enumerate(mask.sum(-1).tolist()):
-        expected = [-coefficient * value for value in divergence[row, :end].tolist()]
-        expected[-1] += float(scores[row, 0])
+        expected = [-coefficient * value for value in kl[row, :end].tolist()]
+        expected[-1] += float(paid[row, 0])
         assert rewards[row, :end].tolist() == pytest.approx(expected)
         assert torch.equal(rewards[row, end:], torch.zeros_like(rewards[row, end:]))
 
@@ -158,12 +180,12 @@ def test_the_score_is_paid_once_and_divergence_at_each_token(rows, coefficient) 
 )
 def test_the_clipped_objective_by_hand(ratio, advantage, gain, slope) -> None:
     """`slope` is the gradient of the objective by the log-probability."""
-    log_ratio = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    logratio = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([[advantage]], dtype=torch.float64)
-    loss = policy_loss(log_ratio, advantages, torch.ones(1, 1, dtype=torch.bool), 0.2)
+    loss = policy_loss(logratio, advantages, torch.ones(1, 1, dtype=torch.bool), 0.2)
     loss.backward()
     assert loss.item() == pytest.approx(-gain)
-    assert float(log_ratio.grad) == pytest.approx(-slope)
+    assert float(logratio.grad) == pytest.approx(-slope)
 
 
 def test_the_objective_is_a_mean_over_tokens() -> None:
@@ -229,7 +251,7 @@ def test_a_rollout_knows_what_a_full_pass_knows(family, temperature) -> None:
             logits = output.logits[0, len(prompt) - 1 : -1]
             expected = (logits / temperature).log_softmax(-1)
             chosen = expected.gather(-1, ids[0, len(prompt) :, None])[:, 0]
-            torch.testing.assert_close(episodes.log_probs[row, :end], chosen, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(episodes.logprobs[row, :end], chosen, atol=1e-5, rtol=1e-5)
             entropy = torch.distributions.Categorical(logits=logits / temperature).entropy()
             torch.testing.assert_close(episodes.entropy[row, :end], entropy, atol=1e-5, rtol=1e-5)
             if family == "llama":
@@ -237,7 +259,7 @@ def test_a_rollout_knows_what_a_full_pass_knows(family, temperature) -> None:
                 torch.testing.assert_close(episodes.values[row, :end], value, atol=1e-5, rtol=1e-5)
         _, together, values = ppo.evaluate(ppo.model, episodes)
     mask = episodes.response_mask
-    torch.testing.assert_close(together[mask], episodes.log_probs[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[mask], episodes.logprobs[mask], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(values[mask], episodes.values[mask], atol=1e-4, rtol=1e-5)
 
 
@@ -250,8 +272,8 @@ def test_a_policy_with_adapters_knows_it_too() -> None:
         ids = torch.tensor([[*PROMPTS[1], *episodes.completion_ids[1][mask[1]].tolist()]])
         alone = ppo.model.policy(input_ids=ids).logits[0, :-1].log_softmax(-1)
         alone = alone.gather(-1, ids[0, 1:, None])[:, 0]
-    torch.testing.assert_close(together[mask], episodes.log_probs[mask], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(episodes.log_probs[1][mask[1]], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(together[mask], episodes.logprobs[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(episodes.logprobs[1][mask[1]], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_a_completion_stops_at_its_end_token_which_belongs_to_it() -> None:
@@ -263,7 +285,7 @@ def test_a_completion_stops_at_its_end_token_which_belongs_to_it() -> None:
         assert not any(token in ends for token in ids[: count - 1].tolist())
         assert int(ids[count - 1]) in ends or count == 12
     outside = ~episodes.response_mask
-    for values in (episodes.log_probs, episodes.values, episodes.entropy):
+    for values in (episodes.logprobs, episodes.values, episodes.entropy):
         assert torch.equal(values[outside], torch.zeros_like(values[outside]))
 
 
@@ -295,9 +317,9 @@ def test_one_epoch_without_clipping_is_reinforce_with_a_baseline() -> None:
     mask = episodes.response_mask
     rewards = token_rewards(torch.tensor([1.0, -0.5, 2.0, 0.3]), torch.zeros(mask.shape), mask, 0.0)
     advantages = generalized_advantages(rewards, episodes.values, mask, 1.0, 1.0)
-    _, log_probs, _ = ppo.evaluate(ppo.model, episodes)
-    log_ratio = (log_probs - episodes.log_probs).masked_fill(~mask, 0.0)
-    policy_loss(log_ratio, advantages, mask, math.inf).backward()
+    _, logprobs, _ = ppo.evaluate(ppo.model, episodes)
+    logratio = (logprobs - episodes.logprobs).masked_fill(~mask, 0.0)
+    policy_loss(logratio, advantages, mask, math.inf).backward()
     found = gradients(ppo)
     ppo.model.zero_grad()
 
@@ -319,10 +341,10 @@ def test_one_epoch_without_clipping_is_reinforce_with_a_baseline() -> None:
 
 def test_masked_tokens_have_no_gradient() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    log_ratio, values = (torch.zeros(2, 3, requires_grad=True) for _ in range(2))
-    policy_loss(log_ratio, torch.full((2, 3), 3.0), mask, 0.2).backward()
+    logratio, values = (torch.zeros(2, 3, requires_grad=True) for _ in range(2))
+    policy_loss(logratio, torch.full((2, 3), 3.0), mask, 0.2).backward()
     value_loss(values, torch.zeros(2, 3), torch.ones(2, 3), mask, 0.2).backward()
-    assert torch.equal(log_ratio.grad != 0, mask)
+    assert torch.equal(logratio.grad != 0, mask)
     assert torch.equal(values.grad != 0, mask)
 
 
@@ -335,10 +357,10 @@ def test_what_is_masked_does_not_change_an_update() -> None:
         assert bool(outside.any())
         episodes.completion_ids[outside] = filler
         episodes.prompt_ids[episodes.prompt_mask == 0] = filler
-        _, log_probs, values = ppo.evaluate(ppo.model, episodes)
-        log_ratio = (log_probs - episodes.log_probs).masked_fill(outside, 0.0)
+        _, logprobs, values = ppo.evaluate(ppo.model, episodes)
+        logratio = (logprobs - episodes.logprobs).masked_fill(outside, 0.0)
         advantages = torch.linspace(-1, 1, outside.numel()).view(outside.shape)
-        loss = policy_loss(log_ratio, advantages, ~outside, 0.2)
+        loss = policy_loss(logratio, advantages, ~outside, 0.2)
         (loss + value_loss(values, episodes.values, advantages, ~outside, 0.2)).backward()
         found.append(gradients(ppo))
     for name, gradient in found[0].items():
@@ -356,8 +378,8 @@ def slow_loss(policy, head, episodes, scores, rows, settings) -> torch.Tensor:
         end = int(mask[row].sum())
         value = [*episodes.values[row, :end].tolist(), 0.0]
         reward = [0.0] * (end - 1) + [scores[row]]
-        error = [reward[t] + settings.discount * value[t + 1] - value[t] for t in range(end)]
-        decay = settings.discount * settings.gae_lambda
+        error = [reward[t] + settings.gamma * value[t + 1] - value[t] for t in range(end)]
+        decay = settings.gamma * settings.gae_lambda
         advantages.append([sum(decay ** (u - t) * error[u] for u in range(t, end)) for t in range(end)])
         returns.append([advantage + value[t] for t, advantage in enumerate(advantages[-1])])
     flat = torch.tensor([advantage for row in advantages for advantage in row])
@@ -373,18 +395,18 @@ def slow_loss(policy, head, episodes, scores, rows, settings) -> torch.Tensor:
         values = output.hidden_states[-1][0, where] @ head.weight[0] + head.bias[0]
         entropies.append(-(log_probability.exp() * log_probability).sum(-1))
         for t in range(end):
-            ratio = (log_probability[t, ids[0, len(prompt) + t]] - episodes.log_probs[row, t]).exp()
+            ratio = (log_probability[t, ids[0, len(prompt) + t]] - episodes.logprobs[row, t]).exp()
             advantage = (advantages[row][t] - mean) / spread
-            clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
+            clipped = ratio.clamp(1 - settings.clip_coef, 1 + settings.clip_coef)
             gains.append(torch.minimum(ratio * advantage, clipped * advantage))
             old = episodes.values[row, t]
-            near = old + (values[t] - old).clamp(-settings.value_clip, settings.value_clip)
+            near = old + (values[t] - old).clamp(-settings.clip_coef_vf, settings.clip_coef_vf)
             wanted = returns[row][t]
             errors.append(torch.maximum((values[t] - wanted) ** 2, (near - wanted) ** 2))
     return (
         -torch.stack(gains).mean()
-        + settings.value_coefficient * 0.5 * torch.stack(errors).mean()
-        - settings.entropy_coefficient * torch.cat(entropies).mean()
+        + settings.vf_coef * 0.5 * torch.stack(errors).mean()
+        - settings.ent_coef * torch.cat(entropies).mean()
     )
 
 
@@ -392,8 +414,8 @@ def test_a_step_is_what_it_says(monkeypatch) -> None:
     """Two epochs of two minibatches, so that ratios and values get clipped; gradients by the slow loss."""
     settings = PPOConfig(
         prompts_per_step=4, group_size=1, minibatch_size=2, epochs=2, max_new_tokens=9, temperature=1.3,
-        discount=0.9, gae_lambda=0.5, clip=0.1, value_clip=0.03, value_coefficient=0.3,
-        entropy_coefficient=0.02, learning_rate=1e-2, max_gradient_norm=math.inf,
+        gamma=0.9, gae_lambda=0.5, clip_coef=0.1, clip_coef_vf=0.03, vf_coef=0.3,
+        ent_coef=0.02, learning_rate=1e-2, max_grad_norm=math.inf,
     )  # fmt: skip
     scores = [1.0, -0.5, 2.0, 0.3]
     problems = [{"prompt_ids": prompt} for prompt in PROMPTS]
@@ -431,10 +453,10 @@ def test_a_step_is_what_it_says(monkeypatch) -> None:
     assert len(seen) == 4
     assert sorted(minibatches[0] + minibatches[1]) == sorted(minibatches[2] + minibatches[3]) == [0, 1, 2, 3]
     # The clips were at work, or their absence would not have been seen.
-    assert entry["clipped_share"] > 0.1
+    assert entry["clipfrac"] > 0.1
     with torch.no_grad():
         moved = ppo.evaluate(ppo.model, rollouts[0])[2] - rollouts[0].values
-    assert float(moved[rollouts[0].response_mask].abs().max()) > settings.value_clip
+    assert float(moved[rollouts[0].response_mask].abs().max()) > settings.clip_coef_vf
 
 
 def test_what_is_ruled_out_leaves_the_entropy_finite() -> None:
@@ -443,33 +465,47 @@ def test_what_is_ruled_out_leaves_the_entropy_finite() -> None:
     rule_out = torch.zeros(99).index_fill_(0, torch.arange(90, 99), -torch.inf)
     policy.lm_head.register_forward_hook(lambda module, given, logits: logits + rule_out)
     settings = PPOConfig(prompts_per_step=4, group_size=1, minibatch_size=4, max_new_tokens=6,
-                         entropy_coefficient=0.1)  # fmt: skip
+                         ent_coef=0.1)  # fmt: skip
     ppo = PPO(policy, [{"prompt_ids": [1]}], lambda problems, _: [0.5] * len(problems), settings, ends=set())
-    assert math.isfinite(ppo.train_step()["gradient_norm"])
+    assert math.isfinite(ppo.train_step()["grad_norm"])
 
 
 # ---- settings ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "told"),
     [
-        ({"steps": 0}, "steps is a whole number, at least 1; got 0"),
-        ({"minibatch_size": 1.5}, "minibatch_size is a whole number"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"clip": math.nan}, "clip must be above 0, got nan"),
-        ({"kl_coefficient": -1.0}, "kl_coefficient must be finite and not negative"),
-        ({"discount": 1.1}, r"discount must be in \[0, 1\], got 1.1"),
-        ({"estimator": "rloo"}, 'estimator is "gae" or "group", got \'rloo\''),
-        ({"estimator": "group", "group_size": 1}, "nothing to be compared with"),
-        ({"target_kl": 0.0}, "target_kl must be above 0, or None"),
-        ({"learning_rate": math.inf}, "learning_rate must be finite"),
-        ({"seed": 1.5}, "seed is a whole number, got 1.5"),
+        ({"steps": 0}, ["steps", "at least 1", "0"]),
+        ({"minibatch_size": 1.5}, ["minibatch_size", "whole number", "1.5"]),
+        ({"epochs": True}, ["epochs", "True"]),
+        ({"max_new_tokens": "many"}, ["max_new_tokens", "'many'"]),
+        ({"temperature": 0.0}, ["temperature", "0.0"]),
+        ({"clip_coef": math.nan}, ["clip_coef", "nan"]),
+        ({"clip_coef_vf": None}, ["clip_coef_vf", "None"]),
+        ({"kl_coef": -1.0}, ["kl_coef", "[0, ", "-1.0"]),
+        ({"ent_coef": torch.ones(2)}, ["ent_coef", "[2]"]),
+        ({"gamma": 1.1}, ["gamma", "[0, 1]", "1.1"]),
+        ({"estimator": "rloo"}, ["estimator", '"gae" or "group"', "'rloo'"]),
+        ({"estimator": "group", "group_size": 1}, ["group_size", "at least 2", "1"]),
+        ({"target_kl": 0.0}, ["target_kl", "0.0"]),
+        ({"learning_rate": math.inf}, ["learning_rate", "inf"]),
+        ({"seed": 1.5}, ["seed", "1.5"]),
+        ({"seed": -1}, ["seed", "at least 0", "-1"]),
+        ({"whiten": "yes"}, ["whiten", "'yes'"]),
     ],
 )
-def test_settings_that_make_no_sense(settings, message, as_users_call) -> None:
-    with pytest.raises(ParameterError, match=message):
+def test_wrong_settings(settings, told, as_users_call) -> None:
+    with pytest.raises(ParameterError) as error:
         PPOConfig(**settings)
+    assert [fact for fact in told if fact not in str(error.value)] == []
+
+
+def test_numbers_of_any_library_are_settings() -> None:
+    found = PPOConfig(steps=np.int64(3), learning_rate=torch.tensor(0.5), clip_coef=np.float32(0.25), gamma=1)
+    assert found == PPOConfig(steps=3, learning_rate=0.5, clip_coef=0.25, gamma=1.0)
+    assert repr(found) == repr(PPOConfig(steps=3, learning_rate=0.5, clip_coef=0.25, gamma=1.0))
+    assert PPOConfig(max_grad_norm=math.inf, clip_coef=math.inf).clip_coef == math.inf
 
 
 def test_an_actor_critic_leaves_the_policy_as_it_was() -> None:
@@ -488,6 +524,9 @@ def test_policies_that_cannot_be_trained_are_refused(as_users_call) -> None:
         ActorCritic(tiny_model("mamba"))
     with pytest.raises(ParameterError, match=r"parameters are torch.bfloat16, .* call policy.float\(\)"):
         ActorCritic(tiny_model("llama").bfloat16())
+    for policy in ("llama", None, torch.nn.Linear(2, 2), tiny_model("llama").model):
+        with pytest.raises(UnsupportedModelError, match="AutoModelForCausalLM"):
+            ActorCritic(policy)
     with pytest.raises(ParameterError, match="nothing to train"):
         ActorCritic(tiny_model("llama").requires_grad_(False))
     forgetful = tiny_model("llama")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -12,10 +13,18 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from attnprobe import ParameterError, ResultError, UnsupportedModelError
+from attnprobe import (
+    ParameterError,
+    ResultError,
+    TokenBatch,
+    UnsupportedModelError,
+    classify_heads,
+    measure,
+)
 from attnprobe.rl import (
     PPO,
     CoupledRhythmCredit,
@@ -23,9 +32,14 @@ from attnprobe.rl import (
     GlobalAnchorCredit,
     PPOConfig,
     RandomCredit,
+    Rollout,
     RolloutCredit,
+    apply_credit,
 )
+from attnprobe.rl.grouping import HeadGrouping
+from attnprobe.rl.ppo import algorithm
 from attnprobe.rl.ppo.algorithm import roll_out
+from attnprobe.rl.ppo.problems import judge
 from attnprobe.rl.ppo.run_folder import finish_step_on_interrupt
 from attnprobe.testing.tiny_models import tiny_model
 
@@ -45,19 +59,27 @@ def even_ids(problems, completions) -> list[float]:
     return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completions]
 
 
-def ppo_of(*, reward=even_ids, folder=None, credit=None, credit_options=None, **settings) -> PPO:
+def ppo_of(
+    *, model="llama", reward=even_ids, folder=None, ends=ENDS, credit=None, credit_options=None, **settings
+) -> PPO:
     if credit is not None:
         credit_options = {"horizon": (1, 4), **(credit_options or {})}
     return PPO(
-        tiny_model("llama"),
+        tiny_model(model) if isinstance(model, str) else tiny_model("llama", **model),
         PROBLEMS,
         reward,
         PPOConfig(**{**SETTINGS, **settings}),
-        ends=ENDS,
+        ends=ends,
         folder=folder,
         credit=credit,
         credit_options=credit_options,
     )
+
+
+def with_adapters(model):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
 
 
 def parameters(ppo: PPO) -> dict[str, torch.Tensor]:
@@ -85,13 +107,13 @@ def test_equal_seeds_give_equal_runs(estimator) -> None:
 
 
 def test_a_step_changes_the_policy_and_logs_what_it_did() -> None:
-    ppo = ppo_of(kl_coefficient=0.1, entropy_coefficient=0.01)
+    ppo = ppo_of(kl_coef=0.1, ent_coef=0.01)
     before = parameters(ppo)
     (first, *_, last) = ppo.train()
     assert [name for name, value in parameters(ppo).items() if torch.equal(value, before[name])] == []
     assert list(first) == [
-        "step", "reward", "length", "entropy", "explained_variance", "kl_to_reference", "approximate_kl",
-        "clipped_share", "policy_loss", "gradient_norm", "value_loss", "seconds", "rollout_seconds",
+        "step", "reward", "length", "entropy", "explained_variance", "kl_to_reference", "approx_kl",
+        "clipfrac", "policy_loss", "grad_norm", "value_loss", "seconds", "rollout_seconds",
     ]  # fmt: skip
     assert 0 <= first["reward"] <= 1
     assert 1 <= first["length"] <= 8
@@ -108,12 +130,12 @@ def test_dropout_does_not_make_the_policy_differ_from_itself() -> None:
     ppo = PPO(policy, PROBLEMS, even_ids, settings, ends=ENDS)
     for _ in range(2):
         policy.train()
-        assert ppo.train_step()["approximate_kl"] < 1e-6
+        assert ppo.train_step()["approx_kl"] < 1e-6
 
 
 def test_divergence_is_taken_off_the_reward(monkeypatch) -> None:
     """Each token pays for what its log-probability has gained on that of the first policy."""
-    ppo = ppo_of(kl_coefficient=0.5, whiten=False, gae_lambda=1.0, steps=1)
+    ppo = ppo_of(kl_coef=0.5, whiten=False, gae_lambda=1.0, steps=1)
     first = copy.deepcopy(ppo.model)
     with torch.no_grad():
         for parameter in ppo.model.policy.model.layers[1].mlp.parameters():
@@ -125,7 +147,7 @@ def test_divergence_is_taken_off_the_reward(monkeypatch) -> None:
     with torch.no_grad():
         before = ppo.evaluate(first, episodes)[1]
     mask = episodes.response_mask
-    cost = 0.5 * (episodes.log_probs - before).masked_fill(~mask, 0.0)
+    cost = 0.5 * (episodes.logprobs - before).masked_fill(~mask, 0.0)
     scores = torch.tensor(even_ids(PROBLEMS, episodes.completions()))
     expected = (scores[:, None] - cost.flip(-1).cumsum(-1).flip(-1)) * mask
     # The value head is still at 0.
@@ -162,8 +184,8 @@ def test_epochs_end_before_the_policy_has_moved_too_far() -> None:
     before = parameters(ppo)
     entry = ppo.train_step()
     assert_same(parameters(ppo), before)
-    assert entry["approximate_kl"] > 0.1
-    assert entry["policy_loss"] is entry["gradient_norm"] is entry["value_loss"] is None
+    assert entry["approx_kl"] > 0.1
+    assert entry["policy_loss"] is entry["grad_norm"] is entry["value_loss"] is None
 
 
 def test_problems_come_in_turn() -> None:
@@ -201,7 +223,7 @@ def test_a_run_goes_on_where_it_is() -> None:
 @pytest.mark.parametrize("credit", [None, CoupledRhythmCredit(), EntropyCredit()])
 @pytest.mark.parametrize("estimator", ["gae", "group"])
 def test_a_resumed_run_goes_on_identically(tmp_path, estimator, credit) -> None:
-    settings = {"estimator": estimator, "kl_coefficient": 0.05, "credit": credit}
+    settings = {"estimator": estimator, "kl_coef": 0.05, "credit": credit}
     settings["credit_options"] = {"reclassify_every": 3}
     whole = ppo_of(steps=5, folder=tmp_path / "whole", **settings)
     history = whole.train()
@@ -266,10 +288,59 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, as_users_call) -> None:
 
 def test_a_run_is_not_resumed_with_other_settings(tmp_path, as_users_call) -> None:
     ppo_of(folder=tmp_path, steps=1).train()
-    with pytest.raises(ResultError, match=r"has estimator='gae', learning_rate=0.001: give it"):
+    with pytest.raises(
+        ResultError, match=r"estimator='gae' \(not 'group'\), learning_rate=0.001 \(not 0.01\)"
+    ):
         ppo_of(folder=tmp_path, learning_rate=1e-2, estimator="group").train(resume=True)
     assert len(ppo_of(folder=tmp_path, steps=2, checkpoint_every=7).train(resume=True)) == 2
     assert len(ppo_of(folder=tmp_path, steps=1).train(resume=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"credit": RandomCredit(amplification=5.0)}, "credit=CoupledRhythmCredit .not RandomCredit"),
+        ({"credit": None}, "credit=CoupledRhythmCredit .not None"),
+        ({"credit": lambda scores: scores.waad}, "credit=CoupledRhythmCredit .not .*<lambda>"),
+        ({"credit": CoupledRhythmCredit(alpha=0.25)}, r"has credit\.alpha=0\.5 .not 0\.25"),
+        ({"credit_options": {"horizon": (2, 4)}}, r"has horizon=\(1, 4\) .not \(2, 4\)"),
+        ({"credit_options": {"layers": [1]}}, r"has layers=\(1, 2\) .not \(1,\)"),
+        ({"credit_options": {"window": 5}}, "has window=10 .not 5"),
+        ({"credit_options": {"reclassify_every": None}}, "has reclassify_every=10 .not None"),
+        ({"ends": {7}}, r"has ends=\[7, 14, 21\] .not \[7\]"),
+        ({"model": "qwen3"}, "model=LlamaForCausalLM .*not Qwen3ForCausalLM"),
+        ({"model": {"intermediate_size": 80}}, "has parameters="),
+    ],
+)
+def test_a_run_is_not_resumed_as_another(other, told, tmp_path, as_users_call) -> None:
+    """With another strategy, other parameters, measured otherwise, with other ends or another model."""
+    ppo_of(folder=tmp_path, steps=1, credit=CoupledRhythmCredit()).train()
+    ppo = ppo_of(folder=tmp_path, steps=2, **{"credit": CoupledRhythmCredit(), **other})
+    before = parameters(ppo)
+    with pytest.raises(ResultError, match=told):
+        ppo.train(resume=True)
+    assert_same(parameters(ppo), before)
+
+
+def test_heads_that_were_given_have_to_be_given_again(tmp_path, as_users_call) -> None:
+    batch = TokenBatch.from_ids(torch.randint(0, 99, (2, 20)), response_start=4)
+    heads = classify_heads(measure(tiny_model("llama"), batch, layers=[0, 2]))
+    options = {"credit": CoupledRhythmCredit(), "credit_options": {"heads": heads}}
+    ppo_of(folder=tmp_path, steps=1, **options).train()
+    assert len(ppo_of(folder=tmp_path, steps=2, **options).train(resume=True)) == 2
+    swapped = dataclasses.replace(heads, local_heads=heads.global_heads, global_heads=heads.local_heads)
+    options["credit_options"] = {"heads": swapped}
+    with pytest.raises(ResultError, match="has heads=given"):
+        ppo_of(folder=tmp_path, steps=2, **options).train(resume=True)
+
+
+def test_a_checkpoint_of_another_version(tmp_path, as_users_call) -> None:
+    ppo_of(folder=tmp_path, steps=1).train()
+    state = torch.load(tmp_path / "checkpoint.pt")
+    del state["identity"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ResultError, match="no identity"):
+        ppo_of(folder=tmp_path).train(resume=True)
 
 
 def test_numbers_that_are_not_finite_become_null(tmp_path) -> None:
@@ -308,7 +379,7 @@ def test_ctrl_c_ends_after_the_step_and_loses_nothing(tmp_path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment
     )
     assert "KeyboardInterrupt" in done.stderr
-    assert "finishing this step; once more to stop at once" in done.stderr
+    assert "finishing this step" in done.stderr
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     history = ppo_of(steps=4, folder=folder).train(resume=True)
@@ -375,7 +446,7 @@ def test_credit_multiplies_the_advantages_that_are_not_negative() -> None:
     assert torch.equal(credited, torch.where(plain > 0, 4 * plain, plain))
 
 
-def test_heads_are_grouped_anew_when_that_is_due() -> None:
+def test_heads_are_classified_again_when_that_is_due() -> None:
     ppo = ppo_of(steps=5, credit=GlobalAnchorCredit(), credit_options={"reclassify_every": 2})
     grouped_at = []
     for _ in range(5):
@@ -404,32 +475,110 @@ def test_completions_without_a_positive_advantage_are_not_measured() -> None:
 
 
 def test_settings_of_credit_are_checked(as_users_call) -> None:
-    with pytest.raises(ParameterError, match="batch_size must be at least 1, got 0"):
-        RolloutCredit(tiny_model("llama"), GlobalAnchorCredit(), batch_size=0)
+    for options, told in (
+        ({"batch_size": 0}, "batch_size .*at least 1; got 0"),
+        ({"heads": "mine"}, "heads .*'mine'"),
+        ({"reclassify_every": 0}, "reclassify_every .*got 0"),
+        ({"window": 0}, "window .*0"),
+    ):
+        with pytest.raises(ParameterError, match=told):
+            RolloutCredit(tiny_model("llama"), GlobalAnchorCredit(), **options)
     with pytest.raises(ParameterError, match="a credit strategy is a callable"):
         ppo_of(credit=3)
+    for options in ({"windows": 3}, [3], "window"):
+        with pytest.raises(ParameterError, match="credit_options"):
+            PPO(tiny_model("llama"), PROBLEMS, even_ids, credit=GlobalAnchorCredit(), credit_options=options)
     with pytest.raises(UnsupportedModelError):
         RolloutCredit(torch.nn.Linear(2, 2), GlobalAnchorCredit())
+
+
+def test_a_rollout_is_weighed_as_it_is_given(as_users_call) -> None:
+    """Lists and arrays are as good as tensors, and PEFT may be around the policy; nonsense is refused."""
+    ids, ones = torch.randint(0, 99, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    rollout = Rollout(ids[:, :4], ones[:, :4], ids[:, 4:], ones[:, 4:])
+    credit = RolloutCredit(tiny_model("llama"), GlobalAnchorCredit(), horizon=(1, 4))
+    gamma = credit.weigh(rollout, torch.tensor([1.0, -1.0]), 0)
+    for advantages in ([1, -1], np.array([1.0, -1.0]), [[1.0] * 8, [-1.0] * 8]):
+        assert torch.equal(credit.weigh(rollout, advantages, np.int64(0)), gamma)
+    wrapped = RolloutCredit(with_adapters(tiny_model("llama")), GlobalAnchorCredit(), horizon=(1, 4))
+    assert wrapped.weigh(rollout, [1, -1], 0).shape == gamma.shape
+    for arguments, told in (
+        (("text", [1, 1], 0), "rollout must be a Rollout.*'text'"),
+        ((rollout, [1], 0), r"advantages .*\[2\] or .*\[2, 8\]; got \[1\]"),
+        ((rollout, [math.nan, 1], 0), "advantages is nan"),
+        ((rollout, "high", 0), "advantages .*'high'"),
+        ((rollout, [1, 1], 0.5), "step .*0.5"),
+        ((rollout, [1, 1], None), "step .*None"),
+    ):
+        with pytest.raises(ParameterError, match=told):
+            credit.weigh(*arguments)
+    with pytest.raises(ParameterError, match=r"entropy .*\[2, 8\]; got \[2\]"):
+        credit.weigh(rollout, [1, 1], 0, entropy=[0.0, 0.0])
+    with pytest.raises(ResultError, match="no entropy"):
+        RolloutCredit(tiny_model("llama"), EntropyCredit()).weigh(rollout, [1, 1], 0)
+
+
+def test_a_grouping_is_restored_from_what_it_kept_and_nothing_else(as_users_call) -> None:
+    grouping = HeadGrouping(2)
+    for wrong in ({}, {"saved_groups": None}, [1], None):
+        with pytest.raises(ResultError, match="saved_groups and grouped_at"):
+            grouping.restore(wrong)
+    with pytest.raises(ParameterError, match=r"groups must be a HeadGroups.*'mine'"):
+        grouping.keep("mine", 0)
+    for step in (0.5, "now", -1):
+        with pytest.raises(ParameterError, match="step"):
+            grouping.is_due(step)
+    grouping.restore({"saved_groups": {"local_heads": 3}, "grouped_at": 0})
+    with pytest.raises(ResultError, match="damaged"):
+        _ = grouping.groups
+
+
+def test_the_gamma_that_is_logged_is_that_of_the_weights_that_were_applied(monkeypatch) -> None:
+    applied = []
+
+    def keep(advantages, gamma, mask):
+        weighted = apply_credit(advantages, gamma, mask)
+        counts = mask & (advantages != 0)
+        applied.append(float((weighted[counts] / advantages[counts]).double().mean()))
+        return weighted
+
+    monkeypatch.setattr(algorithm, "apply_credit", keep)
+    history = ppo_of(credit=CoupledRhythmCredit(amplification=3.0)).train()
+    assert [entry["credit/gamma_mean"] for entry in history] == pytest.approx(applied, abs=1e-5)
+    assert max(applied) > 1.05
 
 
 # ---- bad input --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"),
+    ("reward", "told"),
     [
-        (lambda problems, completions: [1.0], r"must return 8 finite numbers, .* got \[1\]"),
-        (lambda problems, completions: None, "must return 8 finite numbers, .* got NoneType"),
-        (lambda problems, completions: ["good"] * 8, "must return 8 finite numbers, .* got list"),
-        (lambda problems, completions: [math.nan] * 8, r"got \[8\], of which 8 are not finite"),
+        (lambda problems, completions: [1.0], r"\[8\]; got \[1\]"),
+        (lambda problems, completions: [[1.0]] * 8, r"\[8\]; got \[8, 1\]"),
+        (lambda problems, completions: 1.0, r"\[8\]; got \[\]"),
+        (lambda problems, completions: None, "got None"),
+        (lambda problems, completions: ["good"] * 8, "'good'"),
+        (lambda problems, completions: {"reward": 1.0}, "reward"),
+        (lambda problems, completions: torch.ones(8, dtype=torch.complex64), "complex64"),
+        (lambda problems, completions: [math.nan] * 8, "8 of 8 are not, the first nan of completion 0"),
     ],
 )
-def test_rewards_that_make_no_sense(scores, message, as_users_call) -> None:
-    ppo = ppo_of(reward=scores)
+def test_rewards_that_make_no_sense(reward, told, as_users_call) -> None:
+    ppo = ppo_of(reward=reward)
     before = parameters(ppo)
-    with pytest.raises(ResultError, match=message):
+    with pytest.raises(ResultError, match=f"the rewards.*{told}"):
         ppo.train()
     assert_same(parameters(ppo), before)
+
+
+@pytest.mark.parametrize(
+    "kind", [list, np.array, torch.tensor, lambda found: [torch.tensor(r) for r in found]]
+)
+def test_rewards_may_be_of_any_kind(kind) -> None:
+    found = judge(lambda problems, completions: kind([1, 2]), [{}, {}], [[1], [2]])
+    assert found.tolist() == [1.0, 2.0]
+    assert found.dtype == torch.float32
 
 
 def test_a_reward_may_be_a_model() -> None:
@@ -443,12 +592,50 @@ def test_a_reward_may_be_a_model() -> None:
     assert judge.weight.grad is None
 
 
-def test_problems_that_make_no_sense(as_users_call) -> None:
-    for problems in ([], [{"prompt_ids": []}], [{"prompt": "text"}]):
-        with pytest.raises(ParameterError, match="at least one id in its prompt_ids"):
-            PPO(tiny_model("llama"), problems, even_ids)
-    with pytest.raises(ParameterError, match="200 tokens and 64 new ones exceed the policy's context of 256"):
-        PPO(tiny_model("llama"), [{"prompt_ids": [1] * 200}], even_ids)
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"problems": []}, "at least one problem"),
+        ({"problems": None}, "problems .*None"),
+        ({"problems": "text"}, "problems .*'text'"),
+        ({"problems": {"prompt_ids": [1]}}, "problems .*list of mappings"),
+        ({"problems": [{"prompt": "text"}]}, "problem 0 .*prompt_ids"),
+        ({"problems": [{"prompt_ids": [1]}, [1, 2]]}, r"problem 1 .*\[1, 2\]"),
+        ({"problems": [{"prompt_ids": []}]}, "prompt_ids of problem 0 .*got none"),
+        ({"problems": [{"prompt_ids": "text"}]}, "prompt_ids of problem 0 .*'text'"),
+        ({"problems": [{"prompt_ids": [1.5]}]}, "prompt_ids of problem 0 .*1.5"),
+        ({"problems": [{"prompt_ids": [1]}, {"prompt_ids": [3, 500]}]}, "problem 1 .*0..98; got 500"),
+        ({"problems": [{"prompt_ids": [1] * 200}]}, "200 tokens and 64 new ones exceed .* of 256"),
+        ({"reward": None}, "reward .*None"),
+        ({"config": {"steps": 3}}, "config must be a PPOConfig.*dict"),
+        ({"ends": [7, 99]}, "ends .*0..98; got 99"),
+        ({"ends": "</s>"}, "ends .*</s>"),
+        ({"folder": 3}, "folder .*3"),
+    ],
+)
+def test_wrong_arguments(arguments, told, as_users_call) -> None:
+    given = {"policy": tiny_model("llama"), "problems": PROBLEMS, "reward": even_ids, **arguments}
+    with pytest.raises(ParameterError, match=told):
+        PPO(**given)
+
+
+def test_prompts_and_ends_of_any_kind_are_the_same_run(tmp_path) -> None:
+    histories = []
+    for kind in (list, np.array, torch.tensor):
+        problems = [{**problem, "prompt_ids": kind(problem["prompt_ids"])} for problem in PROBLEMS]
+        ends = kind(sorted(ENDS))
+        ppo = PPO(tiny_model("llama"), problems, even_ids, PPOConfig(**SETTINGS), ends=ends)
+        histories.append(without_clock(ppo.train()))
+    assert histories[0] == histories[1] == histories[2] == without_clock(ppo_of().train())
+
+
+def test_what_train_refuses(tmp_path, as_users_call) -> None:
+    for options in ({"resume": "yes"}, {"progress": 1}):
+        with pytest.raises(ParameterError, match=r"must be True or False"):
+            ppo_of(folder=tmp_path / "run").train(**options)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultError, match="file cannot be made"):
+        ppo_of(folder=tmp_path / "file").train()
 
 
 def test_a_gradient_that_is_not_finite_is_not_applied() -> None:
@@ -488,9 +675,9 @@ def test_smollm2_takes_a_credited_step(smollm2) -> None:
     with torch.no_grad():
         again = ppo.evaluate(ppo.model, episodes)[1]
     mask = episodes.response_mask
-    torch.testing.assert_close(again[mask], episodes.log_probs[mask], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(again[mask], episodes.logprobs[mask], atol=1e-4, rtol=1e-4)
     before = policy.model.layers[3].mlp.up_proj.weight.clone()
     (entry,) = ppo.train()
     assert 1 < entry["credit/gamma_mean"] < 1.5
-    assert entry["gradient_norm"] > 0
+    assert entry["grad_norm"] > 0
     assert not torch.equal(policy.model.layers[3].mlp.up_proj.weight, before)

@@ -24,6 +24,7 @@ from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.sentences import sentence_ids
 from attnprobe.testing.strategies import patterns
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
+from tests.refusals import refused
 
 NAN = math.nan
 
@@ -120,12 +121,18 @@ def test_few_sentences_have_no_kurtosis() -> None:
 @pytest.mark.usefixtures("as_users_call")
 def test_ids_and_distances_that_do_not_fit_are_refused() -> None:
     pattern = torch.eye(4)
-    with pytest.raises(ParameterError, match=r"whole numbers \[1, 4\], got torch.int64 \[1, 3\]"):
-        metrics.sentence_attention(pattern, torch.zeros(1, 3, dtype=torch.long))
-    with pytest.raises(ParameterError, match=r"got torch\.float32"):
-        metrics.sentence_attention(pattern, torch.zeros(1, 4))
-    with pytest.raises(ParameterError, match="at least 1; got 0"):
-        metrics.sentence_receiver_kurtosis(pattern, torch.zeros(1, 4, dtype=torch.long), 0)
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    for call, facts in (
+        (lambda: metrics.sentence_attention(pattern, ids[:, :3]), ["sentence_ids", "[1, 4]", "[1, 3]"]),
+        (lambda: metrics.sentence_attention(pattern, ids.float()), ["sentence_ids", "float32"]),
+        (lambda: metrics.sentence_attention(pattern, ids + 4), ["sentence_ids", "4"]),
+        (lambda: metrics.sentence_attention(pattern, "a"), ["sentence_ids", "'a'"]),
+        (lambda: metrics.sentence_receiver_kurtosis(pattern, ids, 0), ["min_distance", "1", "0"]),
+        (lambda: SentenceReceiverProbe(ids, min_distance=0.5), ["min_distance", "0.5"]),
+        (lambda: SentenceReceiverProbe("abc"), ["sentence_ids", "'abc'"]),
+        (lambda: SentenceReceiverProbe(None), ["sentence_ids", "None"]),
+    ):
+        refused(call, *facts, error=ParameterError)
 
 
 # ---- in a model ----------------------------------------------------------------------------------
@@ -179,8 +186,7 @@ def test_the_probe_works_in_ones_own_forward_pass() -> None:
     model = tiny_model("llama", vocab_size=300)
     batch = batch_of("right").select(slice(0, 1))
     probe = SentenceReceiverProbe(sentence_ids(batch))
-    with pytest.raises(ResultError, match="no forward pass"):
-        probe.result()
+    refused(probe.result, "forward pass", error=ResultError)
     with attnprobe.attach(model, probe, layers=[0, 2]):
         model(batch.input_ids)
     expected = attnprobe.measure(model, batch, receiver="sentence", layers=[0, 2]).receiver_kurtosis
@@ -190,18 +196,17 @@ def test_the_probe_works_in_ones_own_forward_pass() -> None:
 def test_sentences_of_another_batch_are_refused() -> None:
     model = tiny_model("llama")
     probe = SentenceReceiverProbe(torch.zeros(1, 4, dtype=torch.long))
-    with (
-        attnprobe.attach(model, probe),
-        pytest.raises(ParameterError, match=r"\[1, 4\], but the model was given tokens \[1, 5\]"),
-    ):
-        model(torch.ones(1, 5, dtype=torch.long))
+    with attnprobe.attach(model, probe):
+        refused(lambda: model(torch.ones(1, 5, dtype=torch.long)), "[1, 4]", "[1, 5]", error=ParameterError)
 
 
 @pytest.mark.usefixtures("as_users_call")
 def test_sentences_need_texts_and_levels_have_names() -> None:
     model = tiny_model("llama")
     batch = TokenBatch.from_ids([[1, 2, 3, 4]])
-    with pytest.raises(BatchError, match="sentences need the tokens' texts"):
-        attnprobe.measure(model, batch, receiver="sentence")
-    with pytest.raises(ParameterError, match="got 'word'"):
-        attnprobe.measure(model, batch, receiver="word")
+    refused(
+        lambda: attnprobe.measure(model, batch, receiver="sentence"), "sentences", "texts", error=BatchError
+    )
+    refused(
+        lambda: attnprobe.measure(model, batch, receiver="word"), "'word'", "sentence", error=ParameterError
+    )

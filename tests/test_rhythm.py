@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from attnprobe import ParameterError, ResultError, Rhythm, TokenScores, find_rhythm
 from attnprobe.rhythm import dominated_anchors, find_peaks, top_quantile, waad_change
+from tests.refusals import refused
 
 NAN = math.nan
 Rows = list[list[float]]
@@ -246,9 +249,7 @@ def test_a_quantile_outside_0_1_is_refused(function: str, quantile: float) -> No
         "find_peaks": lambda: find_peaks(values, quantile=quantile),
         "find_rhythm": lambda: find_rhythm(scores_of([[1.0]], [[1.0]]), quantile=quantile),
     }
-    with pytest.raises(ParameterError) as error:
-        calls[function]()
-    assert f"quantile must be in (0, 1], got {quantile}" == str(error.value)
+    refused(calls[function], "quantile", "(0, 1]", quantile, error=ParameterError)
 
 
 # ---- waad_change and dominated anchors ------------------------------------------------------------
@@ -354,23 +355,26 @@ def test_default_thresholds_are_medians_over_the_defined_tokens() -> None:
     assert columns(intro) == [2, 3]
 
 
-@pytest.mark.parametrize("lookback", [0, -1, True])
-def test_a_lookback_below_one_is_refused(lookback: int) -> None:
+@pytest.mark.parametrize("lookback", [0, -1, True, 2.0, "3", None])
+def test_a_lookback_below_one_is_refused(lookback: object) -> None:
     scores = scores_of([[0.0, 1.0, 0.0]], [[0.0, 1.0, 0.0]])
     for call in (
         lambda: dominated_anchors(mark(3, 1), scores.waad, lookback=lookback),
         lambda: find_rhythm(scores, lookback=lookback),
     ):
-        with pytest.raises(ParameterError) as error:
-            call()
-        assert f"lookback is a whole number of tokens, at least 1; got {lookback!r}" == str(error.value)
+        refused(call, "lookback", "1", repr(lookback), error=ParameterError)
+
+
+def test_a_lookback_may_be_as_long_as_one_likes() -> None:
+    scores = scores_of([[0.0, 1.0, 0.0, 0.0]], [[0.0, 0.0, 1.0, 0.0]])
+    for lookback in (10, 2**40, 2**70):
+        assert find_rhythm(scores, lookback=lookback, quantile=1.0).pairs() == [(1, 2)]
 
 
 @pytest.mark.usefixtures("as_users_call")
 def test_anchors_and_waad_must_have_one_shape() -> None:
-    with pytest.raises(ParameterError) as error:
-        dominated_anchors(mark(3, 1), torch.zeros(1, 4))
-    assert str(error.value) == "anchor is [1, 3], waad [1, 4]"
+    call = lambda: dominated_anchors(mark(3, 1), torch.zeros(1, 4))  # noqa: E731
+    refused(call, "anchor", "[1, 3]", "[1, 4]", error=ParameterError)
 
 
 # ---- find_rhythm ----------------------------------------------------------------------------------
@@ -425,6 +429,51 @@ def test_rhythm_stays_within_the_response(drawn: tuple[Rows, Rows], k: int) -> N
     rhythm = find_rhythm(scores, quantile=1.0, lookback=k)
     marked = rhythm.preplan | rhythm.anchor | rhythm.dominated | rhythm.intro
     assert not bool((marked & ~scores.response_mask).any())
+
+
+def test_scores_outside_the_response_are_not_looked_at() -> None:
+    """Scores that were built by hand may be defined in the prompt as well."""
+    waad, fai = [[9.0, 0.0, 4.0, 0.0, 1.0, 9.0]], [[0.0, 9.0, 0.0, 5.0, 1.0, 0.0]]
+    mask = torch.tensor([[False, True, True, True, True, False]])
+    scores = TokenScores(torch.tensor(waad), torch.tensor(fai), None, mask)
+    inside = TokenScores(
+        *(values.masked_fill(~mask, NAN) for values in (scores.waad, scores.fai)), None, mask
+    )
+    assert find_rhythm(scores, quantile=1.0) == find_rhythm(inside, quantile=1.0)
+    assert columns(find_rhythm(scores, quantile=1.0).preplan) == [2]
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("scores", ["x", None, torch.ones(1, 3), TokenScores, {"waad": 1}])
+def test_what_is_no_scores_is_refused(scores: object) -> None:
+    refused(lambda: find_rhythm(scores), "scores", "TokenScores", error=ParameterError)
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "values", ["x", None, [1, 2], [[1, 2]], torch.ones(3), torch.ones(1, 3).int(), [["a"]]]
+)
+def test_what_is_no_row_of_scores_is_refused(values: object) -> None:
+    for call in (top_quantile, find_peaks, waad_change):
+        refused(lambda call=call: call(values), "values", error=ParameterError)
+
+
+def test_scores_come_as_lists_and_arrays_too() -> None:
+    row = [[0.0, 2.0, 1.0, 3.0, 0.0]]
+    for values in (row, np.array(row), torch.tensor(row)):
+        assert find_peaks(values, quantile=1.0).tolist() == [[False, True, False, True, False]]
+
+
+def test_packed_rows_have_no_rhythm() -> None:
+    """Tokens of one response would be ranked among those of another."""
+    scores = replace(scores_of([[0.0, 1.0]], [[0.0, 1.0]]), segment_ids=torch.tensor([[0, 1]]))
+    refused(lambda: find_rhythm(scores), "packed", "unpadded_rows", error=ParameterError)
+
+
+@pytest.mark.parametrize("example_number", [1, -2, 5, "0", 0.0, None, True])
+def test_pairs_are_of_an_example_that_there_is(example_number: object) -> None:
+    refused(lambda: example().pairs(example_number), "example", repr(example_number), error=ParameterError)
+    assert example().pairs(-1) == example().pairs(np.int64(0)) == [(1, 2)]
 
 
 def example() -> Rhythm:
@@ -482,14 +531,12 @@ def test_a_rhythm_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 
 def test_other_results_are_no_rhythm(tmp_path: Path) -> None:
     path = scores_of([[1.0]], [[1.0]]).save(tmp_path / "scores.safetensors")
-    with pytest.raises(ResultError) as error:
-        Rhythm.load(path)
-    assert f"{path} holds TokenScores, not Rhythm" == str(error.value)
+    refused(lambda: Rhythm.load(path), path, "TokenScores", "Rhythm", error=ResultError)
 
 
 def test_the_table_has_a_row_for_each_token_with_a_part() -> None:
     table = example().to_pandas()
-    names = ["response", "token", "preplan", "anchor", "dominated", "intro", "anchor_preplan"]
+    names = ["example", "position", "preplan", "anchor", "dominated", "intro", "anchor_preplan"]
     assert names == list(table.columns)
     assert table.to_numpy().tolist() == [
         [0, 1, True, False, False, True, -1],

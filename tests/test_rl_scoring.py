@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import attnprobe
-from attnprobe import BatchError, PatternError, ResultError
+from attnprobe import BatchError, ParameterError, PatternError, ResultError, UnsupportedModelError
 from attnprobe.rl import Rollout, measure_rollout, score_rollout
+from attnprobe.rl.trl.trainer_credit import WholePassAdapter
 from attnprobe.testing.tiny_models import FAMILIES, tiny_model
 
 HORIZON = (1, 4)
@@ -56,10 +58,15 @@ def test_whole_passes_of_the_root_give_the_same(family) -> None:
     """Where parameters are sharded the root module is called and run to its end."""
     assert family in FAMILIES
     model, rollout = tiny_model(family), rollout_of()
+    ended: list[object] = []
+    model.register_forward_hook(lambda module, given, output: ended.append(output))
     stopped = measure_rollout(model, rollout, layers=[0, 1], horizon=HORIZON, batch_size=2)
-    whole = measure_rollout(model, rollout, layers=[0, 1], horizon=HORIZON, batch_size=2, root=model)
+    assert ended == [], "a pass of ours ends after the last layer of interest"
+    adapter = WholePassAdapter(model, model)
+    whole = measure_rollout(adapter, rollout, layers=[0, 1], horizon=HORIZON, batch_size=2)
     for name in ("span", "waad", "fai"):
         assert torch.allclose(getattr(stopped, name), getattr(whole, name), atol=1e-5, equal_nan=True)
+    assert len(ended) == 2, "3 completions, 2 at a time"
     assert stopped.model_name == whole.model_name
 
 
@@ -68,7 +75,8 @@ def test_without_span_the_scores_are_the_same(root) -> None:
     model, rollout = tiny_model("llama"), rollout_of()
     whole = measure_rollout(model, rollout, horizon=HORIZON)
     heads = attnprobe.classify_heads(whole)
-    without = measure_rollout(model, rollout, horizon=HORIZON, span=False, root=model if root else None)
+    reader = WholePassAdapter(model, model) if root else model
+    without = measure_rollout(reader, rollout, horizon=HORIZON, span=False)
     assert without.span is None
     scores = [score_rollout(statistics, heads, rollout) for statistics in (whole, without)]
     assert torch.allclose(scores[0].waad, scores[1].waad, atol=1e-6, equal_nan=True)
@@ -97,23 +105,54 @@ def test_completions_of_one_token() -> None:
     assert bool(scores.fai.isnan().all())
 
 
-def test_tool_output_is_read_through_but_not_scored() -> None:
-    model, plain = tiny_model("llama"), rollout_of()
+def rollout_with_tools() -> tuple[Rollout, torch.Tensor]:
+    """Return a rollout in whose first completion a tool wrote tokens 3 and 4, and the mask of tools."""
+    plain = rollout_of()
     tools = torch.ones_like(plain.completion_mask)
     tools[0, 3:5] = 0
-    rollout = Rollout(plain.prompt_ids, plain.prompt_mask, plain.completion_ids, plain.completion_mask, tools)
+    masks = plain.prompt_mask, plain.completion_mask
+    return Rollout(plain.prompt_ids, masks[0], plain.completion_ids, masks[1], tools), tools
+
+
+def test_tool_output_is_read_but_not_scored() -> None:
+    model, (rollout, _) = tiny_model("llama"), rollout_with_tools()
     statistics = measure_rollout(model, rollout, horizon=HORIZON)
-    scores, without = score_rollout(statistics, None, rollout), score_rollout(statistics, None, plain)
+    scores = score_rollout(statistics, attnprobe.classify_heads(statistics), rollout)
     assert scores.response_mask[0].tolist() == [True] * 3 + [False] * 2 + [True] * 4
-    assert bool(scores.waad[0, 3:5].isnan().all())
-    assert torch.equal(scores.waad[0, 5:], without.waad[0, 5:])
+    for values in (scores.waad, scores.fai):
+        assert bool(values[0, 3:5].isnan().all())
+    plain = measure_rollout(model, rollout_of(), horizon=HORIZON)
+    own = rollout.response_mask[0]
+    # WAAD belongs to rows: what a tool wrote is read as it was.
+    assert torch.equal(statistics.waad[0, ..., own], plain.waad[0, ..., own])
+
+
+def test_only_the_policys_own_rows_vote_in_fai_and_span() -> None:
+    """Span and FAI from the maps themselves, over the rows of the policy's own tokens."""
+    model, (rollout, tools) = tiny_model("llama", implementation="eager"), rollout_with_tools()
+    statistics = measure_rollout(model, rollout, layers="all", horizon=(1, 4))
+    real = torch.cat([rollout.prompt_mask, rollout.completion_mask], 1)[0]
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], 1)[:1, real]
+    with torch.no_grad():
+        maps = torch.stack(model(ids, output_attentions=True).attentions, 1)[0].double()
+    start = int(rollout.prompt_mask[0].sum())
+    place = torch.arange(maps.shape[-1])
+    own = torch.cat([torch.zeros(start, dtype=torch.bool), tools[0]])
+    distance = (place[:, None] - place).clamp(min=0)
+    span = (maps * distance).sum(-1)[..., own].mean(-1)
+    torch.testing.assert_close(statistics.span[0].double(), span, atol=1e-4, rtol=1e-4)
+    votes = (distance >= 1) & (distance <= 4) & own[:, None]
+    fai = (maps * votes).sum(-2) / votes.sum(0)
+    for token in (0, 1, 2, 5, 6, 7):
+        found = statistics.fai[0, ..., token].double()
+        torch.testing.assert_close(found, fai[..., start + token], atol=1e-5, rtol=1e-4)
 
 
 def test_the_model_is_left_as_it_was() -> None:
     model, rollout = tiny_model("llama").train(), rollout_of()
     before = torch.random.get_rng_state()
-    for root in (None, model):
-        measure_rollout(model, rollout, horizon=HORIZON, root=root)
+    for reader in (model, WholePassAdapter(model, model)):
+        measure_rollout(reader, rollout, horizon=HORIZON)
     assert model.training
     assert all(module.training for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -127,7 +166,9 @@ def test_weights_that_are_no_numbers_are_found_out(root) -> None:
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.fill_(torch.nan)
     with pytest.raises(PatternError, match="the query is not finite"):
-        measure_rollout(model, rollout, layers=[1], horizon=HORIZON, root=model if root else None)
+        measure_rollout(
+            WholePassAdapter(model, model) if root else model, rollout, layers=[1], horizon=HORIZON
+        )
 
 
 def test_scores_that_are_no_numbers_are_found_out(as_users_call) -> None:
@@ -136,18 +177,82 @@ def test_scores_that_are_no_numbers_are_found_out(as_users_call) -> None:
     entropy[1, 7] = torch.nan
     assert score_rollout(None, None, rollout, entropy=entropy).entropy is not None, "padding may be anything"
     entropy[1, 2] = torch.nan
-    with pytest.raises(ResultError, match="entropy is nan at token 2 of row 1 of the rollout"):
+    with pytest.raises(ResultError, match=r"entropy of the rollout is nan at .* = \[1, 2\]"):
         score_rollout(None, None, rollout, entropy=entropy)
     statistics = measure_rollout(tiny_model("llama"), rollout, horizon=HORIZON)
     statistics.waad[2, :, :, 4] = torch.inf
-    with pytest.raises(ResultError, match="WAAD is inf at token 4 of row 2"):
+    with pytest.raises(ResultError, match=r"WAAD of the rollout is inf at .* = \[2, 4\]"):
         score_rollout(statistics, None, rollout)
 
 
-def test_masks_with_holes_and_empty_completions_are_refused(as_users_call) -> None:
+IDS, ONES = [[5, 6], [7, 8]], [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ((IDS, ONES, [[1.5, 2.0]] * 2, ONES), ["completion_ids", "float32"]),
+        (([5, 6], ONES, IDS, ONES), ["prompt_ids", "[2]"]),
+        ((IDS, ONES, "text", ONES), ["completion_ids", "'text'"]),
+        (([[5, 6], [7, -1]], ONES, IDS, ONES), ["prompt_ids", "negative", "-1"]),
+        ((IDS, ONES, None, ONES), ["completion_ids", "None"]),
+        ((IDS, ONES, [[1, 2], [3]], ONES), ["completion_ids"]),
+        ((IDS, ONES, IDS, None), ["completion_mask", "None"]),
+        ((IDS, ONES, IDS, [[1, 1]]), ["completion_mask", "[2, 2]", "[1, 2]"]),
+        ((IDS, [[1, 0.5], [1, 1]], IDS, ONES), ["prompt_mask", "0.5"]),
+        ((IDS, ONES, IDS, ONES, [[1, 2], [1, 1]]), ["tool_mask", "2"]),
+        ((IDS[:1], ONES[:1], IDS, ONES), ["1 prompts", "2 completions"]),
+        ((IDS, ONES, torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0)), ["[2, 0]", "no tokens"]),
+    ],
+)
+def test_rollouts_that_make_no_sense(parts, told, as_users_call) -> None:
+    with pytest.raises(BatchError) as error:
+        Rollout(*parts)
+    assert [fact for fact in told if fact not in str(error.value)] == []
+
+
+def test_a_rollout_takes_lists_and_arrays() -> None:
+    lists = Rollout(IDS, ONES, IDS, [[1, 1], [1, 0]], [[1, 0], [1, 1]])
+    arrays = Rollout(*(np.array(part) for part in (IDS, ONES, IDS, [[1, 1], [1, 0]], [[1, 0], [1, 1]])))
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask"):
+        assert torch.equal(getattr(lists, name), getattr(arrays, name))
+    assert lists.response_mask.tolist() == [[True, False], [True, False]]
+    assert lists.select([0, 1]).completion_ids.tolist() == [[7, 8]]
+    for mask in ([1], [0.5, 1], "first"):
+        with pytest.raises(BatchError, match="completions"):
+            lists.select(mask)
+
+
+def test_wrong_arguments_of_scoring(as_users_call) -> None:
+    model, rollout = tiny_model("llama"), rollout_of()
+    statistics = measure_rollout(model, rollout, horizon=HORIZON)
+    outside = Rollout([[500]], [[1]], [[1, 2]], [[1, 1]])
+    for call, error, told in (
+        (lambda: measure_rollout(model, "text"), ParameterError, "rollout must be a Rollout.*'text'"),
+        (lambda: measure_rollout(model, rollout, span="no"), ParameterError, "span.*'no'"),
+        (lambda: measure_rollout(model, outside), BatchError, "500.*vocabulary"),
+        (lambda: measure_rollout("model", rollout), UnsupportedModelError, "str"),
+        (
+            lambda: score_rollout(statistics, None, None),
+            ParameterError,
+            "rollout must be a Rollout.*None",
+        ),
+        (
+            lambda: score_rollout("mine", None, rollout),
+            ParameterError,
+            "statistics must be a Head.*'mine'",
+        ),
+        (lambda: score_rollout(statistics, "mine", rollout), ParameterError, "heads must be a HeadG.*'mine'"),
+        (lambda: score_rollout(statistics, None, outside), ResultError, r"\[1, 2\].*\[3, 9\]"),
+        (lambda: score_rollout(None, None, rollout, entropy=[1.0]), ResultError, r"entropy.*\[3, 9\].*\[1\]"),
+        (lambda: score_rollout(None, None, rollout, entropy="low"), ResultError, "entropy.*'low'"),
+    ):
+        with pytest.raises(error, match=told):
+            call()
+
+
+def test_masks_with_holes_are_refused(as_users_call) -> None:
     rollout = rollout_of()
     rollout.completion_mask[0, 4] = 0
-    with pytest.raises(BatchError, match="hole in row 0"):
+    with pytest.raises(BatchError, match="hole in example 0"):
         measure_rollout(tiny_model("llama"), rollout)
-    with pytest.raises(BatchError, match="no tokens"):
-        measure_rollout(tiny_model("llama"), rollout_of(((3, 0), (5, 0)), width=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from attnprobe import (
     metrics,
     score_tokens,
 )
+from tests.refusals import refused
 
 NAN = math.nan
 
@@ -54,7 +56,7 @@ def plans(draw: st.DrawFn) -> Plan:
     shape = tuple(draw(st.integers(1, 3)) for _ in range(4))
     heads = st.integers(0, shape[1] * shape[2] - 1)
     local, remote = draw(st.sets(heads, min_size=1)), draw(st.sets(heads, min_size=1))
-    receiver = draw(st.none() | st.sets(heads))
+    receiver = draw(st.none() | st.sets(heads, min_size=1))
     return shape, draw(st.integers(0, 2**31)), local, remote, receiver, draw(st.booleans())
 
 
@@ -156,12 +158,20 @@ def test_groups_of_another_model_are_refused() -> None:
         model_name="tiny",
     )
     mask = torch.tensor([[True, False]])
-    with pytest.raises(ResultError) as error:
-        score_tokens(statistics, groups_of(mask, ~mask, None, (5,)))
-    assert (
-        str(error.value) == "these head groups were made for an unnamed model with layers [5] of 2 heads, "
-        "but the statistics are of tiny with layers [4] of 2 heads"
+    refused(
+        lambda: score_tokens(statistics, groups_of(mask, ~mask, None, (5,))),
+        "unnamed model",
+        "layers 5 of 2 heads",
+        "tiny",
+        "layers 4 of 2 heads",
+        error=ResultError,
     )
+
+
+def test_receivers_that_nobody_is_have_no_scores() -> None:
+    """As where every kurtosis is undefined: None, as if they had not been looked for."""
+    statistics, heads = measured(((1, 1, 2, 3), 0, {0}, {1}, set(), False))
+    assert score_tokens(statistics, heads).receiver_fai is None
 
 
 # ---- linearity: the metric of the mean map is the mean of the metrics -----------------------------
@@ -226,7 +236,7 @@ def test_scores_are_the_metrics_of_the_groups_mean_maps(
             *[
                 (
                     metrics.mean_attention_distance(pattern[:, layer], response),
-                    metrics.windowed_attention_distance(pattern[:, layer], window, response),
+                    metrics.windowed_attention_distance(pattern[:, layer], response, window),
                     metrics.future_attention_influence(pattern[:, layer], response, horizon),
                 )
                 for layer in range(layers)
@@ -261,7 +271,7 @@ def test_metrics_are_linear_in_attention(
     mean_map = every_head.mean(1, keepdim=True)
     for metric in (
         lambda maps: metrics.mean_attention_distance(maps, response),
-        lambda maps: metrics.windowed_attention_distance(maps, window, response),
+        lambda maps: metrics.windowed_attention_distance(maps, response, window),
         lambda maps: metrics.future_attention_influence(maps, response, horizon),
     ):
         close(metric(mean_map), metric(every_head).mean(1, keepdim=True), 1e-9)
@@ -289,20 +299,19 @@ def test_scores_can_be_built_by_hand() -> None:
 @pytest.mark.usefixtures("as_users_call")
 @pytest.mark.parametrize("name", ["fai", "entropy", "response_mask", "receiver_fai"])
 def test_scores_of_different_shapes_are_refused(name: str) -> None:
-    shapes = {"waad": [2, 3], "fai": [2, 3], "response_mask": [2, 3]}
-    order = ("waad", "fai", "entropy", "response_mask", "receiver_fai")
-    shapes = {key: (shapes | {name: [2, 4]})[key] for key in order if key in shapes or key == name}
-    with pytest.raises(ResultError) as error:
-        example(**{name: torch.zeros(2, 4)})
-    assert f"scores must all be [batch, token], got {shapes}" == str(error.value)
+    wrong = torch.zeros(2, 4, dtype=torch.bool if name == "response_mask" else torch.float32)
+    refused(lambda: example(**{name: wrong}), "waad", "[2, 3]", name, "[2, 4]", error=ResultError)
 
 
 @pytest.mark.usefixtures("as_users_call")
 def test_scores_without_a_batch_axis_are_refused() -> None:
-    with pytest.raises(ResultError) as error:
-        TokenScores(torch.zeros(3), torch.zeros(3), None, torch.ones(3).bool())
-    expected = "scores must all be [batch, token], got {'waad': [3], 'fai': [3], 'response_mask': [3]}"
-    assert expected == str(error.value)
+    refused(
+        lambda: TokenScores(torch.zeros(3), torch.zeros(3), None, torch.ones(3).bool()),
+        "waad",
+        "[batch, token]",
+        "[3]",
+        error=ResultError,
+    )
 
 
 @pytest.mark.parametrize("name", ["", "entropy", "receiver_fai"])
@@ -329,21 +338,19 @@ def test_scores_that_share_a_tensor_can_be_saved(tmp_path: Path) -> None:
 def test_other_results_are_no_scores(tmp_path: Path) -> None:
     mask = torch.tensor([[True, False]])
     path = groups_of(mask, ~mask, None, (0,)).save(tmp_path / "heads.safetensors")
-    with pytest.raises(ResultError) as error:
-        TokenScores.load(path)
-    assert f"{path} holds HeadGroups, not TokenScores" == str(error.value)
+    refused(lambda: TokenScores.load(path), path, "HeadGroups", "TokenScores", error=ResultError)
 
 
 def test_the_table_has_a_row_for_each_response_token() -> None:
     table = example().to_pandas()
-    assert list(table.columns) == ["response", "token", "waad", "fai"]
+    assert list(table.columns) == ["example", "position", "waad", "fai"]
     rows = [[0, 1, 1.0, 0.5], [0, 2, 2.0, NAN], [1, 1, 3.0, 0.25]]
     assert str(rows) == str(table.astype(object).to_numpy().tolist())
 
 
 def test_the_table_has_a_column_for_what_was_measured() -> None:
     table = example(entropy=torch.full((2, 3), 0.75), receiver_fai=torch.full((2, 3), 0.125)).to_pandas()
-    assert list(table.columns) == ["response", "token", "waad", "fai", "receiver_fai", "entropy"]
+    assert list(table.columns) == ["example", "position", "waad", "fai", "receiver_fai", "entropy"]
     assert table["receiver_fai"].tolist() == [0.125] * 3
     assert table["entropy"].tolist() == [0.75] * 3
 
@@ -354,14 +361,26 @@ def test_a_batch_adds_ids_and_texts_to_the_table() -> None:
     texts = (("a", " b", " c"), ("d", " e", " e"))
     scores = example()
     without = scores.to_pandas(TokenBatch(ids, real, scores.response_mask))
-    assert list(without.columns) == ["response", "token", "id", "waad", "fai"]
+    assert list(without.columns) == ["example", "position", "token_id", "waad", "fai"]
     table = scores.to_pandas(TokenBatch(ids, real, scores.response_mask, None, texts))
-    assert list(table.columns) == ["response", "token", "id", "text", "waad", "fai"]
-    assert table["id"].tolist() == [6, 7, 9]
+    assert list(table.columns) == ["example", "position", "token_id", "text", "waad", "fai"]
+    assert table["token_id"].tolist() == [6, 7, 9]
     assert table["text"].tolist() == [" b", " c", " e"]
 
 
 def test_a_batch_of_another_shape_is_refused() -> None:
-    with pytest.raises(ResultError) as error:
-        example().to_pandas(TokenBatch.from_ids([[1, 2, 3, 4]]))
-    assert str(error.value) == "the batch is [1, 4], the scores [2, 3]"
+    other = TokenBatch.from_ids([[1, 2, 3, 4]])
+    refused(lambda: example().to_pandas(other), "[1, 4]", "[2, 3]", error=ResultError)
+
+
+def test_a_batch_of_other_tokens_is_refused() -> None:
+    """Scores that know their tokens say where the batch differs; padding may hold anything."""
+    ids = torch.tensor([[5, 6, 7], [8, 9, 9]])
+    real = torch.tensor([[True, True, True], [True, True, False]])
+    scores = dataclasses.replace(example(), input_ids=ids)
+    assert len(scores.to_pandas(TokenBatch(ids, real, scores.response_mask))) == 3
+    padding, other = ids.clone(), ids.clone()
+    padding[1, 2], other[1, 1] = 50, 60
+    assert len(scores.to_pandas(TokenBatch(padding, real, scores.response_mask))) == 3
+    batch = TokenBatch(other, real, scores.response_mask)
+    refused(lambda: scores.to_pandas(batch), "position 1", "example 1", "9", "60", error=ResultError)

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnprobe
-from attnprobe import BatchError, TokenBatch
+from attnprobe import BatchError, ParameterError, TokenBatch
 from attnprobe.sentences import sentence_ids, split_sentences
 from attnprobe.testing.tiny_models import tiny_tokenizer
+from tests.refusals import refused
 
 
 def pieces(text: str) -> list[str]:
@@ -134,15 +135,55 @@ def test_sentences_do_not_depend_on_padding_or_neighbours() -> None:
     assert int(together[0].max()) == 2
 
 
+def batch_of_pieces(pieces: list[str], response: list[bool]) -> TokenBatch:
+    count = len(pieces)
+    return TokenBatch(
+        torch.zeros(1, count, dtype=torch.long),
+        torch.ones(1, count, dtype=torch.bool),
+        torch.tensor([response]),
+        texts=(tuple(pieces),),
+    )
+
+
+def test_a_gap_ends_a_sentence() -> None:
+    """What stands in between, such as a tool's output, has no sentence and joins none."""
+    pieces = ["Call", " it", "<tool>", "4. So.", "</tool>", " and", " so", ". It", " is."]
+    response = [True, True, False, False, False, True, True, True, True]
+    ids = sentence_ids(batch_of_pieces(pieces, response))
+    assert ids.tolist() == [[0, 0, -1, -1, -1, 1, 1, 1, 2]]
+
+
+@given(
+    turns=st.lists(st.lists(TEXTS.filter(bool), min_size=1, max_size=6), min_size=1, max_size=4),
+    between=st.integers(1, 3),
+)
+def test_parts_between_gaps_have_the_sentences_of_each_alone(turns: list[list[str]], between: int) -> None:
+    """Counted on from part to part."""
+    pieces, response, expected, count = [], [], [], 0
+    for turn in turns:
+        alone = sentence_ids(batch_of_pieces(turn, [True] * len(turn)))[0].tolist()
+        pieces += [*turn, *["Tool. Says."] * between]
+        response += [True] * len(turn) + [False] * between
+        expected += [number + count for number in alone] + [-1] * between
+        count += alone[-1] + 1
+    assert [expected] == sentence_ids(batch_of_pieces(pieces, response)).tolist()
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "batch", ["text", None, 5, {"input_ids": [[1]]}, torch.ones(1, 2).long(), TokenBatch]
+)
+def test_what_is_no_batch_is_refused(batch: object) -> None:
+    refused(lambda: sentence_ids(batch), "batch", "TokenBatch", error=ParameterError)
+
+
 def test_texts_and_rows_of_one_response_are_needed() -> None:
-    with pytest.raises(BatchError, match="tokenizer"):
-        sentence_ids(TokenBatch.from_ids([[1, 2, 3]]))
+    refused(lambda: sentence_ids(TokenBatch.from_ids([[1, 2, 3]])), "tokenizer", error=BatchError)
     packed = TokenBatch.from_ids(
         torch.tensor([[1, 2, 3, 4]]),
         position_ids=torch.tensor([[0, 1, 0, 1]]),
         tokenizer=tiny_tokenizer(),
     )
-    with pytest.raises(BatchError, match="packed"):
-        sentence_ids(packed)
+    refused(lambda: sentence_ids(packed), "packed", "unpadded_rows", error=BatchError)
     rows, _ = packed.unpadded_rows()
     assert attnprobe.sentence_ids(rows).shape == (2, 2)

@@ -21,17 +21,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import attnprobe
-from attnprobe import HeadGroups, HeadStatistics, ResultError, Rhythm, TokenScores
+from attnprobe import HeadGroups, HeadStatistics, Provenance, ResultError, Rhythm, TokenScores
 from attnprobe.storage import load_result, save_result, write_atomically
+from tests.refusals import refused
 
 NAN = math.nan
 
 
-def message_of(call: Callable[[], Any]) -> str:
-    """The text of the ResultError that a call raises."""
-    with pytest.raises(ResultError) as error:
-        call()
-    return str(error.value)
+def check_refused(call: Callable[[], Any], *facts: object) -> None:
+    refused(call, *facts, error=ResultError)
+
+
+def load(path: Path, **types: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load a result of the kind that these tests save."""
+    return load_result(path, "Kind", [], types)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -87,8 +90,7 @@ def test_a_write_that_fails_midway_keeps_the_older_file(tmp_path: Path, older: b
     if older is not None:
         path.write_bytes(older)
     with no_file_larger_than(1000):
-        message = message_of(lambda: write_atomically(path, b"x" * 5000))
-    assert f"cannot write {path}: {os.strerror(errno.EFBIG)}" == message
+        check_refused(lambda: write_atomically(path, b"x" * 5000), path, os.strerror(errno.EFBIG))
     assert contents(tmp_path) == ({} if older is None else {"result.bin": older})
 
 
@@ -105,30 +107,45 @@ def test_any_failure_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_result_that_cannot_be_written_keeps_the_older_one(tmp_path: Path) -> None:
     path = save_result(tmp_path / "result.safetensors", "Kind", {"a": torch.ones(2)}, {})
     with no_file_larger_than(100):
-        message_of(lambda: save_result(path, "Kind", {"a": torch.zeros(5000)}, {}))
-    assert load_result(path, "Kind")[0]["a"].tolist() == [1.0, 1.0]
+        check_refused(lambda: save_result(path, "Kind", {"a": torch.zeros(5000)}, {}), path)
+    assert load(path)[0]["a"].tolist() == [1.0, 1.0]
     assert list(contents(tmp_path)) == ["result.safetensors"]
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "result.bin"
-    expected = f"cannot write to the folder {path.parent}: {os.strerror(errno.ENOENT)}"
-    assert expected == message_of(lambda: write_atomically(path, b"new"))
+    check_refused(lambda: write_atomically(path, b"new"), path.parent, os.strerror(errno.ENOENT))
     assert contents(tmp_path) == {}
 
 
 def test_a_file_is_no_folder_to_write_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"old")
     path = tmp_path / "file" / "result.bin"
-    expected = f"cannot write to the folder {path.parent}: {os.strerror(errno.ENOTDIR)}"
-    assert expected == message_of(lambda: write_atomically(path, b"new"))
+    check_refused(lambda: write_atomically(path, b"new"), path.parent, os.strerror(errno.ENOTDIR))
     assert contents(tmp_path) == {"file": b"old"}
 
 
 def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
-    expected = f"cannot write {tmp_path}: it is a folder; name a file"
-    assert expected == message_of(lambda: write_atomically(tmp_path, b"new"))
-    assert expected == message_of(lambda: save_result(tmp_path, "Kind", {}, {}))
+    check_refused(lambda: write_atomically(tmp_path, b"new"), tmp_path, "folder")
+    check_refused(lambda: save_result(tmp_path, "Kind", {}, {}), tmp_path, "folder")
+    assert contents(tmp_path) == {}
+
+
+PATHS = [None, 5, 1.5, b"file", "", [], ["file"], {}, True, object(), Path]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path)[:8])
+@pytest.mark.usefixtures("as_users_call")
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    check_refused(lambda: write_atomically(path, b"new"))
+    check_refused(lambda: save_result(path, "Kind", {}, {}))
+    check_refused(lambda: load(path))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    check_refused(lambda: write_atomically(tmp_path / name, b"new"))
+    check_refused(lambda: load(tmp_path / name))
     assert contents(tmp_path) == {}
 
 
@@ -166,7 +183,7 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
 )
 def test_tensors_come_back_exactly(tmp_path: Path, tensor: Tensor) -> None:
     path = save_result(tmp_path / "result.safetensors", "Kind", {"a": tensor, "none": None}, {})
-    tensors, _ = load_result(path, "Kind")
+    tensors, _ = load(path)
     assert list(tensors) == ["a"]
     assert (tensor.dtype, tensor.shape) == (tensors["a"].dtype, tensors["a"].shape)
     torch.testing.assert_close(tensors["a"], tensor.detach(), rtol=0, atol=0, equal_nan=True)
@@ -175,38 +192,93 @@ def test_tensors_come_back_exactly(tmp_path: Path, tensor: Tensor) -> None:
 def test_tensors_that_share_memory_can_be_saved(tmp_path: Path) -> None:
     base = torch.arange(6.0)
     shared = {"whole": base, "again": base, "part": base[:3], "rest": base[3:]}
-    tensors, _ = load_result(save_result(tmp_path / "shared.safetensors", "Kind", shared, {}), "Kind")
+    tensors, _ = load(save_result(tmp_path / "shared.safetensors", "Kind", shared, {}))
     assert {name: value.tolist() for name, value in shared.items()} == {
         name: value.tolist() for name, value in tensors.items()
     }
 
 
-def test_the_metadata_name_the_kind_and_the_libraries(tmp_path: Path) -> None:
-    metadata = {"layers": [1, 2], "horizon": [10, None], "model_name": "größer"}
-    path = save_result(tmp_path / "result.safetensors", "Kind", {"a": torch.ones(1)}, metadata)
+SETTINGS = {
+    "layers": ((1, 2), tuple[int, ...]),
+    "horizon": ((10, None), tuple[int, int | None]),
+    "model_name": ("größer \ud800 \"'\n", str),
+    "quantile": (0.1 + 0.2, float | None),
+    "texts": ((("a", "😀"), ("", "<script>")), tuple[tuple[str, ...], ...] | None),
+    "provenance": (
+        Provenance("tiny", (0, 1), 10, (10, None), {"local": ((0, 1, 0.25), (1, 0, 1.0))}, "prediction"),
+        Provenance,
+    ),
+}
+
+
+def test_settings_come_back_exactly(tmp_path: Path) -> None:
+    """With their types: tuples are tuples, and a dataclass is one."""
+    values = {name: value for name, (value, _) in SETTINGS.items()}
+    types = {name: kind for name, (_, kind) in SETTINGS.items()}
+    path = save_result(tmp_path / "result.safetensors", "Kind", {"a": torch.ones(1)}, values)
+    assert values == load(path, **types)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("layers", "x"),
+        ("layers", [1, "2"]),
+        ("layers", [1.5]),
+        ("layers", None),
+        ("layers", {"1": 2}),
+        ("horizon", [1]),
+        ("horizon", [None, 1]),
+        ("horizon", [1, 2, 3]),
+        ("model_name", 5),
+        ("quantile", "0.3"),
+        ("quantile", True),
+        ("texts", [["a", 1]]),
+        ("texts", "ab"),
+        ("provenance", None),
+        ("provenance", {"window": "10"}),
+        ("provenance", {"heads": {"local": [[0, 1]]}}),
+        ("provenance", {"align": "sideways"}),
+    ],
+)
+def test_settings_of_other_types_are_refused(tmp_path: Path, name: str, value: Any) -> None:
+    """The file is damaged, and the message names it."""
+    path = save_result(tmp_path / "result.safetensors", "Kind", {}, {name: value})
+    check_refused(lambda: load(path, **{name: SETTINGS[name][1]}), path, "damaged")
+
+
+def test_settings_and_tensors_that_are_missing_are_named(tmp_path: Path) -> None:
+    path = save_result(tmp_path / "result.safetensors", "Kind", {"a": torch.ones(1)}, {"layers": (1,)})
+    needed = lambda: load_result(path, "Kind", ["a", "waad"], {"layers": tuple, "window": int})  # noqa: E731
+    check_refused(needed, path, "waad", "window")
+
+
+def test_others_can_read_the_file_as_safetensors(tmp_path: Path) -> None:
+    """The kind, the settings and the versions of the libraries stand in its header, as JSON."""
+    path = save_result(tmp_path / "result.safetensors", "Kind", {"a": torch.ones(1)}, {"layers": (1,)})
+    with safe_open(path, framework="pt") as stream:
+        header = json.loads(stream.metadata()["attnprobe"])
+        assert stream.get_tensor("a").tolist() == [1.0]
     versions = {
         "attnprobe": attnprobe.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    assert {"kind": "Kind", "versions": versions, **metadata} == load_result(path, "Kind")[1]
+    assert header == {"kind": "Kind", "settings": {"layers": [1]}, "versions": versions}
 
 
-def test_others_can_read_the_file_as_safetensors(tmp_path: Path) -> None:
-    path = save_result(tmp_path / "result.safetensors", "Kind", {"a": torch.ones(1)}, {"layers": (1,)})
-    with safe_open(path, framework="pt") as stream:
-        header = json.loads(stream.metadata()["attnprobe"])
-        assert stream.get_tensor("a").tolist() == [1.0]
-    assert (header["kind"], header["layers"]) == ("Kind", [1])
+def test_settings_that_no_header_can_hold_are_refused(tmp_path: Path) -> None:
+    """Safetensors has a limit; a file beyond it could not be loaded, so none is written."""
+    texts = ("x" * 100_000_000,)
+    check_refused(lambda: save_result(tmp_path / "big.safetensors", "Kind", {}, {"texts": texts}), "Kind")
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_missing_file_is_named(tmp_path: Path, as_text: bool) -> None:
     path = tmp_path / "nothing.safetensors"
-    assert f"there is no result at {path}" == message_of(
-        lambda: load_result(str(path) if as_text else path, "Kind")
-    )
-    assert f"there is no result at {tmp_path}" == message_of(lambda: load_result(tmp_path, "Kind"))
+    check_refused(lambda: load(str(path) if as_text else path), path)
+    check_refused(lambda: load(tmp_path), tmp_path)
 
 
 def damaged(path: Path, how: str) -> Path:
@@ -232,27 +304,43 @@ def damaged(path: Path, how: str) -> Path:
 def test_a_damaged_file_is_named(tmp_path: Path, how: str) -> None:
     path = tmp_path / "result.safetensors"
     damaged(save_result(path, "Kind", {"a": torch.ones(4)}, {}), how)
-    message = message_of(lambda: load_result(path, "Kind"))
-    assert message.startswith(f"{path} is not a readable safetensors file: ")
+    check_refused(lambda: load(path), path, "safetensors")
+
+
+def test_a_file_that_is_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    path = save_result(tmp_path / "result.safetensors", "Kind", {"a": torch.ones(4)}, {"layers": (1,)})
+    content = path.read_bytes()
+    for length in [*range(0, 20), *range(20, len(content), 17), len(content) - 1]:
+        path.write_bytes(content[:length])
+        check_refused(lambda: load(path), path)
+    path.write_bytes(content + b"\0")
+    check_refused(lambda: load(path), path)
 
 
 @pytest.mark.parametrize("metadata", ["[]", "null", "3", '"Kind"'])
 def test_metadata_that_are_no_object_are_refused(tmp_path: Path, metadata: str) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"a": torch.ones(1)}, path, metadata={"attnprobe": metadata})
-    assert str(path) in message_of(lambda: load_result(path, "Kind"))
+    check_refused(lambda: load(path), path)
+
+
+@pytest.mark.parametrize("settings", [None, [], "x", 3])
+def test_settings_that_are_no_object_are_refused(tmp_path: Path, settings: Any) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({}, path, metadata={"attnprobe": json.dumps({"kind": "Kind", "settings": settings})})
+    check_refused(lambda: load(path), path, "damaged", "settings")
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     path = save_result(tmp_path / "result.safetensors", "Kind", {"a": torch.ones(1)}, {})
-    assert f"{path} holds Kind, not Rhythm" == message_of(lambda: Rhythm.load(path))
+    check_refused(lambda: Rhythm.load(path), path, "Kind", "Rhythm")
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_a_file_of_somebody_else_is_something_else(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.ones(1)}, path, metadata=metadata)
-    assert f"{path} holds something else, not Kind" == message_of(lambda: load_result(path, "Kind"))
+    check_refused(lambda: load(path), path, "Kind")
 
 
 @pytest.mark.usefixtures("as_users_call")
@@ -260,7 +348,7 @@ def test_a_file_of_somebody_else_is_something_else(tmp_path: Path, metadata: dic
 def test_a_file_that_lacks_parts_of_its_kind_is_refused(tmp_path: Path, kind: Any) -> None:
     """The kind is right, but tensors and metadata are gone: damaged, and named."""
     path = save_result(tmp_path / "result.safetensors", kind.__name__, {"a": torch.ones(1)}, {})
-    assert str(path) in message_of(lambda: kind.load(path))
+    check_refused(lambda: kind.load(path), path, "damaged")
 
 
 # ---- HeadStatistics -------------------------------------------------------------------------------
@@ -325,7 +413,7 @@ def test_statistics_come_back_as_they_were_saved(tmp_path: Path, changes: dict[s
 def test_the_table_of_statistics_has_a_row_for_each_response_and_head_that_exists() -> None:
     statistics = statistics_of(batch=2, layers=(1, 3), heads=2)
     table = statistics.to_pandas()
-    assert list(table.columns) == ["response", "layer", "head", "span", "receiver_kurtosis"]
+    assert list(table.columns) == ["example", "layer", "head", "span", "receiver_kurtosis"]
     assert table.index.tolist() == list(range(6))
     assert statistics.receiver_kurtosis is not None
     rows = [
@@ -336,7 +424,7 @@ def test_the_table_of_statistics_has_a_row_for_each_response_and_head_that_exist
         for values in [statistics.span]
         if (layer, head) != (3, 1)
     ]
-    assert rows == table[["response", "layer", "head", "span"]].astype(object).to_numpy().tolist()
+    assert rows == table[["example", "layer", "head", "span"]].astype(object).to_numpy().tolist()
     assert table["receiver_kurtosis"].tolist() == [
         float(statistics.receiver_kurtosis[i, index, head])
         for i, index, head in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 0)]
@@ -345,7 +433,7 @@ def test_the_table_of_statistics_has_a_row_for_each_response_and_head_that_exist
 
 def test_the_table_of_statistics_without_kurtosis_has_no_such_column() -> None:
     table = statistics_of(receiver_kurtosis=None).to_pandas()
-    assert list(table.columns) == ["response", "layer", "head", "span"]
+    assert list(table.columns) == ["example", "layer", "head", "span"]
 
 
 @given(
@@ -387,8 +475,7 @@ def test_joining_leaves_the_parts_as_they_were() -> None:
 
 
 def test_nothing_cannot_be_joined() -> None:
-    expected = "there are no statistics to join: no forward pass was observed"
-    assert expected == message_of(lambda: HeadStatistics.concatenate([]))
+    check_refused(lambda: HeadStatistics.concatenate([]), "HeadStatistics")
 
 
 @pytest.mark.parametrize(
@@ -403,11 +490,10 @@ def test_nothing_cannot_be_joined() -> None:
 def test_statistics_of_different_measurements_cannot_be_joined(name: str, ours: Any, theirs: Any) -> None:
     """The message names what differs, and both values."""
     parts = [statistics_of(**{name: ours}), statistics_of(**{name: theirs})]
-    expected = f"cannot join statistics whose {name} differ: {ours!r} and {theirs!r}"
-    assert expected == message_of(lambda: HeadStatistics.concatenate(parts))
+    check_refused(lambda: HeadStatistics.concatenate(parts), name, repr(ours), repr(theirs))
 
 
 def test_statistics_of_different_heads_cannot_be_joined() -> None:
     """Two unnamed models of as many layers, but of other heads, are different models."""
     parts = [statistics_of(heads=2), statistics_of(heads=3)]
-    assert "cannot join statistics" in message_of(lambda: HeadStatistics.concatenate(parts))
+    check_refused(lambda: HeadStatistics.concatenate(parts), "head", "2", "3")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy
 import pytest
 import torch
 import transformers
@@ -279,31 +280,109 @@ def test_the_model_is_left_as_it_was(backend: str) -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"keys": []}, "keys are numbers from 0, at least one; got \\[\\]"),
-        ({"keys": [-1]}, r"got \[-1\]"),
+        ({"keys": []}, r"keys .* at least one.* got \[\]"),
+        ({"keys": [-1]}, r"keys .* got -1"),
+        ({"keys": "a"}, "keys .* got 'a'"),
+        ({"keys": [0.5, 1.0]}, r"keys .* got \[0.5, 1.0\]"),
+        ({"keys": [float("nan")]}, "keys .* got .nan"),
+        ({"keys": torch.ones(5)}, r"keys .* a float32 tensor \[5\]"),
+        ({"keys": True}, "keys .* a bool tensor"),
+        ({"keys": {3: 4}}, "keys .* got {3: 4}"),
+        ({"keys": torch.tensor([[0, 1, 2]])}, r"keys .* int64 tensor \[1, 3\] with 2 in it"),
+        ({"keys": [10**12]}, "keys .* got 1000000000000"),
+        ({"keys": [3], "queries": "b"}, "queries .* got 'b'"),
+        ({"pairs": "ab"}, "pairs .* got 'ab'"),
+        ({"pairs": [(2.0, 1.0)]}, r"pairs .* float32 \[1, 2\]"),
+        ({"pairs": []}, r"pairs .* \[0\]"),
+        ({"heads": "some"}, "heads .* got 'some'"),
+        ({"heads": [0.5]}, "heads .* got 0.5"),
+        ({"heads": {1: []}}, "heads .* no head"),
+        ({"heads": {"a": [0]}}, "layer of heads .* 'a'"),
+        ({"heads": {}}, "heads .* no head"),
         ({"queries": [3]}, "give keys too"),
         ({"pairs": [(2, 3)]}, "0 <= key <= query"),
-        ({"pairs": [(1, 2, 3)]}, r"\[pair, 2\]; got \[1, 3\]"),
-        ({"heads": []}, "heads are numbers from 0"),
+        ({"pairs": [(1, 2, 3)]}, r"\[pair, 2\]; got int64 \[1, 3\]"),
+        ({"heads": []}, "heads .* no head"),
         ({"layers": [7]}, r"layers \[7\] cannot be read"),
-        ({"heads": {7: [0]}}, r"layers \[7\] cannot be read"),
-        ({"heads": {1: [0]}, "layers": [1]}, "leave out layers"),
-        ({"keys": torch.zeros(1, 2, 3, dtype=torch.bool)}, r"\[batch or 1, token\], got \[1, 2, 3\]"),
+        ({"heads": {7: [0]}}, r"layers \[7\], .*\[0, 1, 2\]"),
+        ({"heads": {1: [0]}, "layers": [2]}, r"layers \[1\], .*\[2\]"),
+        ({"heads": {(0, 1): 1.0, (1, 1): 0.5}}, "weights must be equal"),
+        ({"keys": torch.zeros(1, 2, 3, dtype=torch.bool)}, r"\[batch or 1, token\]; got .*\[1, 2, 3\]"),
     ],
 )
 @pytest.mark.usefixtures("as_users_call")
 def test_choices_that_make_no_sense_are_refused(chosen: dict, message: str) -> None:
-    with (
-        pytest.raises(ParameterError, match=message),
-        attnprobe.suppress_attention(tiny_model("llama"), **chosen),
-    ):
-        pass
+    """At the call: before the block opens, and whether it ever does."""
+    with pytest.raises(ParameterError, match=message):
+        attnprobe.suppress_attention(tiny_model("llama"), **chosen)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        3,
+        [3],
+        (3,),
+        {3},
+        range(3, 4),
+        iter([3]),
+        numpy.array([3]),
+        numpy.int64(3),
+        torch.tensor(3),
+        torch.tensor([3]),
+        numpy.arange(TOKENS) == 3,
+        (torch.arange(TOKENS) == 3).long(),
+        (torch.arange(TOKENS) == 3)[None].expand(2, -1),
+        (torch.arange(TOKENS) == 3)[None].int().expand(2, -1),
+        (torch.arange(TOKENS) == 3).tolist(),
+        (torch.arange(TOKENS) == 3).int().tolist(),
+        [(torch.arange(TOKENS) == 3).int().tolist()] * 2,
+    ],
+)
+@pytest.mark.usefixtures("as_users_call")
+def test_columns_are_numbers_or_a_mask(keys) -> None:
+    """A mask of 0 and 1 is one, and does not stand for columns 0 and 1."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        with attnprobe.suppress_attention(model, pairs=[(query, 3) for query in range(4, TOKENS)]):
+            expected = model(IDS).logits
+        with attnprobe.suppress_attention(model, keys=keys):
+            assert torch.equal(model(IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("keys", "columns"),
+    [
+        ([0, 1], [0, 1]),
+        ([1], [1]),
+        (torch.tensor([0, 1]), [0, 1]),
+        ([False, True], [1]),
+        ([0, 1, 0], [1]),
+        ([[0, 1]], [1]),
+    ],
+)
+@pytest.mark.usefixtures("as_users_call")
+def test_few_zeros_and_ones_are_numbers(keys, columns: list[int]) -> None:
+    """Two whole numbers may be columns; a mask so short is given as truth values, or by row."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        removed = [(query, key) for key in columns for query in range(key + 1, TOKENS)]
+        with attnprobe.suppress_attention(model, pairs=removed):
+            expected = model(IDS).logits
+        with attnprobe.suppress_attention(model, keys=keys):
+            assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_forgotten_with_is_told() -> None:
+    model = tiny_model("llama")
+    with pytest.warns(RuntimeWarning, match=r"with suppress_attention\(...\)"):
+        attnprobe.suppress_attention(model, keys=[3])
 
 
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"heads": [4]}, r"layer 0 has heads 0\.\.3, got \[4\]"),
+        ({"heads": [4]}, r"\(0, 4\).* heads 0\.\.3"),
         ({"keys": torch.ones(3, TOKENS, dtype=torch.bool)}, "given for 3 rows, but the model runs 2"),
     ],
 )

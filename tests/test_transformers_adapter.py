@@ -8,11 +8,15 @@ import threading
 import pytest
 import torch
 import transformers
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import attnprobe
 from attnprobe import metrics
 from attnprobe.adapters import adapter_for
+from attnprobe.attention.kernels import carries_positions
 from attnprobe.errors import AttnprobeError, IncompleteRunError, ParameterError, UnsupportedModelError
+from attnprobe.testing.conformance import assert_same_state, model_state
 from attnprobe.testing.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 WITHOUT_SDPA = {"gemma2", "gpt_oss", "bloom", "gptj", "mpt", "gpt_neo"}
@@ -114,7 +118,7 @@ def test_measure_equals_metrics_of_eager_maps(family: str, implementation: str) 
     for layer, pattern in enumerate(eager.attentions):
         expected = {
             "span": metrics.mean_attention_distance(pattern, mask),
-            "waad": metrics.windowed_attention_distance(pattern, 5, mask),
+            "waad": metrics.windowed_attention_distance(pattern, mask, 5),
             "fai": metrics.future_attention_influence(pattern, mask, (3, 9)),
         }
         for name, values in expected.items():
@@ -297,33 +301,145 @@ def test_gradient_checkpointing_is_counted_once() -> None:
 
 
 def test_our_own_passes_ride_on_the_models_kernel() -> None:
-    """There the values carry positions along, if asked for: the same statistics, to rounding."""
+    """There the values carry positions along where `measure` wants them: the same numbers, to rounding."""
     model = tiny_model("llama", implementation="sdpa")
     ids = torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(8))
     batch = attnprobe.TokenBatch.from_ids(ids)
-    known: list[tuple[bool, bool]] = []
+    known: list[bool] = []
 
     class Known(attnprobe.Probe):
         def observe(self, site, layer, value, batch) -> None:
-            known.append((value._log_sum_exp is not None, value._mean_position is not None))
+            known.append(value._sums.mean_position is not None)
 
-    def pass_of_ours(*probes: attnprobe.Probe) -> None:
+    def pass_of_ours() -> None:
         known.clear()
-        with attnprobe.attach(model, Known(), *probes) as attached:
+        with attnprobe.attach(model, Known()) as attached:
             attached.adapter.forward(batch)
 
     statistics = attnprobe.HeadStatisticsProbe(entropy=False)
     with attnprobe.attach(model, Known(), statistics), torch.no_grad():
         model(ids)
     # A user's output is not to change by a bit: the log-sum-exp comes along, the positions do not.
-    assert known == [(True, False)] * 3
+    assert known == [False] * 3
     pass_of_ours()
-    assert known == [(True, False)] * 3
-    pass_of_ours(attnprobe.HeadStatisticsProbe(entropy=False))
-    assert known == [(True, True)] * 3
+    assert known == [False] * 3
+    with carries_positions():
+        pass_of_ours()
+    assert known == [True] * 3
+    for span in (True, False):
+        known.clear()
+        with attnprobe.attach(model, Known()):
+            measured = attnprobe.measure(model, batch, entropy=False, span=span)
+        assert known == [span] * 3
     measured = attnprobe.measure(model, batch, entropy=False)
     torch.testing.assert_close(measured.span, statistics.result().span, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(measured.waad, statistics.result().waad, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_a_pass_of_the_users_inside_one_of_ours_does_not_change_by_a_bit() -> None:
+    """A hook may run another model that is watched too: the positions are for our own pass only."""
+    model, other = (tiny_model("llama", implementation="sdpa") for _ in range(2))
+    ids = torch.randint(1, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        expected = other(ids).logits
+    found: list[torch.Tensor] = []
+    probe = attnprobe.HeadStatisticsProbe()
+
+    def hook(*_: object) -> None:
+        with torch.no_grad(), attnprobe.attach(other, probe):
+            found.append(other(ids).logits)
+
+    model.model.layers[1].register_forward_hook(hook)
+    attnprobe.measure(model, attnprobe.TokenBatch.from_ids(ids))
+    assert len(found) == 1
+    assert torch.equal(found[0], expected)
+
+
+class Told(attnprobe.Probe):
+    """Writes down what a probe is told of a pass."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def begin(self, batch) -> None:
+        self.events.append("begin")
+
+    def observe(self, site, layer, value, batch) -> None:
+        self.events.append(f"layer {layer}")
+
+    def end(self, batch) -> None:
+        self.events.append("end")
+
+    def abort(self) -> None:
+        self.events.append("abort")
+
+
+def test_a_pass_that_ends_early_is_complete_for_nobody_else() -> None:
+    """An inner `measure` is done after its last layer; to an outer probe of the user, the pass broke off."""
+    model = tiny_model("llama")
+    before = model_state(model)
+    batch = attnprobe.TokenBatch.from_ids([[1, 2, 3, 4]])
+    expected = attnprobe.measure(model, batch, layers=[0, 1], entropy=False)
+    outer, inner = Told(), Told()
+    with attnprobe.attach(model, outer):
+        found = attnprobe.measure(model, batch, layers=[0, 1], entropy=False)
+        assert outer.events == ["begin", "layer 0", "layer 1", "abort"]
+        outer.events.clear()
+        with attnprobe.attach(model, inner, layers=[0]) as attached:
+            attached.adapter.forward(batch)
+        assert inner.events == ["begin", "layer 0", "end"]
+        assert outer.events == ["begin", "layer 0", "abort"]
+        outer.events.clear()
+        with torch.no_grad():
+            model(batch.input_ids)
+        assert outer.events == ["begin", "layer 0", "layer 1", "layer 2", "end"]
+    assert torch.equal(found.span, expected.span)
+    assert_same_state(before, model_state(model))
+
+
+def test_an_error_at_the_end_of_a_pass_that_ends_early_comes_through() -> None:
+    """And the next pass is run as if nothing had been."""
+    model = tiny_model("llama").train()
+    before = model_state(model)
+    batch = attnprobe.TokenBatch.from_ids([[1, 2, 3, 4]])
+
+    class Failing(Told):
+        fails = True
+
+        def end(self, batch) -> None:
+            if self.fails:
+                raise KeyError("of the probe's own")
+            super().end(batch)
+
+    probe = Failing()
+    with attnprobe.attach(model, probe, layers=[1]) as attached:
+        with pytest.raises(KeyError, match="of the probe's own"):
+            attached.adapter.forward(batch)
+        probe.fails = False
+        probe.events.clear()
+        attached.adapter.forward(batch)
+        assert probe.events == ["begin", "layer 1", "end"]
+        probe.events.clear()
+        # A pass of the user's goes to its end, and is told of once.
+        assert model(batch.input_ids).logits.shape == (1, 4, VOCABULARY)
+        assert probe.events == ["begin", "layer 1", "end"]
+    assert_same_state(before, model_state(model))
+
+
+def test_a_probe_sees_only_what_was_checked() -> None:
+    """An attention that was read otherwise than the model computed it is shown to nobody."""
+    model = tiny_model("llama")
+    told = Told()
+
+    def halved(module, query, key, value, mask, *args, **options):
+        return sdpa_attention_forward(module, query * 0.5, key, value, mask, *args, **options)
+
+    transformers.AttentionInterface.register("halved", halved)
+    transformers.AttentionMaskInterface.register("halved", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("halved")
+    with torch.no_grad(), attnprobe.attach(model, told), pytest.raises(IncompleteRunError, match="layer 0"):
+        model(torch.tensor([[1, 2, 3, 4, 5]]))
+    assert told.events == ["begin", "abort"]
 
 
 def test_the_base_model_can_be_called_alone() -> None:
@@ -371,8 +487,8 @@ def test_group_maps_are_the_mean_maps_of_the_groups() -> None:
     stacked = torch.stack([attentions[0][0], attentions[2][0]])
     for name, mask in (("local_map", heads.local_heads), ("global_map", heads.global_heads)):
         expected = stacked[mask].mean(0)[8:, 8:]
-        torch.testing.assert_close(getattr(maps, name), expected, rtol=1e-4, atol=1e-5)
-    assert maps.columns == tuple(range(8, 30))
+        torch.testing.assert_close(getattr(maps, name)[0], expected, rtol=1e-4, atol=1e-5)
+    assert maps.columns_of(0) == list(range(8, 30))
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -438,9 +554,9 @@ def test_layers_without_attention_are_skipped() -> None:
     ("layers", "message"),
     [
         ([3], r"layers \[3\] cannot be read .* layers 0..2 \(3 in all\)"),
-        ([-1, 0], r"layers \[-1\]"),
-        ([], "empty"),
-        ("last", '"all", "middle" or a list'),
+        ([-1, 0], "layers .* got -1"),
+        ([], "layers .* got none"),
+        ("last", '"all", "middle" .* got \'last\''),
     ],
 )
 @pytest.mark.usefixtures("as_users_call")
@@ -478,7 +594,7 @@ def test_a_model_with_nan_is_refused() -> None:
         ({"window": 2.5}, "whole number"),
         ({"horizon": (5, 4)}, r"got \(5, 4\)"),
         ({"horizon": (-1, None)}, r"got \(-1, None\)"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size .* 0"),
     ],
 )
 @pytest.mark.usefixtures("as_users_call")

@@ -171,6 +171,15 @@ def test_the_mixin_is_attaching(tmp_path) -> None:
     assert tiny_trainer(Credited, tmp_path).credit_handle is None
 
 
+def test_options_that_the_mixin_does_not_know(tmp_path, as_users_call) -> None:
+    class Credited(CreditMixin, GRPOTrainer):
+        pass
+
+    for options, told in (({"windows": 3}, "window.*got 'windows'"), ([3], r"\[3\]"), ({1: 2}, "got 1")):
+        with pytest.raises(ParameterError, match=f"credit_options.*{told}"):
+            tiny_trainer(Credited, tmp_path, options={"credit": CREDIT, "credit_options": options})
+
+
 def test_a_wrapper_put_over_credit_must_go_first(tmp_path) -> None:
     trainer = tiny_trainer(GRPOTrainer, tmp_path)
     handle = attach_credit(trainer, CREDIT)
@@ -370,14 +379,26 @@ def refuses(trainer, error, message, *, credit=CREDIT, **options) -> None:
     ("options", "error", "message"),
     [
         ({"layers": [7]}, ParameterError, r"layers \[7\] cannot be read"),
-        ({"layers": []}, ParameterError, "layers is empty"),
-        ({"window": 0}, ParameterError, "window is a whole number"),
+        ({"layers": []}, ParameterError, "layers .* got none"),
+        ({"window": 0}, ParameterError, "window .*got 0"),
         ({"horizon": (5, 2)}, ParameterError, "horizon"),
-        ({"reclassify_every": 0}, ParameterError, "reclassify_every is a whole number of optimizer steps"),
-        ({"batch_size": 0}, ParameterError, "batch_size must be at least 1"),
-        ({"through": "loss"}, ParameterError, 'through is "auto", "advantages" or "gradient"'),
+        (
+            {"reclassify_every": 0},
+            ParameterError,
+            "reclassify_every .*at least 1; got 0",
+        ),
+        ({"batch_size": 0}, ParameterError, "batch_size .*at least 1; got 0"),
+        (
+            {"through": "loss"},
+            ParameterError,
+            'through must be "auto", .*got .loss',
+        ),
         ({"credit": "coupled"}, ParameterError, "a credit strategy is a callable"),
         ({"credit": CoupledRhythmCredit}, ParameterError, "such as CoupledRhythmCredit"),
+        ({"heads": "mine"}, ParameterError, "heads must be a HeadGroups.*'mine'"),
+        ({"reclassify_every": "often"}, ParameterError, "reclassify_every.*'often'"),
+        ({"batch_size": 2.0}, ParameterError, "batch_size.*2.0"),
+        ({"through": 3}, ParameterError, "through.*3"),
     ],
 )
 def test_options_that_make_no_sense(options, error, message, tmp_path, as_users_call) -> None:
@@ -387,7 +408,7 @@ def test_options_that_make_no_sense(options, error, message, tmp_path, as_users_
 def test_a_second_credit(tmp_path) -> None:
     trainer = tiny_trainer(GRPOTrainer, tmp_path)
     attach_credit(trainer, CREDIT)
-    refuses(trainer, TrainerError, r"has credit already: detach\(\) that first")
+    refuses(trainer, TrainerError, "has credit already")
 
 
 def test_what_is_no_trainer(as_users_call) -> None:
@@ -400,7 +421,7 @@ def test_what_is_no_trainer(as_users_call) -> None:
 def test_a_version_of_trl_that_is_not_understood(tmp_path) -> None:
     trainer = tiny_trainer(GRPOTrainer, tmp_path)
     del trainer._metrics
-    with pytest.raises(TrainerError, match=r"of trl \S+ has no _metrics: this version is not understood"):
+    with pytest.raises(TrainerError, match=r"of trl \S+ has no _metrics"):
         attach_credit(trainer, CREDIT)
 
 
@@ -435,7 +456,7 @@ def test_one_advantage_a_sequence(tmp_path) -> None:
     refuses(
         trainer,
         TrainerError,
-        "its loss takes one advantage a sequence .*size of tensor.*use through='gradient'",
+        "its loss takes one advantage per sequence .*size of tensor.*use through='gradient'",
         through="advantages",
     )
 
@@ -505,10 +526,10 @@ def first_step_fails(trainer, error, message) -> None:
 @pytest.mark.parametrize(
     ("gamma", "message"),
     [
-        (lambda scores: scores.waad[:, 1:] * 0 + 1, r"must return weights \[4, 12\] like the scores"),
-        (lambda scores: torch.full_like(scores.waad, -1.0), "weights must not be negative"),
-        (lambda scores: torch.full_like(scores.waad, torch.nan), "the weight nan"),
-        (lambda scores: None, "must return a tensor of floats .* got NoneType"),
+        (lambda scores: scores.waad[:, 1:] * 0 + 1, r"\[4, 12\] like the scores; got .*\[4, 11\]"),
+        (lambda scores: torch.full_like(scores.waad, -1.0), "must not be negative"),
+        (lambda scores: torch.full_like(scores.waad, torch.nan), "is nan at"),
+        (lambda scores: None, "must return a tensor of floats.* got a NoneType"),
     ],
 )
 def test_a_strategy_that_returns_nonsense(gamma, message, tmp_path, as_users_call) -> None:
@@ -542,7 +563,7 @@ def test_prompts_with_pictures(tmp_path) -> None:
     generate = trainer._generate_and_score_completions
     trainer._generate_and_score_completions = lambda inputs: {**generate(inputs), "num_images": [1] * 4}
     attach_credit(trainer, RandomCredit())
-    first_step_fails(trainer, TrainerError, r"prompts hold pictures \(num_images\)")
+    first_step_fails(trainer, TrainerError, "pictures .*num_images")
 
 
 def test_rollouts_that_are_not_understood(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""Credit on several processes: each row is weighed as one process that holds all rows would.
+"""Credit on several processes: each completion is weighed as by one process that holds all of them.
 
 The runs are started by torchrun, with gloo on the CPU, as users start theirs; they assert how many
 processes there were, since a launcher that starts only one is easily overlooked.
@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 pytest.importorskip("trl")
+from attnprobe import classify_heads
 from attnprobe.rl import CoupledRhythmCredit, Rollout, credit_weights, measure_rollout, score_rollout
 from attnprobe.testing.tiny_models import tiny_model
 
@@ -32,7 +33,7 @@ def run_two_processes(kind: str, folder: Path) -> list[dict]:
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -52,7 +53,7 @@ def joined(outputs: list[dict], name: str, *, left: bool = False, value: float =
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_each_row_is_weighed_as_in_a_run_of_one_process(kind, tmp_path) -> None:
+def test_each_completion_is_weighed_as_in_a_run_of_one_process(kind, tmp_path) -> None:
     ranks = run_two_processes(kind, tmp_path)
     assert [rank["world"] for rank in ranks] == [2, 2]
     # Under FSDP2 every parameter is sharded; otherwise each process has them all.
@@ -88,3 +89,21 @@ def test_each_row_is_weighed_as_in_a_run_of_one_process(kind, tmp_path) -> None:
     inside = (joined(first, "completion_mask") * gains[:, None]).bool()
     mean = joined(first, "credit_weights", value=1.0)[inside].mean()
     assert logged["credit/gamma_mean"] == pytest.approx(float(mean), abs=1e-6)
+
+
+def test_a_loop_of_ones_own_groups_heads_over_all_processes(tmp_path) -> None:
+    """Of different numbers of completions, in one of which processes none gains anything in the end."""
+    ranks = run_two_processes("loop", tmp_path)
+    assert [rank["world"] for rank in ranks] == [2, 2]
+    policy = tiny_model("llama")
+    parts = [
+        measure_rollout(policy, Rollout(*rank["rollout"]), layers="all", horizon=(1, 4)) for rank in ranks
+    ]
+    assert [len(part.span) for part in parts] == [4, 3]
+    heads = classify_heads(parts)
+    for rank in ranks:
+        assert rank["groups"]["local_heads"] == heads.local_heads.tolist()
+        assert rank["groups"]["global_heads"] == heads.global_heads.tolist()
+        assert rank["grouped_at"] == [0, 0, 2]
+    alone = [classify_heads(part) for part in parts]
+    assert not all(torch.equal(each.local_heads, heads.local_heads) for each in alone)

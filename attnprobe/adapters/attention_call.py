@@ -15,8 +15,9 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +30,6 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.kernels import FlashResult, listen
 from attnprobe.attention.masks import CausalMask, split_mask
-from attnprobe.attention.operator import key_positions
 from attnprobe.errors import IncompleteRunError, UnsupportedModelError
 
 _PREFIX = "attnprobe_"
@@ -49,23 +49,8 @@ class AttentionCall:
     flash: FlashResult | None = None
 
 
-def _never() -> bool:
-    return False
-
-
-@dataclass(frozen=True, eq=False)
-class Reader:
-    """Looks at attention calls that have been made.
-
-    Attributes:
-        read: is shown each call.
-        wants_positions: says before a call whether the kernel is to read the keys' positions along the
-            way. Its output is then the same but for rounding, where the kernel's width changes it.
-    """
-
-    read: Callable[[AttentionCall], None]
-    wants_positions: Callable[[], bool] = _never
-
+Reader = Callable[[AttentionCall], None]
+"""Is shown each attention call after it was made."""
 
 Suppressor = Callable[[AttentionCall], Tensor]
 """Says which pairs an attention call is to lose: `[batch or 1, head or 1, query, key]`, True where."""
@@ -83,6 +68,23 @@ def reads_calls(module: nn.Module, reader: Reader) -> Iterator[None]:
         yield
     finally:
         _readers[module].remove(reader)
+
+
+_own_modules: ContextVar[frozenset[nn.Module]] = ContextVar("attnprobe_own_modules", default=frozenset())
+
+
+@contextmanager
+def own_pass(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Mark the calls of these attention modules as those of a forward pass that attnprobe runs by itself.
+
+    In such a pass the last bits of an output may be given up for speed. Modules are named since hooks of the
+    user's may run another model in the middle of it, whose outputs are not to change by a bit.
+    """
+    token = _own_modules.set(frozenset(modules))
+    try:
+        yield
+    finally:
+        _own_modules.reset(token)
 
 
 @contextmanager
@@ -170,10 +172,7 @@ def _attention_function(
     output: tuple[Tensor, Tensor | None]
     flash = None
     if readers and implementation == "sdpa":
-        positions = None
-        if any(reader.wants_positions() for reader in readers):
-            positions = key_positions(key.shape[2], key.dtype, key.device)[:, None]
-        with listen(positions) as listening:
+        with listen(own_pass=module in _own_modules.get()) as listening:
             output = own(module, query, key, value, attention_mask, *args, **options)
         flash = listening.result
     else:
@@ -182,7 +181,7 @@ def _attention_function(
         output = (output[0].masked_fill(blind.transpose(1, 2)[..., None], 0.0), *output[1:])
     call = replace(call, output=output[0], flash=flash)
     for reader in readers:
-        reader.read(call)
+        reader(call)
     return output
 
 
@@ -275,9 +274,9 @@ def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cach
         )
     window = options.get("sliding_window")
     bias = options.get("position_bias")
-    visibility = key_mask = None
+    causal_mask = key_mask = None
     if isinstance(mask, Tensor) and mask.ndim == 4:
-        visibility, mask_bias = masks.read(mask, key_count)
+        causal_mask, mask_bias = masks.read(mask, key_count)
         if mask_bias is not None:
             bias = mask_bias if bias is None else bias + mask_bias
     elif isinstance(mask, Tensor) and mask.ndim == 2:
@@ -290,18 +289,18 @@ def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cach
     if call.flash is not None:
         # A single query's heads may have been packed into rows: in order, they are the same.
         log_sum_exp = call.flash.log_sum_exp.reshape(query.shape[:3])
-        if call.flash.read is not None and key_count == call.key.shape[2]:
-            mean_position = call.flash.read[..., 0].reshape(query.shape[:3])
+        if call.flash.mean_position is not None and key_count == call.key.shape[2]:
+            mean_position = call.flash.mean_position.reshape(query.shape[:3])
     return FactoredAttention(
         query,
         key,
         scaling=options.get("scaling"),
+        mask=causal_mask,
         key_mask=key_mask,
-        window=window if visibility is None else None,
+        window=window,
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
         bias=bias,
-        visibility=visibility,
         log_sum_exp=log_sum_exp,
         mean_position=mean_position,
         key_start=end - key_count,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, UnsupportedModelError
+from attnprobe.validation import ArrayLike, IntLike, whole_numbers
 
 LAYER_SITES = ("layer_input", "attention", "attention_output", "mlp_output", "layer_output")
 """The sites that every layer has; all but `attention` are tensors `[batch, token, d_model]`."""
@@ -41,18 +43,13 @@ SITES = (*LAYER_SITES, "logits")
 
 Value = Attention | Tensor
 
-Layers = Literal["all", "middle"] | Sequence[int]
+Layers = Literal["all", "middle"] | IntLike | ArrayLike | AbstractSet[int]
+"""A choice of layers; `resolve_layers` understands it."""
 
 
 @runtime_checkable
 class Observer(Protocol):
-    """Who is told what happens in the forward passes of a model.
-
-    Attributes:
-        reads_distance: whether `mean_distance` will be asked for.
-    """
-
-    reads_distance: bool
+    """Who is told what happens in the forward passes of a model."""
 
     def begin(self, batch: TokenBatch, cached: int) -> None:
         """Take note that a forward pass over these tokens starts, `cached` columns of keys before them."""
@@ -60,7 +57,8 @@ class Observer(Protocol):
     def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
         """Look at the value at a site, and return a tensor to put in its place, or None.
 
-        `layer` is None where the site belongs to no layer.
+        `layer` is None where the site belongs to no layer. An attention is shown after it was checked against
+        what the model made of it.
         """
 
     def end(self) -> None:
@@ -133,13 +131,13 @@ class Adapter(ABC):
 
 
 def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
-    """Return layer numbers for "all", "middle" or a list of them, ascending.
+    """Return layer numbers for "all", "middle", a number, or several of them in any form, ascending.
 
     "middle" is the paper's training choice: five layers, evenly spaced from floor(L/3) to floor(2L/3),
-    of the layers that have attention.
+    of the layers that have attention. Numbers come as an int, a range, a list, a set, an array or a tensor.
 
     Raises:
-        ParameterError: layers that the model does not have, or none.
+        ParameterError: layers that the model does not have, none, or something that is no layer number.
     """
     available = adapter.layers
     if isinstance(layers, str):
@@ -150,10 +148,8 @@ def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
             last = min(last, len(available) - 1)
             steps = (first + round(i * (last - first) / 4) for i in range(5))
             return tuple(sorted({available[step] for step in steps}))
-        raise ParameterError(f'layers is "all", "middle" or a list of numbers, got {layers!r}')
-    chosen = sorted(set(layers))
-    if not chosen:
-        raise ParameterError("layers is empty: choose at least one layer")
+        raise ParameterError(f'layers is "all", "middle" or layer numbers, got {layers!r}')
+    chosen = sorted(set(whole_numbers(layers, 'layers (unless "all" or "middle")')))
     wrong = [layer for layer in chosen if layer not in available]
     if wrong:
         without = [layer for layer in wrong if layer in adapter.skipped_layers]

@@ -11,7 +11,6 @@ through a wrapper of another library, or by an adapter. What is left to others: 
 from __future__ import annotations
 
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,19 +24,18 @@ from attnprobe.adapters.architecture import Architecture
 from attnprobe.adapters.attention_call import (
     AttentionCall,
     MaskMemory,
-    Reader,
     check_against_output,
     read_attention,
     reads_calls,
 )
 from attnprobe.adapters.base import Observer
-from attnprobe.attention.operator import DenseAttention
+from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
 
 
-class LastLayerSeen(Exception):
-    """Ends a forward pass of ours once the last layer of interest has been seen."""
+class _PassEnded(Exception):
+    """Ends a forward pass of ours once all that a reading wants of it has been seen."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
@@ -49,7 +47,6 @@ class ForwardWatch:
     Attributes:
         cached: how many columns of cached keys come before the tokens of the pass under way.
         has_cache: whether the pass has a cache.
-        error: what went wrong at the end of a pass that was stopped.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -59,14 +56,16 @@ class ForwardWatch:
         self._thread: int | None = None
         self.cached = 0
         self.has_cache = False
-        self.error: AttnprobeError | None = None
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Take note that a pass begins, with these arguments; return arguments to add."""
         return {}
 
     def ended(self, output: Any) -> Any:
-        """Take note that a pass has ended, and return what is to take the output's place, or None."""
+        """Take note that a pass has ended, and return what is to take the output's place, or None.
+
+        `output` is None where the pass was cut off on purpose.
+        """
 
     def failed(self) -> None:
         """Take note that a pass has failed."""
@@ -122,19 +121,18 @@ class ForwardWatch:
             return None
         if output is not None:
             return self.ended(output)
-        if not self.stopped():
-            self.failed()
-            return None
-        try:
-            self.ended(None)
-        except AttnprobeError as error:
-            # An exception is under way already, and torch would drop this one.
-            self.error = error
+        # Without an output, an exception is under way.
+        self.failed()
         return None
 
-    def stopped(self) -> bool:
-        """Whether a pass without output was ended on purpose, and is complete as far as it went."""
-        return False
+    def cut_off(self) -> None:
+        """Take the pass under way for ended: nothing more of it is of interest.
+
+        By now and not by the hook after the pass, which runs while the exception that ends it is under
+        way: an error that is raised there is dropped by torch.
+        """
+        self._depth = 0
+        self.ended(None)
 
 
 class Reading(ForwardWatch):
@@ -153,20 +151,19 @@ class Reading(ForwardWatch):
         self._maps_by_hook = False
         self._asked_for_maps = False
         self._masks = MaskMemory()
-        self.stop_after: int | None = None
-        self.is_own_pass = False
+        self._last_layer: int | None = None
+        self._ends_early = False
 
     @contextmanager
     def attached(self, layers: Sequence[int], maps_by_hook: bool) -> Iterator[None]:
         """Watch the sites of these layers; `maps_by_hook` takes maps off what attention returns."""
         self._maps_by_hook = maps_by_hook and "attention" in self._sites
+        self._last_layer = max(layers)
         with ExitStack() as stack:
             for number in layers:
                 layer = self._architecture.layers[number]
                 if "attention" in self._sites:
-                    stack.enter_context(
-                        reads_calls(layer.attention, Reader(self._read_call, self._wants_positions))
-                    )
+                    stack.enter_context(reads_calls(layer.attention, self._read_call))
                     if self._maps_by_hook:
                         stack.callback(layer.attention.register_forward_hook(self._read_map).remove)
                 for site, module in (
@@ -184,6 +181,22 @@ class Reading(ForwardWatch):
                     stack.callback(handle.remove)
             stack.enter_context(self.installed())
             yield
+
+    @contextmanager
+    def ending_early(self) -> Iterator[None]:
+        """Let a pass that is run inside end after the last layer's attention, if nothing else is looked at.
+
+        It ends by an exception, and the observer is told that it is complete. Others who watch the model (an
+        outer `attach` of the user's) see a pass that failed, which is what it is to them.
+        """
+        self._ends_early = self._sites == {"attention"}
+        try:
+            yield
+        except _PassEnded as end:
+            if end.reading is not self:
+                raise
+        finally:
+            self._ends_early = False
 
     # ---- the forward pass as a whole ----------------------------------------------------------
 
@@ -216,32 +229,20 @@ class Reading(ForwardWatch):
         self._masks = MaskMemory()
         self._observer.abort()
 
-    def stopped(self) -> bool:
-        """Whether this reading ended the pass after its last layer."""
-        error = sys.exc_info()[1]
-        return isinstance(error, LastLayerSeen) and error.reading is self
-
     # ---- one layer ----------------------------------------------------------------------------
 
     def _read_call(self, call: AttentionCall) -> None:
-        """Read the inputs of an attention call, and check them against its output."""
+        """Read the inputs of an attention call, check them against its output, and show what was read."""
         # Outside a forward pass the call is a recomputation of gradient checkpointing, seen already.
         if not self.is_running:
             return
         layer = self._layer_of[id(call.module)]
         with torch.no_grad():
             attention = read_attention(call, self._masks, self.cached, self.has_cache)
-            self._observer.observe("attention", layer, attention)
-            # After the observer: what it asks for first, as a rule, brings the sums of the rows along
-            # that the check needs. If the check fails, the whole pass is forgotten.
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
                 check_against_output(attention, call, f"layer {layer} of {self._name}")
-        self._stop_if_last(layer)
-
-    def _wants_positions(self) -> bool:
-        """Whether the kernel may read positions along the way: a user's outputs are not to change a bit."""
-        return self.is_own_pass and self._observer.reads_distance
+            self._show(layer, attention)
 
     def read_pattern(self, layer: int, pattern: Tensor) -> None:
         """Show a map that the backend computed for a layer."""
@@ -253,8 +254,7 @@ class Reading(ForwardWatch):
         with torch.no_grad():
             pattern = pattern.detach()[..., : self.cached + pattern.shape[2]].masked_fill(~real, 0.0)
             start = self.cached + pattern.shape[2] - pattern.shape[3]
-            self._observer.observe("attention", layer, DenseAttention(pattern, key_start=start))
-        self._stop_if_last(layer)
+            self._show(layer, DenseAttention(pattern, key_start=start))
 
     def _read_map(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Read the map that an eager attention module returns, and take it off its output."""
@@ -275,9 +275,12 @@ class Reading(ForwardWatch):
         self.read_pattern(layer, entries[place])
         return (*entries[:place], None, *entries[place + 1 :]) if self._asked_for_maps else None
 
-    def _stop_if_last(self, layer: int) -> None:
-        if self.stop_after == layer:
-            raise LastLayerSeen(self)
+    def _show(self, layer: int, attention: Attention) -> None:
+        """Show a layer's attention to the observer, and end the pass if this was all that is wanted of it."""
+        self._observer.observe("attention", layer, attention)
+        if self._ends_early and layer == self._last_layer:
+            self.cut_off()
+            raise _PassEnded(self)
 
     # ---- tensor sites -------------------------------------------------------------------------
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from attnprobe.adapters.attention_call import (
     AttentionCall,
-    Reader,
     implementation_changed,
     reads_calls,
     watched_implementation,
@@ -174,7 +173,7 @@ class _Handover:
             handles.append(self._outer.hook_pattern.register_forward_hook(read))
         forward = self._forward_before
         try:
-            with reads_calls(self._inner, Reader(calls.append)):
+            with reads_calls(self._inner, calls.append):
                 return forward(self._outer, *args, **kwargs)
         finally:
             for handle in handles:

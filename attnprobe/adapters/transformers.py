@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,12 @@ from attnprobe.adapters.architecture import architecture_of
 from attnprobe.adapters.attention_call import (
     AttentionCall,
     implementation_changed,
+    own_pass,
     suppresses_calls,
     watched_implementation,
 )
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
-from attnprobe.adapters.reading import ForwardWatch, LastLayerSeen, Reading, computes_layers_again
+from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
 
@@ -66,7 +67,7 @@ class TransformersAdapter(Adapter):
         self.context_length = getattr(text_config, "max_position_embeddings", None)
         self.device = next(embedding.parameters()).device
         self.activation_bytes = _activation_width(text_config) * next(embedding.parameters()).element_size()
-        self._last_reading: tuple[Reading, int] | None = None
+        self._innermost: Reading | None = None
 
     # ---- what other backends do otherwise -----------------------------------------------------
 
@@ -106,17 +107,16 @@ class TransformersAdapter(Adapter):
     def observed(self, observer: Observer, sites: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
         """Tell the observer of every forward pass while the context is open."""
         reading = Reading(self.model, self._architecture, self.full_name, observer, sites)
-        before = self._last_reading
+        before = self._innermost
         with ExitStack() as stack:
             if "attention" in sites:
                 stack.enter_context(self._ready(reading, layers))
             stack.enter_context(reading.attached(layers, self._maps_by_hook))
-            # A pass of ours may stop after the last layer's attention, if nothing else is looked at.
-            self._last_reading = (reading, max(layers)) if set(sites) == {"attention"} else None
+            self._innermost = reading
             try:
                 yield
             finally:
-                self._last_reading = before
+                self._innermost = before
 
     @torch.no_grad()
     def forward(
@@ -133,34 +133,16 @@ class TransformersAdapter(Adapter):
         keeps = "logits_to_keep" in accepted
         if keeps:
             arguments["logits_to_keep"] = 1 if logits_at is None else logits_at.to(self.device)
-        reading = None if self._last_reading is None else self._last_reading[0]
-        if reading is not None:
-            reading.is_own_pass = True
-        try:
-            with evaluation_mode(self._all_modules()):
-                if logits_at is None:
-                    self._run_to_last_layer(arguments)
-                    return None
-                logits = self._logits(arguments)
-                return logits if keeps else logits[:, logits_at.to(logits.device)]
-        finally:
-            if reading is not None:
-                reading.is_own_pass = False
-
-    def _run_to_last_layer(self, arguments: dict[str, Any]) -> None:
-        """Run the model as far as its last observed layer, if there is one."""
-        if self._last_reading is None:
-            self._logits(arguments)
-            return
-        reading, layer = self._last_reading
-        reading.stop_after, reading.error = layer, None
-        try:
-            with suppress(LastLayerSeen):
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self._all_modules()))
+            stack.enter_context(own_pass(layer.attention for layer in self._architecture.layers.values()))
+            if logits_at is None:
+                if self._innermost is not None:
+                    stack.enter_context(self._innermost.ending_early())
                 self._logits(arguments)
-        finally:
-            reading.stop_after = None
-        if reading.error is not None:
-            raise reading.error
+                return None
+            logits = self._logits(arguments)
+            return logits if keeps else logits[:, logits_at.to(logits.device)]
 
     @contextmanager
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> Iterator[None]:

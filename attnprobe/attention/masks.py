@@ -2,7 +2,8 @@
 
 Causal, left-padded, windowed, chunked and packed masks all let a query see one run of keys. `CausalMask`
 finds it, so that a block of queries meets only the keys that it can see; a mask of any other form is kept
-as it is. What is left to others: the scores of the pairs that are seen (factored).
+as it is. Adapters make one of a model's own mask, once for all layers that share it; `FactoredAttention`
+makes one of what it is given. What is left to others: the scores of the pairs that are seen (block_scores).
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from attnprobe.attention.tiles import Reach
 from attnprobe.errors import PatternError
+
+# Later than any key. Padding goes through a double, which holds a power of 2 as it is.
+_BEYOND = 2**62
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,15 @@ class CausalMask:
 
     @staticmethod
     def causal(query_count: int, key_count: int, window: int | None, device: torch.device) -> CausalMask:
-        """Return the visibility of causal attention, where a query sees `window` keys at most."""
+        """Return the causal mask in which a query sees `window` keys at most."""
         last = torch.arange(query_count, device=device)[None] + (key_count - query_count)
-        first = torch.zeros_like(last) if window is None else (last - window + 1).clamp(min=0)
         plain = window is None or window >= key_count
+        first = torch.zeros_like(last) if plain or window is None else (last - window + 1).clamp(min=0)
         return CausalMask(first, last, None, plain)
 
     @staticmethod
     def from_mask(mask: Bool[Tensor, "#batch #head query key"]) -> CausalMask:
-        """Return the visibility that a boolean mask (True: may see) describes.
+        """Return what a boolean mask (True: may see) says.
 
         Raises:
             PatternError: a mask that lets a query see later keys.
@@ -73,7 +78,7 @@ class CausalMask:
     def from_key_mask(
         kept: Bool[Tensor, "batch key"], query_count: int, window: int | None = None
     ) -> CausalMask:
-        """Return the visibility of causal attention that skips keys (False: padding)."""
+        """Return the causal mask that skips keys (False: padding)."""
         key_count = kept.shape[1]
         causal = CausalMask.causal(query_count, key_count, window, kept.device)
         start = kept.byte().argmax(-1, keepdim=True)
@@ -110,19 +115,40 @@ class CausalMask:
             return ~self.exact.any(-1)
         return (self.last < self.first)[:, None]
 
-    def key_range(self, queries: slice) -> tuple[int, int]:
-        """Return the half-open range of keys that some query of a block may see."""
-        first, last = self.first[:, queries], self.last[:, queries]
-        seeing = last >= first
-        if not bool(seeing.any()):
-            return 0, 0
-        return int(first[seeing].min()), int(last[seeing].max()) + 1
+    def reaches(self, size: int, query_offset: int) -> list[Reach]:
+        """Return which keys the queries see, in blocks of `size` queries.
 
-    def common_range(self, queries: slice) -> tuple[int, int]:
-        """Return a half-open range of keys that every query of a block surely sees."""
+        `query_offset` is the key at which the first query stands.
+        """
+        count = self.first.shape[1]
+        own = torch.arange(count, device=self.first.device) + query_offset
+        seeing = self.last >= self.first
+        # Which keys anyone sees: queries that see none have no say.
+        first = self.first.masked_fill(~seeing, _BEYOND).amin(0)
+        stop = (self.last + 1).masked_fill(~seeing, 0).amax(0)
+        # Which keys all see, later ones aside: up to its own, a query has nothing that needs a mask.
+        common_stop = (self.last + 1).masked_fill(self.last == own, _BEYOND).masked_fill(~seeing, 0).amin(0)
+        common_first = self.first.amax(0)
         if self.exact is not None:
-            return 0, 0
-        return int(self.first[:, queries].max()), int(self.last[:, queries].min()) + 1
+            common_stop = torch.zeros_like(common_stop)
+        blocks = -(-count // size)
+
+        def by_block(values: Tensor, fill: int) -> Tensor:
+            padded = torch.nn.functional.pad(values, (0, blocks * size - count), value=fill)
+            return padded.view(blocks, size)
+
+        # One transfer for all numbers of all blocks, which come from an accelerator one by one otherwise.
+        numbers = torch.stack(
+            [
+                by_block(first, _BEYOND).amin(-1),
+                by_block(stop, 0).amax(-1),
+                by_block(common_first, 0).amax(-1),
+                by_block(common_stop, _BEYOND).amin(-1),
+            ],
+            dim=-1,
+        )
+        queries = [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+        return [Reach(block, *of_block) for block, of_block in zip(queries, numbers.tolist(), strict=True)]
 
 
 def split_mask(mask: Tensor) -> tuple[Bool[Tensor, "..."], Tensor | None]:

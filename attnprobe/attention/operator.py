@@ -20,7 +20,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnprobe.errors import ParameterError, PatternError
-from attnprobe.validation import ArrayLike, as_tensor
+from attnprobe.validation import ArrayLike, as_tensor, brief, whole_number
+
+NARROW_BAND = 1024
+"""A band may reach beyond the first key, as far as this: wider ones may not be wider than there are keys."""
 
 
 class Attention(ABC):
@@ -81,7 +84,11 @@ class Attention(ABC):
 
     @abstractmethod
     def band(self, width: int, start: int = 0) -> Float[Tensor, "batch head query distance"]:
-        """Return `A[t, t - j]` for `start <= j < start + width`; 0 where `t - j` is no key."""
+        """Return `A[t, t - j]` for `start <= j < start + width`; 0 where `t - j` is no key.
+
+        At distances from `key_count` on there is nothing but zeros: a band wider than that and than
+        `NARROW_BAND` raises `ParameterError`, rather than fill the memory with them.
+        """
 
     @abstractmethod
     def rows(self, queries: Int[Tensor, " row"]) -> Float[Tensor, "batch head row key"]:
@@ -115,19 +122,30 @@ class Attention(ABC):
             )
         return features.to(device=self.device, dtype=self.dtype)
 
-    def _check_band(self, width: int, start: int) -> None:
-        if width < 1 or start < 0:
-            raise ParameterError(f"a band needs width >= 1 and start >= 0, got width={width}, start={start}")
+    def _check_band(self, width: int, start: int) -> tuple[int, int]:
+        """Return a band's width and start, which is cut to where no key is left."""
+        width, start = whole_number(width, "width", minimum=1), whole_number(start, "start")
+        if width > max(self.key_count, NARROW_BAND):
+            raise ParameterError(
+                f"a band of {width} distances is wider than there are keys ({self.key_count}): ask for "
+                f"{self.key_count} at most, since no key lies farther back"
+            )
+        return width, min(start, self.key_count)
 
-    def _check_distances(self, start: int, stop: int | None) -> None:
-        if start < 0 or (stop is not None and stop <= start):
+    def _check_distances(self, start: int, stop: int | None) -> tuple[int, int | None]:
+        """Return limits of distances, cut to those at which there are keys."""
+        start = whole_number(start, "start")
+        if stop is None:
+            return min(start, self.key_count), None
+        stop = whole_number(stop, "stop")
+        if stop <= start:
             raise ParameterError(f"distances need 0 <= start < stop, got start={start}, stop={stop}")
+        return min(start, self.key_count), None if stop >= self.key_count else stop
 
     def _check_rows(self, queries: Tensor) -> Tensor:
-        if queries.ndim != 1 or queries.numel() == 0:
-            raise ParameterError(
-                f"rows takes a non-empty 1-D tensor of query indices, got {list(queries.shape)}"
-            )
+        whole = not queries.is_floating_point() and queries.dtype != torch.bool
+        if not whole or queries.ndim != 1 or queries.numel() == 0:
+            raise ParameterError(f"rows takes a non-empty 1-D tensor of query indices, got {brief(queries)}")
         if int(queries.min()) < 0 or int(queries.max()) >= self.query_count:
             raise ParameterError(
                 f"query indices must lie in 0..{self.query_count - 1}, "
@@ -227,7 +245,7 @@ class DenseAttention(Attention):
         stop: int | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
-        self._check_distances(start, stop)
+        start, stop = self._check_distances(start, stop)
         weights = self._check_features(weights, "query", self.query_count)
         pattern = self.pattern.tril(self.query_offset - start)
         if stop is not None:
@@ -236,7 +254,7 @@ class DenseAttention(Attention):
 
     def band(self, width: int, start: int = 0) -> Float[Tensor, "batch head query distance"]:
         """Return `A[t, t - j]` for `start <= j < start + width`."""
-        self._check_band(width, start)
+        width, start = self._check_band(width, start)
         query = torch.arange(self.query_count, device=self.device) + self.query_offset
         distance = torch.arange(start, start + width, device=self.device)
         key = query[:, None] - distance[None, :]

@@ -1,4 +1,4 @@
-"""Credit for trainers: per-token advantage weights from token scores.
+"""Credit for trainers: a weight for each token's advantage, from token scores.
 
     handle = attach_credit(trainer, CoupledRhythmCredit())   # a GRPOTrainer that you already have
     trainer.train()
@@ -9,7 +9,9 @@ or, in a training loop of your own:
     gamma = CoupledRhythmCredit(amplification=1.5)(scores)   # [batch, token]
     advantages = apply_credit(advantages, gamma, mask)       # nonnegative ones only
 
-This package knows scores, and neither attention nor backends. Trainers load when they are used.
+Strategies (credit) turn scores into weights, `RolloutCredit` measures a policy's own rollouts for them, and
+`rl.trl` and `rl.ppo` use it in trainers. Measuring goes through `attnprobe.measure`, as everywhere else.
+Only `rl.trl` knows TRL, and it loads when it is used.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -67,7 +69,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load what needs transformers only when it is asked for."""
+    """Load what needs TRL or transformers only when it is asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

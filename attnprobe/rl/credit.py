@@ -1,24 +1,24 @@
-"""Credit strategies: from token scores to one weight a token, `gamma`.
+"""Credit strategies: from token scores to one weight per token, `gamma`.
 
-Sec. 5.2 of arXiv 2510.13554 multiplies the advantage of some tokens: those that open a chunk
-(`LocalChunkCredit`), those that later text keeps reading (`GlobalAnchorCredit`), or both, coupled
-(`CoupledRhythmCredit`). `EntropyCredit` and `RandomCredit` are the baselines of its tables. A strategy
-is any callable `scores -> gamma`; these are small frozen dataclasses, whose parameters default to the
-paper's, and to the open choices that the documentation lists where the paper is silent.
-
-What is left to others: how scores are measured (scoring), and what is done with the weights (advantage).
+A strategy is any callable `scores -> gamma`, called once per rollout by `RolloutCredit`. Those in this
+module are small frozen dataclasses. Sec. 5.2 of arXiv 2510.13554 multiplies the advantage of some tokens:
+those that open a chunk (`LocalChunkCredit`), those that later text keeps reading (`GlobalAnchorCredit`),
+or both, coupled (`CoupledRhythmCredit`). `EntropyCredit` and `RandomCredit` are the baselines of its
+tables. Parameters default to the paper's values and, where the paper is silent, to the choices that the
+documentation lists. What is left to others: how scores are measured (scoring), and what is done with the
+weights (advantage).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar, Literal
+from math import inf
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,18 +26,34 @@ from torch import Tensor
 
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.rhythm import dominated_anchors, top_quantile, waad_change
+from attnprobe.rl.advantage import check_not_negative
 from attnprobe.scores import TokenScores
+from attnprobe.validation import (
+    BoolField,
+    FloatField,
+    IntField,
+    as_tensor,
+    brief,
+    choice,
+    finite,
+    instance,
+    real_number,
+    truth,
+    whole_number,
+)
 
 logger = logging.getLogger(__name__)
 
 Credit = Callable[[TokenScores], Tensor]
-"""Any callable that gives each token a weight: `scores -> gamma [batch, token]`."""
+"""Any callable that gives each token a weight: `scores -> gamma [completion, token]`."""
 
 Select = Literal["top", "bottom"]
 Align = Literal["token", "prediction"]
 
 SCORES = frozenset({"waad", "fai", "entropy"})
 """The scores that a strategy can need."""
+
+_AXES = "completion, token"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +67,7 @@ class CreditStrategy(ABC):
         needs: the scores that the strategy reads; what nobody needs is not measured.
 
     Raises:
-        ParameterError: an amplification that is negative or not finite.
+        ParameterError: an amplification that is negative or not finite, or a `normalize` that is not a bool.
 
     >>> class EveryOther(CreditStrategy):
     ...     needs = frozenset()
@@ -63,34 +79,44 @@ class CreditStrategy(ABC):
     tensor([[1., 3., 1., 1.]])
     """
 
-    amplification: float = 1.5
-    normalize: bool = False
+    amplification: FloatField = 1.5
+    normalize: BoolField = False
     needs: ClassVar[frozenset[str]] = SCORES
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.amplification) and self.amplification >= 0):
-            raise ParameterError(
-                f"amplification is a weight, finite and not negative; got {self.amplification}"
-            )
+        self._set("amplification", real_number(self.amplification, "amplification", minimum=0, below=inf))
+        self._set("normalize", truth(self.normalize, "normalize"))
+
+    def _set(self, name: str, value: Any) -> None:
+        """Keep a parameter in its checked form: a numpy number, say, as a float."""
+        object.__setattr__(self, name, value)
 
     @abstractmethod
     def share(self, scores: TokenScores) -> Tensor:
-        """Return how much of the bonus `amplification - 1` each token gets, `[batch, token]`."""
+        """Return how much of the bonus `amplification - 1` each token gets, `[completion, token]`."""
 
-    def __call__(self, scores: TokenScores) -> Float[Tensor, "batch token"]:
+    def __call__(self, scores: TokenScores) -> Float[Tensor, "completion token"]:
         """Return the weight of each token: 1 where none was chosen, and outside the response.
 
         Raises:
-            ParameterError: scores of packed rows.
-            ResultError: scores that lack what the strategy needs.
+            ParameterError: something else than `TokenScores`, or scores of packed sequences.
+            ResultError: scores that lack what the strategy needs, or a share of another shape.
         """
+        instance(scores, TokenScores, "scores", "score_tokens() and score_rollout() return it")
         if scores.segment_ids is not None:
             raise ParameterError(
-                "these scores are of packed rows, where the tokens of one response would be ranked among "
-                "those of another: measure rows of one sequence each, such as batch.unpadded_rows()[0]"
+                "these scores are of packed sequences, where the tokens of one response would be ranked "
+                "among those of another: measure one sequence per entry of the batch, such as "
+                "batch.unpadded_rows()[0]"
             )
         dtype = torch.promote_types(scores.waad.dtype, torch.float32)
-        gamma = 1 + (self.amplification - 1) * self.share(scores).to(dtype)
+        share = as_tensor(self.share(scores), f"{_name_of(self)}.share", ResultError)
+        if share.shape != scores.waad.shape:
+            raise ResultError(
+                f"{_name_of(self)}.share must return [{_AXES}] = {list(scores.waad.shape)} like the scores; "
+                f"got {list(share.shape)}"
+            )
+        gamma = 1 + (self.amplification - 1) * share.to(scores.waad.device, dtype)
         gamma = gamma.masked_fill(~scores.response_mask, 1.0)
         return _with_mean_one(gamma, scores.response_mask) if self.normalize else gamma
 
@@ -100,22 +126,20 @@ class _Selective(CreditStrategy):
     """A strategy that chooses a share of each response's tokens.
 
     Attributes:
-        quantile: the share of the tokens that have the score, the paper's q: `ceil(q * n)` of n.
+        quantile: the share of the tokens with a score that is chosen, the paper's q: `ceil(q * n)` of n.
         select: "top" chooses the largest scores, "bottom" the smallest, the paper's ablation; of equal
             scores the earliest tokens are chosen.
     """
 
-    quantile: float = 0.4
+    quantile: FloatField = 0.4
     select: Select = "top"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.quantile <= 1:
-            raise ParameterError(f"quantile must be in (0, 1], got {self.quantile}")
-        if self.select not in ("top", "bottom"):
-            raise ParameterError(f'select is "top" or "bottom", got {self.select!r}')
+        self._set("quantile", real_number(self.quantile, "quantile", above=0, maximum=1))
+        choice(self.select, "select", get_args(Select))
 
-    def _chosen(self, values: Tensor, scores: TokenScores) -> Bool[Tensor, "batch token"]:
+    def _chosen(self, values: Tensor, scores: TokenScores) -> Bool[Tensor, "completion token"]:
         inside = values.masked_fill(~scores.response_mask, torch.nan)
         return top_quantile(inside if self.select == "top" else -inside, self.quantile)
 
@@ -139,7 +163,7 @@ class LocalChunkCredit(_Selective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_align(self.align)
+        choice(self.align, "align", get_args(Align))
 
     def share(self, scores: TokenScores) -> Tensor:
         """Return 1 for the tokens of the largest change of WAAD."""
@@ -194,20 +218,21 @@ class CoupledRhythmCredit(_Selective):
     tensor([[1.0000, 1.2500, 1.2500, 1.0000, 1.0000, 1.5000]])
     """
 
-    alpha: float = 0.5
-    lookback: int = 3
-    waad_threshold: float | None = None
-    delta_threshold: float | None = None
+    alpha: FloatField = 0.5
+    lookback: IntField = 3
+    waad_threshold: FloatField | None = None
+    delta_threshold: FloatField | None = None
     align: Align = "token"
     needs: ClassVar[frozenset[str]] = frozenset({"waad", "fai"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_align(self.align)
-        if not 0 <= self.alpha <= 1:
-            raise ParameterError(f"alpha is the part that is passed on, in [0, 1]; got {self.alpha}")
-        if isinstance(self.lookback, bool) or not isinstance(self.lookback, int) or self.lookback < 1:
-            raise ParameterError(f"lookback is a whole number of tokens, at least 1; got {self.lookback!r}")
+        choice(self.align, "align", get_args(Align))
+        self._set("alpha", real_number(self.alpha, "alpha", minimum=0, maximum=1))
+        self._set("lookback", whole_number(self.lookback, "lookback", minimum=1))
+        for name in ("waad_threshold", "delta_threshold"):
+            if getattr(self, name) is not None:
+                self._set(name, real_number(getattr(self, name), name))
         # An anchor that introduces another one gets the bonus 1 + alpha times.
         if 1 + (self.amplification - 1) * (1 + self.alpha) < 0:
             raise ParameterError(
@@ -245,7 +270,9 @@ class EntropyCredit(_Selective):
     def share(self, scores: TokenScores) -> Tensor:
         """Return 1 for the tokens of the highest entropy."""
         if scores.entropy is None:
-            raise ResultError("these scores have no entropy: measure(..., entropy=True)")
+            raise ResultError(
+                "these scores have no entropy: measure(..., entropy=True), or weigh(..., entropy=...)"
+            )
         return self._chosen(scores.entropy, scores)
 
 
@@ -253,23 +280,23 @@ class EntropyCredit(_Selective):
 class RandomCredit(CreditStrategy):
     """Credit to random tokens of each response, a baseline of arXiv 2510.13554.
 
-    The draw depends on the seed and on the response itself, by which of its tokens have the larger
-    WAAD. So a strategy has no state to save: a response gets the same weights whichever responses stand
-    beside it, on whichever process, and after a resumed run too.
+    The draw depends on the seed and on the response itself, through which of its tokens have the larger
+    WAAD. So the strategy has no state to save: a response gets the same weights whatever other responses
+    are in the batch, on any process, and in a resumed run too.
 
     Attributes:
-        quantile: the share of the response's tokens: `ceil(q * n)` of n.
+        quantile: the share of the response's tokens that is chosen: `ceil(q * n)` of n.
         seed: another seed gives another draw.
     """
 
-    quantile: float = 0.4
-    seed: int = 0
+    quantile: FloatField = 0.4
+    seed: IntField = 0
     needs: ClassVar[frozenset[str]] = frozenset({"waad"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.quantile <= 1:
-            raise ParameterError(f"quantile must be in (0, 1], got {self.quantile}")
+        self._set("quantile", real_number(self.quantile, "quantile", above=0, maximum=1))
+        self._set("seed", whole_number(self.seed, "seed"))
 
     def share(self, scores: TokenScores) -> Tensor:
         """Return 1 for the tokens that were drawn."""
@@ -297,45 +324,49 @@ def needs_of(credit: Credit) -> frozenset[str]:
     if not callable(credit) or isinstance(credit, type):
         raise ParameterError(
             "a credit strategy is a callable `scores -> gamma`, such as CoupledRhythmCredit(); got "
-            f"{credit!r}"
+            f"{brief(credit)}"
         )
-    needs = frozenset(getattr(credit, "needs", SCORES))
+    needs = getattr(credit, "needs", SCORES)
+    if isinstance(needs, str) or not isinstance(needs, Iterable):
+        raise ParameterError(f"needs of {_name_of(credit)} must be a set of scores; got {brief(needs)}")
+    needs = frozenset(needs)
     if unknown := needs - SCORES:
-        raise ParameterError(f"a strategy can need {sorted(SCORES)}, not {sorted(unknown)}")
+        raise ParameterError(f"{_name_of(credit)} can need {sorted(SCORES)}, not {sorted(map(str, unknown))}")
     return needs
 
 
-def credit_of(credit: Credit, scores: TokenScores) -> Float[Tensor, "batch token"]:
+def credit_of(credit: Credit, scores: TokenScores) -> Float[Tensor, "completion token"]:
     """Return a strategy's weights after checking them; 1 outside the response.
 
     Raises:
+        ParameterError: something that is no strategy, or something else than `TokenScores`.
         ResultError: weights of the wrong type or shape, or weights in the response that are negative
             or not finite.
     """
+    needs_of(credit)
+    instance(scores, TokenScores, "scores", "score_tokens() and score_rollout() return it")
     gamma = credit(scores)
-    name = getattr(credit, "__name__", type(credit).__name__)
+    name = f"the weight that {_name_of(credit)} gave"
     shape = list(scores.response_mask.shape)
-    if not isinstance(gamma, Tensor) or not gamma.is_floating_point():
-        kind = f"a tensor of {gamma.dtype}" if isinstance(gamma, Tensor) else type(gamma).__name__
-        raise ResultError(f"{name} must return a tensor of floats {shape}, got {kind}")
-    if list(gamma.shape) != shape:
-        raise ResultError(f"{name} must return weights {shape} like the scores, got {list(gamma.shape)}")
-    gamma = gamma.detach().masked_fill(~scores.response_mask, 1.0)
-    if not bool(gamma.isfinite().all()):
-        row, token = (~gamma.isfinite()).nonzero()[0].tolist()
-        raise ResultError(f"{name} gave token {token} of row {row} the weight {float(gamma[row, token])}")
-    if bool((gamma < 0).any()):
-        row, token = (gamma < 0).nonzero()[0].tolist()
+    if not isinstance(gamma, Tensor) or not gamma.is_floating_point() or list(gamma.shape) != shape:
+        found = brief(gamma) if isinstance(gamma, Tensor) else f"a {type(gamma).__name__}"
         raise ResultError(
-            f"{name} gave token {token} of row {row} the weight {float(gamma[row, token])}: weights must "
-            "not be negative, or an advantage would change its sign"
+            f"{_name_of(credit)} must return a tensor of floats, [{_AXES}] = {shape} like the scores; got "
+            f"{found}"
         )
+    mask = scores.response_mask.to(gamma.device)
+    gamma = finite(gamma.detach().masked_fill(~mask, 1.0), name, _AXES, ResultError)
+    check_not_negative(gamma, name, ResultError)
     return gamma
 
 
+def _name_of(credit: Credit) -> str:
+    return getattr(credit, "__name__", type(credit).__name__)
+
+
 def _with_mean_one(
-    gamma: Float[Tensor, "batch token"], mask: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "batch token"]:
+    gamma: Float[Tensor, "completion token"], mask: Bool[Tensor, "completion token"]
+) -> Float[Tensor, "completion token"]:
     """Divide the weights of each response by their mean over its own tokens, padding left out."""
     inside = gamma.double().masked_fill(~mask, 0.0)
     mean = inside.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
@@ -344,7 +375,7 @@ def _with_mean_one(
     return (gamma.double() / mean).to(gamma.dtype).masked_fill(~mask, 1.0)
 
 
-def _aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "batch token"]:
+def _aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "completion token"]:
     # Half precision has no median, and would tie changes that differ.
     dtype = torch.promote_types(scores.waad.dtype, torch.float32)
     waad = scores.waad.to(dtype).masked_fill(~scores.response_mask, torch.nan)
@@ -356,18 +387,13 @@ def _aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "batch tok
     return shifted.masked_fill(~scores.response_mask, torch.nan)
 
 
-def _check_align(align: Align) -> None:
-    if align not in ("token", "prediction"):
-        raise ParameterError(f'align is "token" or "prediction", got {align!r}')
-
-
 def _warn_of_short_responses(scores: TokenScores) -> None:
     inside = scores.response_mask
     without = inside.any(-1) & ~(inside & ~scores.fai.isnan()).any(-1)
     if bool(without.any()):
         _warn_once(
-            "some responses are too short for any of their tokens to have a FAI (shorter than the "
-            "horizon's start, or empty): they keep the weight 1. Later ones are not reported"
+            "some responses are too short for any of their tokens to have a FAI (shorter than the start of "
+            "the horizon, or empty): their weights stay 1. This is reported only once"
         )
 
 

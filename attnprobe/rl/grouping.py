@@ -1,12 +1,14 @@
-"""HeadGrouping: which heads are local and global in a run that trains, and when to ask again.
+"""HeadGrouping: which heads are local and global during training, and when they are due again.
 
-A policy changes while it is trained, so its heads are classified anew from time to time. A grouping
-knows the step that it was made at and goes into checkpoints as what JSON can hold, so that a resumed
-run goes on with it. What is left to others: measuring and weighing (trl, ppo).
+A policy changes while it is trained, so `RolloutCredit` classifies its heads again from time to time. A
+grouping knows the step at which it was made, and goes into checkpoints as plain JSON, so that a resumed run
+continues with it. `choose_layers` says which layers a grouping, or a request for layers, asks to measure.
+What is left to others: measuring and weighing (rollout_credit), and checkpoints (trl, ppo).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,60 +18,82 @@ from attnprobe.adapters import adapter_for
 from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.heads import HeadGroups
+from attnprobe.validation import IntLike, brief, instance, whole_number
 
 
 class HeadGrouping:
     """The groups of heads in use, and when they are due again.
 
     Args:
-        reclassify_every: group heads anew after so many optimizer steps; None: once, and keep it.
+        reclassify_every: classify heads again every so many optimizer steps; None: only once.
 
     Attributes:
-        saved_groups: the groups, as what JSON can hold; None before the first.
-        grouped_at: the step of the grouping.
+        saved_groups: the groups as plain JSON; None before the first.
+        grouped_at: the step at which they were made.
 
     Raises:
-        ParameterError: a number of steps below 1.
+        ParameterError: a number of steps below 1, or not whole.
 
     >>> grouping = HeadGrouping(reclassify_every=10)
     >>> grouping.is_due(0)
     True
     """
 
-    def __init__(self, reclassify_every: int | None = 10) -> None:
-        every = reclassify_every
-        if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
-            raise ParameterError(
-                "reclassify_every is a whole number of optimizer steps, at least 1, or None to group heads "
-                f"once; got {every!r}"
-            )
-        self.reclassify_every = every
+    def __init__(self, reclassify_every: IntLike | None = 10) -> None:
+        self.reclassify_every = (
+            None
+            if reclassify_every is None
+            else whole_number(reclassify_every, "reclassify_every", minimum=1)
+        )
         self.saved_groups: dict[str, Any] | None = None
         self.grouped_at: int | None = None
 
     @property
     def groups(self) -> HeadGroups | None:
-        """The groups in use, None before the first."""
+        """The groups in use, None before the first.
+
+        Raises:
+            ResultError: groups from a checkpoint that is damaged.
+        """
         return None if self.saved_groups is None else _from_json(self.saved_groups)
 
-    def keep(self, groups: HeadGroups, step: int) -> None:
-        """Use these groups from now on; `step` is the optimizer step that they were made at."""
+    def keep(self, groups: HeadGroups, step: IntLike) -> None:
+        """Use these groups from now on; `step` is the optimizer step at which they were made.
+
+        Raises:
+            ParameterError: something else than groups, or a step that is no whole number.
+        """
+        instance(groups, HeadGroups, "groups", "classify_heads() returns one")
         # Without the model's name: a resumed run may have loaded the model from another place.
         self.saved_groups = _to_json(replace(groups, model_name=""))
-        self.grouped_at = step
+        self.grouped_at = whole_number(step, "step")
 
-    def is_due(self, step: int) -> bool:
-        """Return whether heads are to be grouped now."""
+    def is_due(self, step: IntLike) -> bool:
+        """Return whether heads are to be classified at this step.
+
+        Raises:
+            ParameterError: a step that is no whole number.
+        """
+        now = whole_number(step, "step")
         if self.saved_groups is None or self.grouped_at is None:
             return True
-        return self.reclassify_every is not None and step - self.grouped_at >= self.reclassify_every
+        return self.reclassify_every is not None and now - self.grouped_at >= self.reclassify_every
 
     def attributes(self) -> dict[str, Any]:
         """Return what a checkpoint has to keep."""
         return {"saved_groups": self.saved_groups, "grouped_at": self.grouped_at}
 
-    def restore(self, attributes: dict[str, Any]) -> None:
-        """Take what a checkpoint has kept."""
+    def restore(self, attributes: Mapping[str, Any]) -> None:
+        """Take what a checkpoint has kept.
+
+        Raises:
+            ResultError: something else than what `attributes` returns.
+        """
+        if not isinstance(attributes, Mapping) or not {"saved_groups", "grouped_at"} <= set(attributes):
+            raise ResultError(
+                "a checkpoint's grouping of heads has saved_groups and grouped_at, as attributes() returns "
+                f"them; got {brief(attributes)}"
+            )
         self.saved_groups = attributes["saved_groups"]
         self.grouped_at = attributes["grouped_at"]
 
@@ -78,14 +102,16 @@ def choose_layers(policy: Any, layers: Layers, heads: HeadGroups | None) -> tupl
     """Return the layers of the policy to measure: those asked for, or those of a given grouping.
 
     Raises:
-        ParameterError: layers that the policy does not have, or a grouping of others or another model.
+        ParameterError: layers that the policy does not have, or a grouping of other layers or another model.
         UnsupportedModelError: a policy whose attention cannot be read.
     """
     adapter = adapter_for(policy)
     if heads is None:
         return resolve_layers(layers, adapter)
+    instance(heads, HeadGroups, "heads", "classify_heads() returns one")
     chosen = resolve_layers(heads.layers, adapter)
-    if layers != "middle" and resolve_layers(layers, adapter) != chosen:
+    is_default = isinstance(layers, str) and layers == "middle"
+    if not is_default and resolve_layers(layers, adapter) != chosen:
         raise ParameterError(
             f"heads were grouped in layers {list(heads.layers)}, but layers={layers!r}: leave layers out"
         )

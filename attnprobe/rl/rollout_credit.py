@@ -1,47 +1,80 @@
-"""RolloutCredit: the weights of a policy's own rollouts, for a training loop that is one's own.
+"""RolloutCredit: the one mechanism that measures a rollout, groups heads, and asks a strategy for weights.
 
-It measures the policy's attention over the rollout, classifies heads when that is due, scores the tokens
-and asks the strategy. What is left to others: the pieces (scoring, grouping, credit), what is done with
-the weights (advantage, ppo), and TRL's trainers, with their processes and shards (trl).
+Every trainer goes through it: a training loop of your own and the reference PPO (ppo) use the class as it
+is, and `attach_credit` (trl) overrides the few methods in which a TRL trainer differs. For each rollout it
+decides which completions matter, has the policy measure its own attention over them, classifies heads when
+that is due, scores the tokens, and calls the strategy. What is left to others: the pieces (scoring,
+grouping, credit), and what is done with the weights (advantage).
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.adapters.base import Layers
 from attnprobe.errors import ParameterError
-from attnprobe.heads import HeadGroups, classify_heads
+from attnprobe.head_statistics import HeadStatistics
+from attnprobe.heads import HeadGroups, group_heads
 from attnprobe.metrics import Horizon, check_horizon, check_window
+from attnprobe.rl.advantage import spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import HeadGrouping, choose_layers
-from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
+from attnprobe.rl.scoring import Rollout, bare_policy, measure_rollout, score_rollout
+from attnprobe.scores import TokenScores
+from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, brief, instance, whole_number
+
+
+@dataclass(frozen=True)
+class WeighedRollout:
+    """What a rollout's tokens weigh, and why.
+
+    Attributes:
+        gamma: the weights; 1 in completions without a positive advantage.
+        measured: the completions that were measured.
+        scores: of the measured completions; None if there are none.
+    """
+
+    gamma: Float[Tensor, "completion token"]
+    measured: Bool[Tensor, " completion"]
+    scores: TokenScores | None
 
 
 class RolloutCredit:
     """Gives the tokens of a policy's rollouts their weights.
 
+    A trainer that differs from a plain loop overrides `model`, `grouping`, `token_entropy`,
+    `sum_over_processes` or `measures_all`; each says what it is for.
+
     Args:
-        policy: the model that wrote the rollouts.
+        policy: the model that wrote the rollouts; PEFT and `torch.compile` may be around it.
         credit: the strategy, such as `CoupledRhythmCredit()`, or any callable `scores -> gamma`.
         layers: where attention is measured: "middle" (the paper's five of the middle third), "all" or
             layer numbers.
-        heads: a grouping of heads that is kept; its layers are the ones measured. None: heads are
-            classified by the rollouts themselves.
-        reclassify_every: group heads anew after so many steps; None: once, and keep it.
+        heads: a grouping of heads to keep; its layers are the ones measured. None: heads are classified
+            by the rollouts themselves.
+        reclassify_every: classify heads again every so many steps; None: only once.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens.
-        batch_size: how many rows to measure at a time; default: as many as fit `measure`'s memory budget.
+        batch_size: how many completions to measure at a time; default: as many as fit `measure`'s memory
+            budget.
 
     Attributes:
-        grouping: the heads in use, and when they are due again; it belongs into checkpoints.
+        credit: the strategy.
+        heads: the grouping that was given, if any.
+        layers: the layers that are measured; empty where the strategy needs no attention.
 
     Raises:
-        ParameterError: parameters that make no sense.
+        ParameterError: a wrong parameter.
         UnsupportedModelError: a policy whose attention cannot be read.
     """
 
@@ -52,56 +85,171 @@ class RolloutCredit:
         *,
         layers: Layers = "middle",
         heads: HeadGroups | None = None,
-        reclassify_every: int | None = 10,
+        reclassify_every: IntLike | None = 10,
         window: int = 10,
         horizon: Horizon = (10, 50),
-        batch_size: int | None = None,
+        batch_size: IntLike | None = None,
     ) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ParameterError(f"batch_size must be at least 1, got {batch_size}")
-        self._policy, self._credit, self._needs, self._heads = policy, credit, needs_of(credit), heads
-        self._measuring: dict[str, Any] = {
-            "window": check_window(window),
-            "horizon": check_horizon(horizon),
-            "batch_size": batch_size,
-        }
-        self._reads_attention = bool(self._needs & {"waad", "fai"})
-        if self._reads_attention:
-            self._measuring["layers"] = choose_layers(policy, layers, heads)
-        self.grouping = HeadGrouping(reclassify_every)
+        self.credit, self.heads = credit, heads
+        self.needs = needs_of(credit)
+        self.window, self.horizon = check_window(window), check_horizon(horizon)
+        self.batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", minimum=1)
+        if heads is not None:
+            instance(heads, HeadGroups, "heads", "classify_heads() returns one")
+        self._policy = bare_policy(policy)
+        self._grouping = HeadGrouping(reclassify_every)
+        reads_attention = bool(self.needs & {"waad", "fai"})
+        self.layers = choose_layers(self._policy, layers, heads) if reads_attention else ()
+
+    # ---- what a trainer may do otherwise ------------------------------------------------------
+
+    def model(self) -> Any:
+        """Return what is measured: the policy, or an `Adapter` that runs it in another way."""
+        return self._policy
+
+    @property
+    def grouping(self) -> HeadGrouping:
+        """Where the groups of heads are kept, and when they are due again; it belongs in checkpoints."""
+        return self._grouping
+
+    @property
+    def measures_all(self) -> bool:
+        """Whether to measure all completions, so that all processes make equally many forward passes."""
+        return False
+
+    def token_entropy(self, rollout: Rollout) -> Float[Tensor, "completion token"] | None:
+        """Return the entropy of each token, for a strategy that needs it and if `weigh` is not given it."""
+        return None
+
+    def sum_over_processes(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over all processes that train the policy; it is of equal shape in all.
+
+        By default over the processes of `torch.distributed`, if it is initialised: heads are then
+        classified by the rollouts of all.
+        """
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            values = values.clone()
+            distributed.all_reduce(values)
+        return values
+
+    # ---- one rollout --------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> HeadGroups | None:
+        """The groups of heads in use: those given, or the latest of the run; None before the first."""
+        return self.heads if self.heads is not None else self.grouping.groups
 
     def weigh(
-        self,
-        rollout: Rollout,
-        advantages: Float[Tensor, " batch"] | Float[Tensor, "batch completion"],
-        step: int,
-        *,
-        entropy: Float[Tensor, "batch completion"] | None = None,
-    ) -> Float[Tensor, "batch completion"]:
+        self, rollout: Rollout, advantages: ArrayLike, step: IntLike, *, entropy: ArrayLike | None = None
+    ) -> Float[Tensor, "completion token"]:
         """Return gamma for each token; 1 in completions without a positive advantage, which need none.
 
         Args:
             rollout: what the policy wrote.
-            advantages: they decide which completions are measured, and are not changed.
-            step: of the run, by which heads are grouped anew.
-            entropy: of the distribution that each token was sampled from, in nats, for strategies that
-                need it.
+            advantages: `[completion]` or `[completion, token]`; they decide which completions are
+                measured, and are not changed.
+            step: of the run, by which heads are due to be classified again.
+            entropy: `[completion, token]`, of the distribution that each token was sampled from, in nats,
+                for strategies that need it.
 
         Raises:
+            BatchError: a rollout that the policy cannot read.
+            ParameterError: advantages or entropy of another shape, or a step that is no whole number.
             ResultError: scores or weights that are not finite, or entropy that is needed and not given.
         """
-        gains = advantages > 0 if advantages.ndim == 1 else (advantages > 0).any(-1)
-        regroups = self._reads_attention and self._heads is None and self.grouping.is_due(step)
-        rows = torch.ones_like(gains) if regroups else gains
-        gamma = torch.ones(rollout.completion_ids.shape, device=gains.device)
-        if not bool(rows.any()):
-            return gamma
-        part, statistics, groups = rollout.select(rows), None, None
-        if self._reads_attention:
-            statistics = measure_rollout(self._policy, part, span=regroups, **self._measuring)
+        return self.weigh_with_scores(rollout, advantages, step, entropy=entropy).gamma
+
+    def weigh_with_scores(
+        self, rollout: Rollout, advantages: ArrayLike, step: IntLike, *, entropy: ArrayLike | None = None
+    ) -> WeighedRollout:
+        """Return gamma as `weigh` does, with the scores that it was made from."""
+        instance(rollout, Rollout, "rollout")
+        now = whole_number(step, "step")
+        spread = spread_advantages(advantages, rollout.response_mask)
+        gains = (spread > 0).any(-1)
+        regroups = bool(self.layers) and self.heads is None and self.grouping.is_due(now)
+        measured = torch.ones_like(gains) if regroups or self.measures_all else gains
+        gamma = torch.ones(spread.shape, device=gains.device)
+        if not bool(measured.any()):
+            return WeighedRollout(gamma, measured, None)
+        part, statistics = rollout.select(measured), None
+        if self.layers:
+            statistics = measure_rollout(
+                self.model(),
+                part,
+                layers=self.layers,
+                window=self.window,
+                horizon=self.horizon,
+                span=regroups,
+                batch_size=self.batch_size,
+            )
             if regroups:
-                self.grouping.keep(classify_heads(statistics), step)
-            groups = self._heads or self.grouping.groups
-        scores = score_rollout(statistics, groups, part, entropy=None if entropy is None else entropy[rows])
-        gamma[rows] = credit_of(self._credit, scores).to(gamma)
-        return torch.where(gains[:, None], gamma, 1.0)
+                self._classify(statistics, now)
+        groups = self.groups if self.layers else None
+        if entropy is not None:
+            whole = as_float_tensor(entropy, "entropy", tuple(spread.shape), axes="completion, token")
+            entropy = whole[measured.to(whole.device)]
+        elif "entropy" in self.needs:
+            entropy = self.token_entropy(part)
+        scores = score_rollout(None if groups is None else statistics, groups, part, entropy=entropy)
+        gamma[measured] = credit_of(self.credit, scores).to(gamma)
+        return WeighedRollout(torch.where(gains[:, None], gamma, 1.0), measured, scores)
+
+    def _classify(self, statistics: HeadStatistics, step: int) -> None:
+        """Group heads by their mean span over the completions of all processes, and keep the groups."""
+        assert statistics.span is not None
+        span = statistics.span.double()
+        # Sums and counts, and not spans: processes may have different numbers of completions.
+        total, count = self.sum_over_processes(torch.stack([span.nansum(0), (~span.isnan()).double().sum(0)]))
+        # Nothing is known of completions that are all masked; the grouping stays due.
+        if bool((count > 0).any()):
+            groups = group_heads((total / count).to(statistics.span.dtype))
+            self.grouping.keep(replace(groups, layers=statistics.layers), step)
+
+    def settings(self) -> dict[str, str]:
+        """Return what the weights depend on, as text: the strategy, its parameters, and what is measured.
+
+        A checkpoint keeps it, so that a run is not resumed with something else.
+
+        >>> from attnprobe.rl import RandomCredit
+        >>> from attnprobe.testing.tiny_models import tiny_model
+        >>> settings = RolloutCredit(tiny_model("llama"), RandomCredit(seed=3), layers=[1]).settings()
+        >>> settings["credit"], settings["credit.seed"], settings["layers"]
+        ('RandomCredit', '3', '(1,)')
+        """
+        kind = self.credit if inspect.isroutine(self.credit) else type(self.credit)
+        found = {"credit": kind.__qualname__}
+        if dataclasses.is_dataclass(self.credit):
+            parameters = dataclasses.fields(self.credit)
+            found |= {f"credit.{each.name}": repr(getattr(self.credit, each.name)) for each in parameters}
+        if self.layers:
+            found |= {name: repr(getattr(self, name)) for name in ("layers", "window", "horizon")}
+            found["reclassify_every"] = repr(self.grouping.reclassify_every)
+            found["heads"] = "classified by the run" if self.heads is None else _digest(self.heads)
+        return found
+
+
+def _digest(heads: HeadGroups) -> str:
+    masks = json.dumps([heads.local_heads.tolist(), heads.global_heads.tolist()])
+    return f"given, {hashlib.blake2b(masks.encode(), digest_size=6).hexdigest()}"
+
+
+def check_options(options: Any, taker: Callable[..., Any], name: str) -> dict[str, Any]:
+    """Return options by name, all of which a function takes as keyword arguments; None: no options.
+
+    Raises:
+        ParameterError: something else than a mapping, or names that the function does not take.
+
+    >>> check_options({"window": 5}, RolloutCredit, "credit_options")
+    {'window': 5}
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise ParameterError(f"{name} must be a mapping from names to values; got {brief(options)}")
+    parameters = inspect.signature(taker).parameters.values()
+    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    if unknown := [option for option in options if option not in known]:
+        raise ParameterError(f"{name} can have {', '.join(known)}; got {', '.join(map(repr, unknown))}")
+    return dict(options)

@@ -1,9 +1,10 @@
 """Scores of a policy's own rollouts, aligned with its completions, for strategies to weigh.
 
-A rollout is what a trainer has after generating: prompts padded left, completions padded right. Its
-attention is measured by the policy itself, in evaluation mode, without gradients, a few rows at a
-time, and no further than the last layer of interest. What is left to others: what is measured
-(measurement), the weights (credit), and when a trainer asks for them (trl, ppo).
+`Rollout` is what a trainer has after generating: prompts padded left, completions padded right.
+`measure_rollout` has the policy measure its own attention over it (in evaluation mode, without gradients,
+a few completions at a time), and `score_rollout` turns that into one score per token. `RolloutCredit` calls
+both; a training loop of your own may call them directly. What is left to others: what is measured
+(measurement), the weights (credit), and when a trainer asks for them (rollout_credit).
 """
 
 from __future__ import annotations
@@ -16,67 +17,132 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.adapters import adapter_for
 from attnprobe.adapters.base import Layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import BatchError, ResultError
-from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
+from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.measurement import measure
 from attnprobe.metrics import Horizon
-from attnprobe.probe import attach
-from attnprobe.rl.advantage import response_mask_of
 from attnprobe.scores import TokenScores, score_tokens
+from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, as_tensor, finite, instance, truth
+
+_AXES = "completion, token"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Rollout:
-    """What a trainer has after generating.
+    """What a trainer has after generating; lists and arrays become tensors.
 
     Attributes:
         prompt_ids, prompt_mask: padded left.
-        completion_ids, completion_mask: padded right; a row may be masked entirely, as trainers do
-            with truncated completions.
-        tool_mask: 0 where a tool wrote, 1 where the policy did; None where there are no tools.
+        completion_ids, completion_mask: padded right; a completion may be masked entirely, as trainers do
+            with truncated ones.
+        tool_mask: False where a tool wrote, True where the policy did; None where there are no tools.
+
+    Raises:
+        BatchError: ids that are negative or not whole numbers, shapes that do not fit, or masks of
+            something else than 0 and 1.
+
+    >>> rollout = Rollout([[5, 6]], [[1, 1]], [[7, 8, 9]], [[1, 1, 1]], tool_mask=[[1, 0, 1]])
+    >>> rollout.response_mask
+    tensor([[ True, False,  True]])
     """
 
-    prompt_ids: Int[Tensor, "batch prompt"]
-    prompt_mask: Tensor
-    completion_ids: Int[Tensor, "batch completion"]
-    completion_mask: Tensor
-    tool_mask: Tensor | None = None
+    prompt_ids: Int[Tensor, "completion prompt"]
+    prompt_mask: Bool[Tensor, "completion prompt"]
+    completion_ids: Int[Tensor, "completion token"]
+    completion_mask: Bool[Tensor, "completion token"]
+    tool_mask: Bool[Tensor, "completion token"] | None = None
+
+    def __init__(
+        self,
+        prompt_ids: ArrayLike,
+        prompt_mask: ArrayLike,
+        completion_ids: ArrayLike,
+        completion_mask: ArrayLike,
+        tool_mask: ArrayLike | None = None,
+    ) -> None:
+        prompts = _token_ids(prompt_ids, "prompt_ids")
+        completions = _token_ids(completion_ids, "completion_ids")
+        if prompts.shape[0] != completions.shape[0]:
+            raise BatchError(
+                f"there must be a prompt for each completion; got {prompts.shape[0]} prompts and "
+                f"{completions.shape[0]} completions"
+            )
+        if completions.numel() == 0:
+            raise BatchError(f"the completions {list(completions.shape)} have no tokens to be scored")
+        # A frozen dataclass with an __init__ of its own, since what it takes is not what it keeps.
+        for name, value in (
+            ("prompt_ids", prompts),
+            ("prompt_mask", _mask_of(prompts, prompt_mask, "prompt_mask")),
+            ("completion_ids", completions),
+            ("completion_mask", _mask_of(completions, completion_mask, "completion_mask")),
+            ("tool_mask", None if tool_mask is None else _mask_of(completions, tool_mask, "tool_mask")),
+        ):
+            object.__setattr__(self, name, value)
 
     @property
-    def response_mask(self) -> Bool[Tensor, "batch completion"]:
-        """The tokens that the policy wrote itself and is trained on."""
-        return response_mask_of(self.completion_mask, self.tool_mask)
+    def response_mask(self) -> Bool[Tensor, "completion token"]:
+        """The tokens that the policy wrote itself and is trained on: neither padding nor tool output."""
+        return self.completion_mask if self.tool_mask is None else self.completion_mask & self.tool_mask
 
-    def select(self, rows: Bool[Tensor, " batch"]) -> Rollout:
-        """Return some of the rows, at the same width."""
-        tools = self.tool_mask
+    def select(self, completions: ArrayLike) -> Rollout:
+        """Return some of the completions, by a mask `[completion]`; their width stays the same.
+
+        Raises:
+            BatchError: a mask of another length, or of something else than 0 and 1.
+        """
+        chosen = as_mask(
+            completions,
+            "completions",
+            tuple(self.completion_ids.shape[:1]),
+            axes="completion",
+            device=self.completion_ids.device,
+            error=BatchError,
+        )
         return Rollout(
-            self.prompt_ids[rows],
-            self.prompt_mask[rows],
-            self.completion_ids[rows],
-            self.completion_mask[rows],
-            None if tools is None else tools[rows],
+            self.prompt_ids[chosen],
+            self.prompt_mask[chosen],
+            self.completion_ids[chosen],
+            self.completion_mask[chosen],
+            None if self.tool_mask is None else self.tool_mask[chosen],
         )
 
     def batch(self) -> TokenBatch:
-        """Return prompts and completions as a batch whose response is the whole completion.
+        """Return prompts and completions as a batch whose response is what the policy wrote itself.
 
-        Tool output counts as response here, since later tokens read through it. A row that is masked
-        entirely is given one token, so that every process of a sharded run makes the same number of
-        forward passes.
+        What a tool wrote is read by the policy, but does not vote in FAI and span. A completion that is
+        masked entirely is given one token, so that every process of a sharded run makes the same number
+        of forward passes.
 
         Raises:
-            BatchError: shapes or masks that do not fit.
+            BatchError: masks that are not padding on the left of the prompts, on the right of the
+                completions.
         """
-        mask = self.completion_mask.bool().clone()
-        if mask.shape[-1] == 0:
-            raise BatchError("the completions have no tokens: there is nothing to score")
-        mask[:, 0] |= ~mask.any(-1)
-        return TokenBatch.from_rollout(self.prompt_ids, self.prompt_mask, self.completion_ids, mask)
+        real, own = self.completion_mask.clone(), self.response_mask.clone()
+        for mask in (real, own):
+            mask[:, 0] |= ~mask.any(-1)
+        return TokenBatch.from_ids(
+            torch.cat([self.prompt_ids, self.completion_ids], dim=1),
+            torch.cat([self.prompt_mask, real], dim=1),
+            response_mask=torch.cat([torch.zeros_like(self.prompt_mask), own], dim=1),
+        )
+
+
+def _token_ids(value: Any, name: str) -> Int[Tensor, "completion token"]:
+    ids = as_tensor(value, name, BatchError)
+    if ids.ndim != 2:
+        raise BatchError(f"{name} must be [{_AXES}]; got {list(ids.shape)}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise BatchError(f"{name} must be whole numbers; got {str(ids.dtype).removeprefix('torch.')}")
+    if ids.numel() and int(ids.min()) < 0:
+        raise BatchError(f"{name} must not be negative, not even on padding; got {int(ids.min())}")
+    return ids
+
+
+def _mask_of(ids: Tensor, mask: Any, name: str) -> Bool[Tensor, "completion token"]:
+    return as_mask(mask, name, tuple(ids.shape), axes=_AXES, device=ids.device, error=BatchError)
 
 
 def measure_rollout(
@@ -88,52 +154,45 @@ def measure_rollout(
     horizon: Horizon = (10, 50),
     span: bool = True,
     batch_size: int | None = None,
-    root: Any = None,
 ) -> HeadStatistics:
     """Return what every head does in the completions of a rollout; columns are those of the completions.
 
     Args:
-        model: the policy, or what an adapter knows of it.
+        model: the policy, or an adapter for it.
         rollout: prompts and completions.
         layers, window, horizon: as for `measure`.
-        span: whether to compute span, by which heads are classified; a grouping that exists does without.
-        batch_size: how many rows to run at a time; default: as many as fit `measure`'s memory budget, or
-            all where a root is called.
-        root: the module to call instead of the model itself, where the model's parameters are
-            sharded (FSDP, DeepSpeed): those are gathered by hooks around whole forward passes of the
-            root, so it is run to its end, and never stopped above the last layer of interest.
+        span: whether to compute span, by which heads are classified; not needed if they already are.
+        batch_size: how many completions to run at a time; default: as many as fit `measure`'s memory
+            budget. Pass it where processes have to make equally many forward passes.
 
     Raises:
-        BatchError: masks that do not fit, or sequences longer than the model's context.
-        ParameterError: layers, window or horizon that make no sense.
+        BatchError: ids outside the vocabulary, masks that do not fit, or sequences longer than the model's
+            context.
+        ParameterError: a wrong `layers`, `window`, `horizon`, `span` or `batch_size`.
         UnsupportedModelError: a model whose attention cannot be read.
         PatternError: attention that is not finite, as when the policy's weights are not.
     """
-    batch = rollout.batch()
-    if root is None:
-        statistics = measure(
-            model,
-            batch,
-            layers=layers,
-            window=window,
-            horizon=horizon,
-            span=span,
-            entropy=False,
-            batch_size=batch_size,
-        )
-    else:
-        probe = HeadStatisticsProbe(window=window, horizon=horizon, span=span, entropy=False)
-        statistics = _measure_whole_passes(model, batch, root, layers, probe, batch_size)
+    instance(rollout, Rollout, "rollout")
+    statistics = measure(
+        model,
+        rollout.batch(),
+        layers=layers,
+        window=window,
+        horizon=horizon,
+        span=truth(span, "span"),
+        entropy=False,
+        batch_size=batch_size,
+    )
     start = rollout.prompt_ids.shape[1]
-    masked = ~rollout.completion_mask.to(statistics.waad.device).bool()
-    empty = masked.all(-1)
-    spans = statistics.span
+    own = rollout.response_mask.to(statistics.waad.device)
+    empty, spans = ~own.any(-1), statistics.span
     return replace(
         statistics,
         span=None if spans is None else spans.masked_fill(empty[:, None, None], torch.nan),
-        waad=statistics.waad[..., start:].masked_fill(masked[:, None, None], torch.nan),
-        fai=statistics.fai[..., start:].masked_fill(masked[:, None, None], torch.nan),
-        response_mask=~masked,
+        waad=statistics.waad[..., start:].masked_fill(~own[:, None, None], torch.nan),
+        fai=statistics.fai[..., start:].masked_fill(~own[:, None, None], torch.nan),
+        response_mask=own,
+        input_ids=rollout.completion_ids.to(own.device),
     )
 
 
@@ -142,7 +201,7 @@ def score_rollout(
     heads: HeadGroups | None,
     rollout: Rollout,
     *,
-    entropy: Float[Tensor, "batch completion"] | None = None,
+    entropy: ArrayLike | None = None,
 ) -> TokenScores:
     """Return the scores of the tokens that the policy wrote, NaN elsewhere.
 
@@ -150,27 +209,49 @@ def score_rollout(
         statistics: of the rollout; None where no attention was measured: WAAD and FAI are NaN then.
         heads: the groups; None to classify the heads by these statistics.
         rollout: prompts and completions.
-        entropy: of the distribution that each token was sampled from, in nats.
+        entropy: `[completion, token]`, of the distribution that each token was sampled from, in nats.
 
     Raises:
-        ResultError: groups of other layers, heads or models, or scores that are not finite.
+        ParameterError: arguments of another kind.
+        ResultError: statistics or entropy of another shape than the completions, groups of other layers,
+            heads or models, or scores that are not finite.
     """
+    instance(rollout, Rollout, "rollout")
     mask = rollout.response_mask
+    if heads is not None:
+        instance(heads, HeadGroups, "heads", "classify_heads() returns one")
     if entropy is not None:
-        _check_finite("entropy", entropy, mask)
-        entropy = entropy.detach().masked_fill(~mask.to(entropy.device), torch.nan)
+        entropy = as_float_tensor(entropy, "entropy", tuple(mask.shape), axes=_AXES, error=ResultError)
+        entropy = _own(entropy.detach(), mask, "the entropy")
     if statistics is None:
         unknown = torch.full(mask.shape, torch.nan, device=mask.device)
         return TokenScores(unknown, unknown, entropy, mask)
+    instance(statistics, HeadStatistics, "statistics", "measure_rollout() returns one")
+    if statistics.response_mask.shape != mask.shape:
+        raise ResultError(
+            f"the statistics must be of the rollout's completions [{_AXES}] = {list(mask.shape)}; they are "
+            f"of {list(statistics.response_mask.shape)}"
+        )
     scores = score_tokens(statistics, heads or classify_heads(statistics))
     mask = mask.to(scores.waad.device)
-    _check_finite("WAAD", scores.waad, mask)
     return TokenScores(
-        waad=scores.waad.masked_fill(~mask, torch.nan),
+        waad=_own(scores.waad, mask, "WAAD"),
         fai=scores.fai.masked_fill(~mask, torch.nan),
         entropy=None if entropy is None else entropy.to(mask.device),
         response_mask=mask,
     )
+
+
+def _own(values: Float[Tensor, "completion token"], mask: Tensor, name: str) -> Tensor:
+    """Return the values of the policy's own tokens, all of which have to be finite, and NaN elsewhere."""
+    mask = mask.to(values.device)
+    try:
+        finite(values.masked_fill(~mask, 0.0), f"{name} of the rollout", _AXES, ResultError)
+    except ResultError as error:
+        raise ResultError(
+            f"{error}: are the policy's weights finite? This rollout has not changed them"
+        ) from None
+    return values.masked_fill(~mask, torch.nan)
 
 
 def bare_policy(policy: Any) -> Any:
@@ -181,50 +262,3 @@ def bare_policy(policy: Any) -> Any:
         # Its adapters live in the layers of the base model.
         return policy.get_base_model()
     return policy
-
-
-@torch.no_grad()
-def _measure_whole_passes(
-    model: Any,
-    batch: TokenBatch,
-    root: Any,
-    layers: Layers,
-    probe: HeadStatisticsProbe,
-    batch_size: int | None,
-) -> HeadStatistics:
-    """Measure by calls of the root module, which are run to their end."""
-    adapter = adapter_for(model)
-    rows, layout = batch.unpadded_rows()
-    size = batch_size or rows.batch_size
-    was_training = [module for module in root.modules() if module.training]
-    root.eval()
-    try:
-        for begin in range(0, rows.batch_size, size):
-            part = rows.select(slice(begin, begin + size)).to(adapter.device)
-            positions = torch.arange(part.token_count, device=part.input_ids.device)[None]
-            with attach(adapter, probe, layers=layers, response_mask=part.response_mask):
-                root(input_ids=part.input_ids, position_ids=positions, use_cache=False, logits_to_keep=1)
-    finally:
-        for module in was_training:
-            module.training = True
-    statistics = probe.result()
-    weights = statistics.response_mask.sum(-1)
-    return replace(
-        statistics,
-        span=None if statistics.span is None else layout.responses(statistics.span, weights),
-        waad=layout.tokens(statistics.waad),
-        fai=layout.tokens(statistics.fai),
-        response_mask=batch.response_mask.to(adapter.device),
-        skipped_layers=adapter.skipped_layers,
-        model_name=adapter.model_name,
-    )
-
-
-def _check_finite(name: str, values: Tensor, mask: Tensor) -> None:
-    wrong = ~values.isfinite() & mask.to(values.device)
-    if bool(wrong.any()):
-        row, token = wrong.nonzero()[0].tolist()
-        raise ResultError(
-            f"{name} is {float(values[row, token])} at token {token} of row {row} of the rollout: are the "
-            "policy's weights finite? They were not changed by this batch"
-        )

@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prompts_per_step": 512,
         "group_size": 1,
         "epochs": 2,
-        "value_coefficient": 5.0,  # rewards vary by little: at 0.5 it takes half as many steps again
+        "vf_coef": 5.0,  # rewards vary by little: at 0.5 it takes half as many steps again
     },
     "group": {"estimator": "group", "prompts_per_step": 64, "group_size": 8, "epochs": 1},
 }
@@ -57,7 +57,7 @@ def config_of(name: str, steps: int, seed: int) -> PPOConfig:
         minibatch_size=128,
         max_new_tokens=LENGTH + 1,
         learning_rate=3e-4,
-        entropy_coefficient=0.05,
+        ent_coef=0.05,
         seed=seed,
         **SETTINGS[name],
     )

@@ -79,12 +79,12 @@ def train(config: PPOConfig) -> list[dict[str, float]]:
                 num_generations=config.group_size,
                 max_completion_length=config.max_new_tokens,
                 temperature=config.temperature,
-                epsilon=config.clip,
-                beta=config.kl_coefficient,
-                entropy_coef=config.entropy_coefficient,
+                epsilon=config.clip_coef,
+                beta=config.kl_coef,
+                entropy_coef=config.ent_coef,
                 learning_rate=config.learning_rate,
                 lr_scheduler_type="constant",
-                max_grad_norm=config.max_gradient_norm,
+                max_grad_norm=config.max_grad_norm,
                 weight_decay=0.0,
                 optim="adamw_torch",  # not its fused one: both take the same
                 loss_type="bnpo",  # a mean over the tokens of a minibatch, as ours

@@ -1,6 +1,7 @@
 """ActorCritic: a policy with a value for each token, and what PPO asks of any language model.
 
-What is left to others: sampling, advantages, losses (ppo).
+`PPO` wraps the policy in one, to sample from it and to train it. What is left to others: sampling,
+advantages, losses (algorithm).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from attnprobe.errors import ParameterError, UnsupportedModelError
 from attnprobe.rl.scoring import bare_policy
+from attnprobe.validation import brief
 
 
 class ActorCritic(torch.nn.Module):
@@ -24,7 +26,8 @@ class ActorCritic(torch.nn.Module):
         policy: a transformers causal language model; PEFT's adapters and `torch.compile` may be around it.
 
     Raises:
-        UnsupportedModelError: a model that takes no attention mask, or no key/value cache.
+        UnsupportedModelError: no transformers model, or one that takes no attention mask or no key/value
+            cache, or that has no output layer.
         ParameterError: a policy with nothing to train, or in half precision.
 
     >>> from attnprobe.testing.tiny_models import tiny_model
@@ -36,6 +39,13 @@ class ActorCritic(torch.nn.Module):
 
     def __init__(self, policy: Any) -> None:
         super().__init__()
+        is_transformers = isinstance(policy, torch.nn.Module) and hasattr(policy, "get_output_embeddings")
+        if not is_transformers:
+            raise UnsupportedModelError(
+                "PPO trains a transformers causal language model, such as AutoModelForCausalLM loads; got "
+                f"{brief(policy)}"
+            )
+        self.policy = policy
         self._accepted = frozenset(inspect.signature(bare_policy(policy).forward).parameters)
         missing = [name for name in ("attention_mask", "past_key_values") if name not in self._accepted]
         if missing:
@@ -52,9 +62,14 @@ class ActorCritic(torch.nn.Module):
                 f"the policy's parameters are {', '.join(map(str, half))}, which would round small updates "
                 "away: call policy.float(), or train adapters in float32"
             )
-        self.policy = policy
-        weight = policy.get_output_embeddings().weight
-        # Not initialised at random: that would use up numbers of the global generator.
+        head = self.policy.get_output_embeddings()
+        if head is None:
+            raise UnsupportedModelError(
+                f"{type(bare_policy(policy)).__name__} has no output layer to sample tokens from: load it "
+                "with AutoModelForCausalLM"
+            )
+        weight = head.weight
+        # Not initialised at random, which would consume numbers of the global generator.
         self.value_head = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], 1, device=weight.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)

@@ -1,88 +1,102 @@
-"""PPOConfig: what can be changed about a PPO run, and what each number means.
+"""PPOConfig: what can be set about a PPO run, and what each number means.
 
-What is left to others: the algorithm (ppo).
+Users build one and hand it to `PPO`. What is left to others: the algorithm (algorithm).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from math import inf
+from typing import Any, Literal, get_args
 
 from attnprobe.errors import ParameterError
+from attnprobe.validation import BoolField, FloatField, IntField, choice, real_number, truth, whole_number
+
+Estimator = Literal["gae", "group"]
+
+_ABOVE_0, _FINITE, _SHARE = {"above": 0}, {"minimum": 0, "below": inf}, {"minimum": 0, "maximum": 1}
+_RANGES: dict[str, dict[str, Any]] = {
+    "temperature": {"above": 0, "below": inf},
+    "gamma": _SHARE,
+    "gae_lambda": _SHARE,
+    "clip_coef": _ABOVE_0,
+    "clip_coef_vf": _ABOVE_0,
+    "vf_coef": _FINITE,
+    "ent_coef": _FINITE,
+    "kl_coef": _FINITE,
+    "target_kl": _ABOVE_0,
+    "learning_rate": {"above": 0, "below": inf},
+    "max_grad_norm": _ABOVE_0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """How to train; every number can be changed.
+    """How to train; names are those of CleanRL and TRL where these have one.
 
     Raises:
-        ParameterError: a number that makes no sense.
+        ParameterError: a value of another kind or outside its range.
     """
 
-    steps: int = 100
+    steps: IntField = 100
     """Rollouts, each followed by some epochs over its completions."""
-    prompts_per_step: int = 32
+    prompts_per_step: IntField = 32
     """Problems in a rollout, drawn without replacement until all have been seen."""
-    group_size: int = 4
+    group_size: IntField = 4
     """Completions of each problem; the estimator "group" needs at least 2."""
-    minibatch_size: int = 32
+    minibatch_size: IntField = 32
     """Completions in one optimizer step; the last of an epoch may have fewer."""
-    epochs: int = 2
+    epochs: IntField = 2
     """How often a rollout is gone through, each time in another order."""
-    max_new_tokens: int = 64
+    max_new_tokens: IntField = 64
     """The longest completion; one that is cut off there counts as finished."""
-    temperature: float = 1.0
+    temperature: FloatField = 1.0
     """What logits are divided by, in sampling and in the objective alike."""
-    estimator: Literal["gae", "group"] = "gae"
-    """Advantages by a value head, or by comparison with the other completions of the same problem."""
-    discount: float = 1.0
-    """GAE: what a reward loses for each token that it is away (the usual gamma)."""
-    gae_lambda: float = 0.95
-    """GAE: 1 waits for the rewards themselves, 0 believes the value of the next token."""
-    whiten: bool = True
+    estimator: Estimator = "gae"
+    """Advantages from a value head, or from a comparison with the other completions of the same problem."""
+    gamma: FloatField = 1.0
+    """GAE: the discount of a reward for each token that it is away."""
+    gae_lambda: FloatField = 0.95
+    """GAE: 1 waits for the rewards themselves, 0 trusts the value of the next token."""
+    whiten: BoolField = True
     """GAE: whether advantages get mean 0 and variance 1 over the tokens of the rollout."""
-    clip: float = 0.2
+    clip_coef: FloatField = 0.2
     """How far a token's probability ratio may leave 1 before its gradient stops; infinity: never."""
-    value_clip: float = 0.2
+    clip_coef_vf: FloatField = 0.2
     """How far a value may leave that of the rollout before its gradient stops; infinity: never."""
-    value_coefficient: float = 0.5
+    vf_coef: FloatField = 0.5
     """Weight of the value loss."""
-    entropy_coefficient: float = 0.0
-    """Weight of the bonus for entropy, in nats, of the policy's distributions."""
-    kl_coefficient: float = 0.0
-    """What each nat of a token's divergence from the policy as it was first takes off its reward."""
-    target_kl: float | None = None
-    """Where the policy has moved so far from the rollout's, in nats a token, its epochs end."""
-    learning_rate: float = 1e-6
+    ent_coef: FloatField = 0.0
+    """Weight of the entropy bonus, in nats, of the policy's distributions."""
+    kl_coef: FloatField = 0.0
+    """What each nat by which a token's log-probability exceeds the initial policy's costs in reward."""
+    target_kl: FloatField | None = None
+    """The epochs over a rollout end when the policy has moved so far from it, in nats per token."""
+    learning_rate: FloatField = 1e-6
     """Of AdamW without weight decay, constant."""
-    max_gradient_norm: float = 1.0
+    max_grad_norm: FloatField = 1.0
     """Longer gradients are shortened to this; infinity: never."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints, where the run has a folder; the last step is always one."""
-    seed: int = 0
+    checkpoint_every: IntField = 50
+    """Steps between checkpoints, where the run has a folder; the last step always saves one."""
+    seed: IntField = 0
     """Of problems, samples and minibatches: equal seeds give equal runs, bit for bit on equal CPU threads."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "prompts_per_step", "group_size", "minibatch_size", "epochs", "max_new_tokens")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ParameterError(f"seed is a whole number, got {self.seed!r}")
+        # What is kept is a plain number, whatever kind of number it was given as.
         for name in (*counts, "checkpoint_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ParameterError(f"{name} is a whole number, at least 1; got {value!r}")
-        for name in ("temperature", "clip", "value_clip", "learning_rate", "max_gradient_norm"):
-            if not getattr(self, name) > 0:
-                raise ParameterError(f"{name} must be above 0, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "value_coefficient", "entropy_coefficient", "kl_coefficient"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ParameterError(f"{name} must be finite and not negative, got {getattr(self, name)!r}")
-        for name in ("discount", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ParameterError(f"{name} must be in [0, 1], got {getattr(self, name)!r}")
-        if self.estimator not in ("gae", "group"):
-            raise ParameterError(f'estimator is "gae" or "group", got {self.estimator!r}')
+            self._keep(name, whole_number(getattr(self, name), name, minimum=1))
+        for name, limits in _RANGES.items():
+            if name != "target_kl" or self.target_kl is not None:
+                self._keep(name, real_number(getattr(self, name), name, **limits))
+        self._keep("seed", whole_number(self.seed, "seed"))
+        self._keep("whiten", truth(self.whiten, "whiten"))
+        choice(self.estimator, "estimator", get_args(Estimator))
         if self.estimator == "group" and self.group_size < 2:
-            raise ParameterError("a group of one completion has nothing to be compared with: group_size >= 2")
-        if self.target_kl is not None and not self.target_kl > 0:
-            raise ParameterError(f"target_kl must be above 0, or None; got {self.target_kl!r}")
+            raise ParameterError(
+                'the estimator "group" compares the completions of a problem: group_size must be at least '
+                f"2; got {self.group_size}"
+            )
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)

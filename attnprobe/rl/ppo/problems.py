@@ -1,6 +1,8 @@
-"""Problems: what a policy is asked, in which order, and how its completions are judged.
+"""Problems: what a policy is asked, in which order, where its answers end, and how they are rewarded.
 
-What is left to others: sampling completions, and what is learnt from the scores (ppo).
+`PPO` checks what it is given with `check_problems` and `check_ends`, asks `problems_of_step` for the prompts
+of each step, and has `judge` call the user's reward. What is left to others: sampling completions, and what
+is learnt from the rewards (algorithm).
 """
 
 from __future__ import annotations
@@ -13,25 +15,57 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.errors import ParameterError, ResultError
+from attnprobe.models import end_tokens
+from attnprobe.validation import as_float_tensor, brief, whole_numbers
 
 Problem = Mapping[str, Any]
 """A problem has `prompt_ids`, and whatever the reward has to know."""
 
 Reward = Callable[[list[Problem], list[list[int]]], Sequence[float]]
-"""`(problems, completions) -> scores`, of lists of equal length; a completion is a list of ids."""
+"""`(problems, completions) -> rewards`, of lists of equal length; a completion is a list of ids."""
 
 
-def check_problems(problems: Sequence[Problem], new_tokens: int, policy: Any) -> None:
-    """Raise `ParameterError` where there are none, or prompts are empty or too long for the policy."""
-    lengths = [len(problem.get("prompt_ids", ())) for problem in problems]
-    if not lengths or min(lengths) == 0:
-        raise ParameterError("training needs problems, each with at least one id in its prompt_ids")
+def check_problems(problems: Any, reward: Any, new_tokens: int, policy: Any) -> None:
+    """Check that problems and reward can be used to train a policy.
+
+    Raises:
+        ParameterError: no problems, a reward that cannot be called, or prompts that are empty, outside the
+            policy's vocabulary, or too long for it.
+    """
+    if not callable(reward):
+        raise ParameterError(
+            f"reward must be a callable (problems, completions) -> rewards; got {brief(reward)}"
+        )
+    if isinstance(problems, str | Mapping) or not hasattr(problems, "__getitem__"):
+        raise ParameterError(f"problems must be a list of mappings with prompt_ids; got {brief(problems)}")
+    vocabulary = policy.get_input_embeddings().weight.shape[0]
+    lengths = []
+    for i, problem in enumerate(problems):
+        if not isinstance(problem, Mapping) or "prompt_ids" not in problem:
+            raise ParameterError(f"problem {i} must be a mapping with prompt_ids; got {brief(problem)}")
+        name = f"prompt_ids of problem {i}"
+        lengths.append(len(whole_numbers(problem["prompt_ids"], name, maximum=vocabulary - 1)))
+    if not lengths:
+        raise ParameterError("training needs at least one problem; got none")
     context = getattr(policy.config, "max_position_embeddings", None)
     if context is not None and max(lengths) + new_tokens > context:
         raise ParameterError(
             f"prompts of up to {max(lengths)} tokens and {new_tokens} new ones exceed the policy's context "
             f"of {context}"
         )
+
+
+def check_ends(ends: Any, policy: Any) -> set[int]:
+    """Return the ids that end a completion; None: those of the policy's generation config.
+
+    Raises:
+        ParameterError: something else than ids of the policy's vocabulary.
+    """
+    if ends is None:
+        return end_tokens(policy)
+    if isinstance(ends, list | tuple | set | frozenset) and not ends:
+        return set()
+    return set(whole_numbers(ends, "ends", maximum=policy.get_input_embeddings().weight.shape[0] - 1))
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, wanted: int, seed: int) -> list[Problem]:
@@ -58,22 +92,33 @@ def problems_of_step(problems: Sequence[Problem], step: int, wanted: int, seed: 
 def judge(
     reward: Reward, problems: list[Problem], completions: list[list[int]]
 ) -> Float[Tensor, " completion"]:
-    """Return the scores of completions, in float32.
+    """Return the rewards of completions, in float32.
 
     Raises:
+        ParameterError: a reward that cannot be called.
         ResultError: something else than a finite number for each completion.
 
     >>> judge(lambda problems, completions: [len(ids) for ids in completions], [{}, {}], [[1], [2, 3]])
     tensor([1., 2.])
     """
-    given = reward(problems, completions)
-    expected = f"the reward must return {len(completions)} finite numbers, one for each completion"
-    try:
-        scores = torch.as_tensor(given).detach().float()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ResultError(f"{expected}; got {type(given).__name__}") from error
-    if scores.shape != (len(completions),) or not bool(scores.isfinite().all()):
-        raise ResultError(
-            f"{expected}; got {list(scores.shape)}, of which {int((~scores.isfinite()).sum())} are not finite"
+    if not callable(reward):
+        raise ParameterError(
+            f"reward must be a callable (problems, completions) -> rewards; got {brief(reward)}"
         )
-    return scores
+    name = "the rewards, one finite number for each completion,"
+    given = reward(problems, completions)
+    rewards = as_float_tensor(given, name, (len(completions),), axes="completion", error=ResultError)
+    wrong = (~rewards.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise ResultError(
+            f"{name} must be finite; {len(wrong)} of {len(completions)} are not, the first "
+            f"{float(rewards[wrong[0]])} of completion {wrong[0]}"
+        )
+    return rewards.detach().float()
+
+
+def _check_reward(reward: Any) -> None:
+    if not callable(reward):
+        raise ParameterError(
+            f"reward must be a callable `(problems, completions) -> rewards`; got {brief(reward)}"
+        )

@@ -1,8 +1,8 @@
-"""RunFolder: what a training run leaves on disk, in such a way that an interruption loses nothing.
+"""RunFolder: what a training run leaves on disk, written so that an interruption loses nothing.
 
-`metrics.jsonl` has a line for each step, written at once; TensorBoard gets the same numbers where it is
-installed. `checkpoint.pt` is replaced as a whole, never half. What is left to others: what is logged and
-what a checkpoint holds (ppo).
+`PPO.train` opens one for each run. `metrics.jsonl` has a line for each step, written at once; TensorBoard
+gets the same numbers where it is installed. `checkpoint.pt` is always replaced as a whole. What is left to
+others: what is logged (algorithm) and what a checkpoint holds (checkpoint).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from attnprobe.errors import ResultError
+from attnprobe.errors import ParameterError, ResultError
+from attnprobe.validation import brief
 
 
 class RunFolder:
@@ -33,16 +34,19 @@ class RunFolder:
 
     Attributes:
         history: the metrics of the steps up to the checkpoint.
-        state: what the checkpoint holds; None where the run starts anew.
+        state: what the checkpoint holds; None where the run starts from the beginning.
 
     Raises:
-        ResultError: a folder that holds a run already and is not to be resumed, or a damaged checkpoint.
+        ParameterError: a folder that is no path.
+        ResultError: a folder that cannot be made, one that holds a run already and is not to be resumed, or
+            a damaged checkpoint.
     """
 
     def __init__(self, folder: str | Path | None, *, resume: bool = False) -> None:
         self.history: list[dict[str, Any]] = []
         self.state: dict[str, Any] | None = None
-        self._folder = None if folder is None else Path(folder)
+        checked = check_folder(folder)
+        self._folder = None if checked is None else Path(checked)
         self._board: Any = None
         if self._folder is None:
             if resume:
@@ -53,7 +57,10 @@ class RunFolder:
             raise ResultError(
                 f"{self._folder} holds a run already: resume it (resume=True), or choose another folder"
             )
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultError(f"{self._folder} cannot be made: {error}") from error
         if resume:
             self._take_up()
         self._board = _summary_writer(self._folder, len(self.history))
@@ -67,15 +74,16 @@ class RunFolder:
             except Exception as error:
                 raise ResultError(
                     f"{self._checkpoint} cannot be read ({type(error).__name__}: {error}): remove it to "
-                    "start the run anew"
+                    "start the run from the beginning"
                 ) from error
         lines = self._metrics.read_text().splitlines(keepends=True) if self._metrics.exists() else []
         for line in lines:
             try:
                 entry = json.loads(line)
-            except ValueError:
+                later = entry["step"] > step
+            except (ValueError, TypeError, KeyError):
                 break  # A line that was cut off by the end of the process.
-            if entry["step"] > step:
+            if later:
                 break
             self.history.append(entry)
         kept, dropped = lines[: len(self.history)], lines[len(self.history) :]
@@ -109,28 +117,39 @@ class RunFolder:
             self._board.close()
 
 
+def check_folder(folder: Any) -> str | Path | None:
+    """Return a folder's path, or None where nothing is to be written.
+
+    Raises:
+        ParameterError: something else.
+    """
+    if folder is None or isinstance(folder, str | Path):
+        return folder
+    raise ParameterError(f"folder must be a path, or None to write nothing; got {brief(folder)}")
+
+
 @contextmanager
 def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Put off Ctrl-C: yield a function that says whether it was pressed; a second press is not put off.
+    """Postpone Ctrl-C: yield a function that says whether it was pressed; a second press acts at once.
 
     >>> with finish_step_on_interrupt() as interrupted:
     ...     interrupted()
     False
     """
     pressed = threading.Event()
-    # Only the main thread is told of signals.
+    # Only the main thread receives signals.
     if threading.current_thread() is not threading.main_thread():
         yield pressed.is_set
         return
     before = signal.getsignal(signal.SIGINT)
 
-    def put_off(number: int, frame: FrameType | None) -> None:
+    def postpone(number: int, frame: FrameType | None) -> None:
         if pressed.is_set():
             raise KeyboardInterrupt
         pressed.set()
-        print("finishing this step; once more to stop at once", file=sys.stderr)
+        print("finishing this step; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, put_off)
+    signal.signal(signal.SIGINT, postpone)
     try:
         yield pressed.is_set
     finally:
@@ -138,7 +157,7 @@ def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the file and put it in place in one go."""
+    """Write a file beside this one, and put it in its place in one operation."""
     beside = path.with_name(path.name + ".new")
     write(beside)
     os.replace(beside, path)

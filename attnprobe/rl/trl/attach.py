@@ -1,12 +1,12 @@
-"""Credit for a TRL trainer that already runs: `attach_credit` gives it, `detach` takes it away again.
+"""Credit for a TRL trainer that you already have: `attach_credit` gives it, `detach` takes it away again.
 
-After each generation the policy's own attention is measured over the completions and a strategy turns
-the scores into weights, which travel with the batch; when its loss is computed, they enter by the route
-that the canary found to work. Nothing of TRL is patched but two methods of the one trainer object, so
-overrides of subclasses stay in force. Evaluation is left as it was.
+This is what users call; `CreditMixin` is the same for subclasses. After each generation the weights of the
+completions are computed (`TrainerCredit`) and travel with the batch; when its loss is computed, they enter by
+the route that the canary found to work. Nothing of TRL is patched but two methods of the one trainer object,
+so overrides of subclasses stay in force. Evaluation is left as it was.
 
-What is left to others: what is read of a trainer (trainers), scores (scoring), weights (credit), the
-ways into a loss (routes), and what goes into checkpoints (lifecycle).
+What is left to others: measuring and weighing (trainer_credit), what is read of a trainer (trainers), the
+ways into a loss (routes), and what goes into checkpoints (callback).
 """
 
 from __future__ import annotations
@@ -14,35 +14,26 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe import metrics
 from attnprobe.adapters.base import Layers
-from attnprobe.errors import ParameterError, TrainerError
-from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import HeadGroups, classify_heads
+from attnprobe.errors import TrainerError
+from attnprobe.heads import HeadGroups
 from attnprobe.metrics import Horizon
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import credit_weights
-from attnprobe.rl.credit import Credit, credit_of, needs_of
-from attnprobe.rl.grouping import choose_layers
-from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
-from attnprobe.rl.trl.callback import CreditCallback
+from attnprobe.rl.credit import Credit
+from attnprobe.rl.rollout_credit import WeighedRollout, check_options
+from attnprobe.rl.scoring import Rollout
+from attnprobe.rl.trl.callback import CreditCallback, callback_of
 from attnprobe.rl.trl.routes import ROUTES, Through, choose_route
-from attnprobe.rl.trl.trainers import (
-    HANDLE,
-    check_trainer,
-    is_sharded,
-    policy_of,
-    rollout_of,
-    token_entropy,
-)
-from attnprobe.scores import TokenScores
+from attnprobe.rl.trl.trainer_credit import TrainerCredit
+from attnprobe.rl.trl.trainers import HANDLE, check_trainer, rollout_of
+from attnprobe.validation import IntLike
 
 _GENERATE = "_generate_and_score_completions"
 _LOSS = "compute_loss"
@@ -55,59 +46,51 @@ def attach_credit(
     *,
     layers: Layers = "middle",
     heads: HeadGroups | None = None,
-    reclassify_every: int | None = 10,
+    reclassify_every: IntLike | None = 10,
     window: int = 10,
     horizon: Horizon = (10, 50),
-    batch_size: int | None = None,
+    batch_size: IntLike | None = None,
     through: Through = "auto",
 ) -> CreditHandle:
     """Weight the tokens of a trainer's objective by a strategy, from now on until `detach`.
 
     Args:
-        trainer: a `trl.GRPOTrainer`, a `trl.RLOOTrainer`, or of a subclass; before or between calls
-            of `train`.
+        trainer: a `trl.GRPOTrainer` or a `trl.RLOOTrainer`, or an instance of a subclass; before or
+            between calls of `train`.
         credit: the strategy, such as `CoupledRhythmCredit()`, or any callable `scores -> gamma`.
         layers: where attention is measured: "middle" (the paper's five of the middle third), "all" or
             layer numbers.
-        heads: a grouping of heads that is kept; its layers are the ones measured. None: heads are
-            classified by the run's own rollouts, over all processes.
-        reclassify_every: group heads anew after so many optimizer steps; None: once, and keep it. All
-            responses are measured then; otherwise those with a positive advantage, which alone is
-            weighted.
+        heads: a grouping of heads to keep; its layers are the ones measured. None: heads are classified
+            by the run's own rollouts, over all processes.
+        reclassify_every: classify heads again every so many optimizer steps; None: only once. All
+            completions are measured in such a step; otherwise only those with a positive advantage, since
+            no other is weighted.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens.
-        batch_size: how many rows to measure at a time; default: the trainer's own per device.
+        batch_size: how many completions to measure at a time; default: the trainer's own batch size per
+            device.
         through: how weights enter the loss: "advantages", one for each token, or "gradient", for losses
-            with one advantage a sequence; "auto" takes the first that the trainer honours.
+            with one advantage per sequence; "auto" takes the first that the trainer honours.
 
     Raises:
         MissingDependencyError: trl is not installed.
         TrainerError: a trainer that is not understood, has credit already, or whose loss does not
             honour a weight for each token, with the reason.
-        ParameterError: parameters that make no sense.
+        ParameterError: a wrong parameter.
         UnsupportedModelError: a policy whose attention cannot be read.
     """
     check_trainer(trainer)
-    metrics.check_window(window)
-    metrics.check_horizon(horizon)
-    needs = needs_of(credit)
-    if batch_size is not None and batch_size < 1:
-        raise ParameterError(f"batch_size must be at least 1, got {batch_size}")
     callback = CreditCallback(reclassify_every)
-    chosen: tuple[int, ...] = ()
-    if needs & {"waad", "fai"}:
-        chosen = choose_layers(policy_of(trainer), layers, heads)
-    handle = CreditHandle(
+    trainer_credit = TrainerCredit(
         trainer,
         credit,
-        needs,
-        choose_route(trainer, through),
+        layers=layers,
         heads=heads,
-        layers=chosen,
         window=window,
         horizon=horizon,
         batch_size=batch_size,
     )
+    handle = CreditHandle(trainer, trainer_credit, choose_route(trainer, through))
     handle._install(callback)
     return handle
 
@@ -121,35 +104,20 @@ class CreditHandle:
         route: "advantages" or "gradient": how weights enter the loss.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        credit: Credit,
-        needs: frozenset[str],
-        route: str,
-        *,
-        heads: HeadGroups | None,
-        layers: tuple[int, ...],
-        window: int,
-        horizon: Horizon,
-        batch_size: int | None,
-    ) -> None:
-        self.credit = credit
-        self.layers = layers
+    def __init__(self, trainer: Any, credit: TrainerCredit, route: str) -> None:
+        self.credit = credit.credit
+        self.layers = credit.layers
         self.route = route
         self._trainer = trainer
-        self._needs = needs
-        self._heads = heads
-        self._measuring: dict[str, Any] = {"layers": layers, "window": window, "horizon": horizon}
-        self._batch_size = batch_size
+        self._rollout_credit = credit
         self._before: dict[str, Any] = {}
         self._wrappers: dict[str, Any] = {}
 
     @property
     def groups(self) -> HeadGroups | None:
         """The grouping of heads in use; None before the first rollout."""
-        callback = self._callback()
-        return self._heads or (None if callback is None else callback.groups)
+        callback = callback_of(self._trainer)
+        return self._rollout_credit.heads or (None if callback is None else callback.groups)
 
     def detach(self) -> None:
         """Take credit away: the trainer is what it was before; a second call does nothing.
@@ -170,7 +138,7 @@ class CreditHandle:
             delattr(trainer, name)
             if name in self._before:
                 setattr(trainer, name, self._before[name])
-        while (callback := self._callback()) is not None:
+        while (callback := callback_of(trainer)) is not None:
             trainer.remove_callback(callback)
         delattr(trainer, HANDLE)
 
@@ -201,77 +169,28 @@ class CreditHandle:
         trainer.add_callback(callback)
         setattr(trainer, HANDLE, self)
 
-    def _callback(self) -> CreditCallback | None:
-        # Looked up each time: a trainer may replace its callbacks by restored ones.
-        callbacks = self._trainer.callback_handler.callbacks
-        return next((callback for callback in callbacks if isinstance(callback, CreditCallback)), None)
-
     # ---- one rollout --------------------------------------------------------------------------
 
-    def _weigh(self, output: dict[str, Any]) -> Float[Tensor, "batch token"]:
-        """Return the factor of each token's advantage, for what the trainer has just generated.
-
-        Weights matter where the advantage is positive: only these responses are measured, unless heads
-        are to be grouped, by all responses, or parameters are sharded: then every process has to make
-        the same number of forward passes.
-        """
+    def _weigh(self, output: dict[str, Any]) -> Float[Tensor, "completion token"]:
+        """Return the factor of each token's advantage, for what the trainer has just generated."""
         started = time.perf_counter()
-        trainer = self._trainer
-        rollout = rollout_of(trainer, output, self._needs)
+        trainer, credit = self._trainer, self._rollout_credit
+        rollout = rollout_of(trainer, output, credit.needs)
         advantages = output["advantages"].detach()
-        weights = torch.ones(rollout.completion_ids.shape, device=rollout.completion_ids.device)
-        gains = advantages > 0 if advantages.ndim == 1 else (advantages > 0).any(-1)
-        regroups = self._heads is None and bool(self.layers) and self._is_due()
-        rows = torch.ones_like(gains) if regroups or is_sharded(trainer) else gains
-        tally = _Tally()
-        if bool(rows.any()):
-            scores = self._score(rollout.select(rows), regroups)
-            gamma = credit_of(self.credit, scores)
-            weighed = credit_weights(advantages[rows], gamma, scores.response_mask).to(weights)
-            weights[gains] = weighed[gains[rows]]
-            tally = _Tally.of(scores, gamma, weighed, gains[rows], bool(self.layers))
+        weighed = credit.weigh_with_scores(rollout, advantages, trainer.state.global_step)
+        weights = credit_weights(advantages, weighed.gamma, rollout.response_mask)
+        tally = _Tally.of(rollout, weighed, weights, advantages, bool(self.layers))
         self._log(tally, time.perf_counter() - started)
         return weights
-
-    def _score(self, rollout: Rollout, regroups: bool) -> TokenScores:
-        trainer = self._trainer
-        size = self._batch_size or trainer.args.per_device_train_batch_size
-        statistics = groups = entropy = None
-        if self.layers:
-            root = trainer.model if is_sharded(trainer) else None
-            statistics = measure_rollout(
-                policy_of(trainer), rollout, **self._measuring, span=regroups, batch_size=size, root=root
-            )
-            groups = self._group(statistics) if regroups else self.groups
-        if "entropy" in self._needs:
-            entropy = token_entropy(trainer, rollout, size)
-        return score_rollout(None if groups is None else statistics, groups, rollout, entropy=entropy)
-
-    def _is_due(self) -> bool:
-        callback = self._callback()
-        if callback is None:
-            raise TrainerError("the callback of attach_credit was removed: call detach() to end credit")
-        return callback.is_due(self._trainer.state.global_step)
-
-    def _group(self, statistics: HeadStatistics) -> HeadGroups | None:
-        """Return a new grouping, by the responses of all processes."""
-        callback = self._callback()
-        assert callback is not None
-        assert statistics.span is not None
-        span = self._trainer.accelerator.gather(statistics.span.contiguous())
-        # Of completions that are all masked nothing is known; the grouping stays due.
-        if bool((~span.isnan()).any()):
-            callback.keep(classify_heads(replace(statistics, span=span)), self._trainer.state.global_step)
-        return callback.groups
 
     def _log(self, tally: _Tally, seconds: float) -> None:
         """Put what was done into the trainer's own log, over all processes."""
         accelerator = self._trainer.accelerator
-        counts = [*dataclasses.astuple(tally), seconds]
-        total = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="sum").tolist()
+        counts = torch.tensor([*dataclasses.astuple(tally), seconds], device=accelerator.device)
+        total = self._rollout_credit.sum_over_processes(counts).tolist()
         tally, seconds = _Tally(*total[:-1]), total[-1] / accelerator.num_processes
         log = self._trainer._metrics["train"]
-        # Of no token there is no mean: the trainer leaves NaN out of its averages.
+        # There is no mean over no tokens: the trainer leaves NaN out of its averages.
         share = 1 / tally.tokens if tally.tokens else math.nan
         log["credit/gamma_mean"].append(tally.gamma * share)
         log["credit/amplified_share"].append(tally.amplified * share)
@@ -283,7 +202,7 @@ class CreditHandle:
 
 @dataclasses.dataclass(frozen=True)
 class _Tally:
-    """Sums over the tokens of the responses with a positive advantage, of one process or of all."""
+    """Sums over the tokens of the completions with a positive advantage, of one process or of all."""
 
     tokens: float = 0.0
     gamma: float = 0.0
@@ -292,22 +211,31 @@ class _Tally:
     anchors: float = 0.0
 
     @staticmethod
-    def of(scores: TokenScores, gamma: Tensor, weights: Tensor, gains: Tensor, attention: bool) -> _Tally:
-        inside = scores.response_mask & gains.to(scores.response_mask.device)[:, None]
-        peaks = [find_peaks(values)[inside].sum() if attention else 0 for values in (scores.waad, scores.fai)]
-        sums = [inside.sum(), gamma[inside].sum(), (weights.to(inside.device)[inside] > 1).sum(), *peaks]
+    def of(
+        rollout: Rollout, weighed: WeighedRollout, weights: Tensor, advantages: Tensor, attention: bool
+    ) -> _Tally:
+        gains = advantages > 0 if advantages.ndim == 1 else (advantages > 0).any(-1)
+        inside = rollout.response_mask & gains[:, None]
+        sums = [inside.sum(), weighed.gamma[inside].sum(), (weights[inside] > 1).sum()]
+        if attention and weighed.scores is not None:
+            of_measured = inside[weighed.measured].to(weighed.scores.waad.device)
+            for values in (weighed.scores.waad, weighed.scores.fai):
+                sums.append(find_peaks(values)[of_measured].sum())
         return _Tally(*(float(value) for value in sums))
 
 
 class CreditMixin:
-    """For those who subclass: `class MyTrainer(CreditMixin, GRPOTrainer)` takes `credit=` itself.
+    """For subclasses of a trainer: `class MyTrainer(CreditMixin, GRPOTrainer)` takes `credit=` itself.
 
     Args:
-        credit: the strategy; None trains as the trainer does without.
+        credit: the strategy; None trains as the trainer does without credit.
         credit_options: further arguments of `attach_credit`, by name.
 
     Attributes:
         credit_handle: what `attach_credit` returned; None without credit.
+
+    Raises:
+        ParameterError: options that `attach_credit` does not take.
     """
 
     credit_handle: CreditHandle | None = None
@@ -319,6 +247,7 @@ class CreditMixin:
         credit_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        options = check_options(credit_options, attach_credit, "credit_options")
         super().__init__(*args, **kwargs)
         if credit is not None:
-            self.credit_handle = attach_credit(self, credit, **(credit_options or {}))
+            self.credit_handle = attach_credit(self, credit, **options)

@@ -1,8 +1,8 @@
 """CreditCallback: the grouping of heads as part of a transformers Trainer's own state.
 
-The trainer writes it into its checkpoints (`trainer_state.json`), from where a resumed run takes it. The
-callback knows no trainer; it is safe to be copied, replaced or restored by one. What is left to others:
-the grouping itself (grouping), measuring and weighing (trl).
+`attach_credit` adds one to the trainer. The trainer writes it into its checkpoints (`trainer_state.json`),
+from which a resumed run takes it. The callback knows no trainer, so that a trainer may copy, replace or
+restore it. What is left to others: the grouping itself (grouping), measuring and weighing (rollout_credit).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class CreditCallback(HeadGrouping, TrainerCallback, ExportableState):
     """Keeps the grouping of heads through a run and its checkpoints.
 
     Args:
-        reclassify_every: group heads anew after so many optimizer steps; None: once, and keep it.
+        reclassify_every: classify heads again every so many optimizer steps; None: only once.
 
     Raises:
-        ParameterError: a number of steps below 1.
+        ParameterError: a number of steps below 1, or not whole.
     """
 
     def on_train_begin(
@@ -30,7 +30,7 @@ class CreditCallback(HeadGrouping, TrainerCallback, ExportableState):
     ) -> None:
         """Take the grouping of the checkpoint that the run resumes from, if it resumes."""
         if state.global_step == 0:
-            # Another run from its start: steps are counted anew.
+            # Another run from its start: steps are counted from 0 again.
             if self.reclassify_every is not None:
                 self.grouped_at = None
             return
@@ -42,3 +42,9 @@ class CreditCallback(HeadGrouping, TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what the trainer writes into its checkpoints."""
         return {"args": {"reclassify_every": self.reclassify_every}, "attributes": self.attributes()}
+
+
+def callback_of(trainer: Any) -> CreditCallback | None:
+    """Return the credit callback that a trainer has now; None if it has none."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, CreditCallback)), None)

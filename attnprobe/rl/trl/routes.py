@@ -1,23 +1,25 @@
-"""The two ways by which weights enter a trainer's loss, and the canary that proves one works.
+"""The two routes by which weights enter a trainer's loss, and the canary that proves that one works.
 
-`through_advantages` gives the loss one advantage a token; `through_gradient` leaves the loss alone and
-weights the gradient of its log-probabilities. Which of them a trainer honours is found out, not looked
-up by class or version: the canary runs the trainer's own loss on a small made-up batch whose
-log-probabilities are a leaf tensor, so that no model runs, and compares the gradients with what the
-objective says. What is left to others: making the weights, and installing the route (trl).
+`through_advantages` gives the loss one advantage per token; `through_gradient` leaves the loss alone and
+weights the gradient of its log-probabilities. `attach_credit` calls `choose_route` once. Which route a
+trainer honours is found out by trying, not looked up by class or version: the canary runs the trainer's own
+loss on a small made-up batch whose log-probabilities are a leaf tensor, so that no model runs, and compares
+the gradients with what the objective says. What is left to others: making the weights (trainer_credit), and
+installing the route (attach).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from attnprobe.errors import ParameterError, TrainerError
+from attnprobe.errors import TrainerError
 from attnprobe.rl.advantage import credit_weights, gate_gradient
+from attnprobe.validation import choice
 
 Through = Literal["auto", "advantages", "gradient"]
 Route = Callable[..., Tensor]
@@ -34,7 +36,7 @@ def through_advantages(
     inputs: Any,
     **options: Any,
 ) -> Tensor:
-    """Return the trainer's loss with one weighted advantage a token."""
+    """Return the trainer's loss with one weighted advantage per token."""
     advantages = inputs["advantages"]
     spread = advantages if advantages.ndim == 2 else advantages[:, None]
     weighted = (spread * weights).to(advantages.dtype)
@@ -64,14 +66,13 @@ ROUTES: dict[str, Route] = {"advantages": through_advantages, "gradient": throug
 
 
 def choose_route(trainer: Any, through: Through) -> str:
-    """Return the name of the route that this trainer's loss honours; of both, "advantages".
+    """Return the name of the route that this trainer's loss honours; "advantages" if it honours both.
 
     Raises:
         ParameterError: an unknown route.
-        TrainerError: a loss that honours no route asked for, with the reasons.
+        TrainerError: a loss that honours none of the routes asked for, with the reasons.
     """
-    if through != "auto" and through not in ROUTES:
-        raise ParameterError(f'through is "auto", "advantages" or "gradient", got {through!r}')
+    choice(through, "through", get_args(Through))
     reasons = []
     for name in ROUTES if through == "auto" else (through,):
         reason = _reason_against(trainer, name)
@@ -120,7 +121,7 @@ def _reason_against(trainer: Any, name: str) -> str | None:
             _, weighted_without = canary.run(route, torch.zeros_like(canary.advantages), canary.weights)
         except TrainerError as error:
             if name == "advantages":
-                return f"its loss takes one advantage a sequence ({_brief(error)}); use through='gradient'"
+                return f"its loss takes one advantage per sequence ({_brief(error)}); use through='gradient'"
             raise
     if _differ(ones, plain) or _differ(value, plain_value):
         return "weights of 1 change its loss"
@@ -135,8 +136,8 @@ def _reason_against(trainer: Any, name: str) -> str | None:
     if _differ(weighted, without + canary.weights * (plain - without)):
         if getattr(trainer, "importance_sampling_level", "token") == "sequence":
             return (
-                "importance_sampling_level='sequence' erases it, each token gets the mean of its row: "
-                "set importance_sampling_level='token', or through='gradient'"
+                "importance_sampling_level='sequence' erases it, since each token gets the mean of its "
+                "completion: set importance_sampling_level='token', or through='gradient'"
             )
         return "the gradient of a token is not multiplied by the token's weight"
     return None
@@ -217,7 +218,7 @@ class _Canary:
         if gradient is None:
             raise TrainerError(
                 f"the loss of {type(trainer).__name__} does not take its log-probabilities from {_LOGPS}, "
-                "which is where credit enters: if it uses a fused Liger loss, switch that off"
+                "where credit enters: if it uses a fused Liger loss, switch that off"
             )
         return loss.detach(), gradient
 

@@ -1,20 +1,20 @@
 """What a TRL trainer is asked for: its policy, its rollouts, the entropy of its tokens.
 
-What is read of TRL's own, and what is refused, stands here in one place. What is left to others: what
-is done with it (trl), and the trainer's loss (routes).
+All that is read of TRL's own attributes, and all trainers that are refused, stand here in one place; attach
+and trainer_credit call it. What is left to others: what is done with it (attach, trainer_credit), and the
+trainer's loss (routes).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnprobe.adapters.base import evaluation_mode
 from attnprobe.errors import MissingDependencyError, TrainerError
 from attnprobe.rl.scoring import Rollout, bare_policy
 
@@ -43,7 +43,7 @@ def check_trainer(trainer: Any) -> None:
 
     Raises:
         MissingDependencyError: trl is not installed.
-        TrainerError: another class, an unknown version, or a trainer that has credit.
+        TrainerError: an object of another class, an unknown version, or a trainer that has credit.
     """
     if importlib.util.find_spec("trl") is None:
         raise MissingDependencyError("credit for trainers needs trl: pip install 'attnprobe[trl]'")
@@ -53,17 +53,17 @@ def check_trainer(trainer: Any) -> None:
     if not isinstance(trainer, (GRPOTrainer, RLOOTrainer)):
         kind = trainer if isinstance(trainer, type) else type(trainer)
         raise TrainerError(
-            "credit can be attached to an instance of trl.GRPOTrainer, of trl.RLOOTrainer, or of a subclass; "
+            "credit can be attached to an instance of trl.GRPOTrainer or trl.RLOOTrainer, or of a subclass; "
             f"got {'the class' if kind is trainer else 'a'} {kind.__module__}.{kind.__qualname__}"
         )
     missing = [name for name in _PARTS if not hasattr(trainer, name)]
     if missing:
         raise TrainerError(
             f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}: this version "
-            "is not understood; trl 1.16 is"
+            "is not supported; trl 1.16 is"
         )
     if vars(trainer).get(HANDLE) is not None:
-        raise TrainerError("this trainer has credit already: detach() that first")
+        raise TrainerError("this trainer has credit already: call detach() on its handle first")
 
 
 def rollout_of(trainer: Any, output: dict[str, Any], needs: frozenset[str]) -> Rollout:
@@ -81,21 +81,21 @@ def rollout_of(trainer: Any, output: dict[str, Any], needs: frozenset[str]) -> R
     pictures = [name for name in output if name.startswith("pixel_") or name == "num_images"]
     if pictures and needs:
         raise TrainerError(
-            f"the prompts hold pictures ({', '.join(pictures)}), and attention is measured over text only: "
-            "use a strategy that needs no scores, or train on text"
+            f"the prompts contain pictures ({', '.join(pictures)}), but attention is measured over text: "
+            "use a strategy that needs no scores, or train on text only"
         )
     prompt_ids, prompt_mask, completion_ids, completion_mask = (output[name] for name in names)
     return Rollout(prompt_ids, prompt_mask, completion_ids, completion_mask, output.get("tool_mask"))
 
 
 @torch.no_grad()
-def token_entropy(trainer: Any, rollout: Rollout, batch_size: int) -> Float[Tensor, "batch completion"]:
+def token_entropy(trainer: Any, rollout: Rollout, batch_size: int) -> Float[Tensor, "completion token"]:
     """Return the entropy of each token by the trainer's own function: at its sampling temperature."""
-    with _evaluating(trainer.model):
+    with evaluation_mode(trainer.model.modules()):
         result = trainer._get_per_token_logps_and_entropies(
             trainer.model,
             torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
-            torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1),
+            torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1).long(),
             rollout.completion_ids.shape[1],
             batch_size,
             compute_entropy=True,
@@ -107,14 +107,3 @@ def token_entropy(trainer: Any, rollout: Rollout, batch_size: int) -> Float[Tens
 def is_sharded(trainer: Any) -> bool:
     """Return whether the processes of a run share the policy's parameters out among them."""
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True

@@ -1,0 +1,136 @@
+"""What each row of an attention sums to: the log of the softmax's denominator, and the row's mass.
+
+`FactoredAttention` computes them once, when it is made. Where the model's own kernel has returned each row's
+log-sum-exp, they are known already; else the CPU flash kernel gives them where it computes exactly this
+attention, and with them what each query reads of the keys' positions; else they come from blocks of scores.
+What is left to others: the scores (block_scores), and when a model's kernel is listened to (kernels).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from attnprobe.attention.block_scores import BlockScores
+from attnprobe.attention.kernels import FlashResult, flash_attention
+from attnprobe.attention.operator import key_positions
+from attnprobe.attention.tiles import query_slices
+from attnprobe.errors import PatternError
+
+# What one block of scores over all keys may hold: far below one layer's activations.
+_BLOCK_BYTES = 32 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class RowSums:
+    """What each row sums to.
+
+    Attributes:
+        log_sum_exp: of the row's scores, sinks included; 0 where nothing is seen. Zero and not minus
+            infinity, so that `exp(score - log_sum_exp)` of an unseen key is 0.
+        mass: the sum of the row's probabilities: 1, less under a sink, 0 where nothing is seen.
+        mean_position: what the query reads when keys carry `key_positions`; None where no kernel said so.
+    """
+
+    log_sum_exp: Float[Tensor, "batch head query"]
+    mass: Float[Tensor, "batch head query"]
+    mean_position: Float[Tensor, "batch head query"] | None
+
+
+def sum_rows(
+    scores: BlockScores,
+    sinks: Tensor | None,
+    log_sum_exp: Float[Tensor, "batch head query"] | None = None,
+    mean_position: Float[Tensor, "batch head query"] | None = None,
+) -> RowSums:
+    """Return the row sums of scores.
+
+    Args:
+        scores: the scores.
+        sinks: `[head]` logits in the denominator that belong to no key.
+        log_sum_exp: of each row's scores without sinks, where a kernel has computed it already.
+        mean_position: what each query reads of the keys' positions, without sinks, where a kernel has
+            computed it already.
+
+    Raises:
+        PatternError: scores that are not finite, or sinks that do not fit.
+    """
+    head_count = scores.query.shape[1]
+    if sinks is not None and sinks.shape != (head_count,):
+        raise PatternError(f"expected one sink for each of {head_count} heads, got {list(sinks.shape)}")
+    if log_sum_exp is not None or _flash_computes(scores):
+        # A kernel's maximum passes over NaN: a NaN score would come out as a finite number.
+        for name, tensor in (("query", scores.query), ("key", scores.key)):
+            _check_finite(tensor.sum(-1), f"the {name}", "token")
+    if log_sum_exp is None and _flash_computes(scores):
+        result = _flash_over_positions(scores)
+        log_sum_exp, mean_position = result.log_sum_exp, result.output[..., 0]
+    elif log_sum_exp is None:
+        log_sum_exp = _log_sum_exp_by_blocks(scores)
+    return _with_sinks(scores, sinks, log_sum_exp, mean_position)
+
+
+def _flash_computes(scores: BlockScores) -> bool:
+    """Whether the CPU flash kernel computes exactly this attention."""
+    return (
+        scores.query.device.type == "cpu"
+        and scores.mask.plain
+        and scores.are_products
+        and scores.query.shape[2] == scores.key.shape[2]
+    )
+
+
+def _flash_over_positions(scores: BlockScores) -> FlashResult:
+    """Run the flash kernel over values that hold the keys' positions.
+
+    The kernel wants values as wide as the key: one column counts, the others are zero.
+    """
+    query, key = scores.query.to(scores.dtype), scores.key.to(scores.dtype)
+    position = key_positions(key.shape[2], scores.dtype, key.device)[:, None]
+    value = torch.nn.functional.pad(position, (0, key.shape[3] - 1)).expand(key.shape)
+    return flash_attention(query, key, value, causal=True, scaling=scores.scaling)
+
+
+def _log_sum_exp_by_blocks(scores: BlockScores) -> Float[Tensor, "batch head query"]:
+    """Return each row's log-sum-exp; minus infinity where nothing is seen."""
+    batch, heads, query_count, _ = scores.query.shape
+    key_count = scores.key.shape[2]
+    shape = (batch, heads, query_count)
+    answer = torch.full(shape, -torch.inf, dtype=scores.dtype, device=scores.query.device)
+    bytes_per_query = batch * heads * key_count * scores.dtype.itemsize
+    size = query_slices(query_count, bytes_per_query, _BLOCK_BYTES)[0].stop
+    for reach in scores.mask.reaches(size, key_count - query_count):
+        if reach.first < reach.stop:
+            block = scores.block(reach.queries, slice(reach.first, reach.stop))
+            answer[:, :, reach.queries] = block.logsumexp(-1)
+    return answer
+
+
+def _with_sinks(
+    scores: BlockScores, sinks: Tensor | None, log_sum_exp: Tensor, mean_position: Tensor | None
+) -> RowSums:
+    """Add the sinks to the denominator, and replace the sums of rows that see nothing."""
+    log_sum_exp = log_sum_exp.detach().to(scores.dtype)
+    # A kernel's number for a row that sees nothing has no meaning.
+    empty = scores.mask.sees_none() | (log_sum_exp == -torch.inf)
+    _check_finite(log_sum_exp.masked_fill(empty, 0.0), "the attention score", "query")
+    total = log_sum_exp
+    if sinks is not None:
+        total = torch.logaddexp(log_sum_exp, sinks.detach().to(scores.dtype)[:, None])
+    mass = (log_sum_exp - total).exp().masked_fill(empty, 0.0)
+    if mean_position is not None:
+        mean_position = (mean_position.detach().to(scores.dtype) * mass).masked_fill(empty, 0.0)
+    return RowSums(total.masked_fill(empty, 0.0), mass, mean_position)
+
+
+def _check_finite(values: Tensor, name: str, axis: str) -> None:
+    wrong = ~torch.isfinite(values)
+    if bool(wrong.any()):
+        where = wrong.nonzero()[0].tolist()
+        raise PatternError(
+            f"{name} is not finite at [batch, head, {axis}] = {where}: the model's activations hold "
+            "NaN or infinity there"
+        )
