@@ -543,7 +543,7 @@ def test_what_does_not_belong_together_is_refused(done: tuple) -> None:
     count = int(longer[0].sum())
     with pytest.raises(ResultError, match=rf"example 0.*\b{count - 1}\b.*\b{count}\b"):
         perturb(model, TOKENIZER, dataclasses.replace(batch, response_mask=longer), scores)
-    packed = dataclasses.replace(batch, segment_ids=torch.zeros_like(batch.input_ids))
+    packed = dataclasses.replace(batch, segment_ids=torch.where(batch.attention_mask, 0, -1))
     with pytest.raises(ParameterError, match="packed"):
         perturb(model, TOKENIZER, packed, scores)
     with pytest.raises(BatchError, match=r"\b99\b"):
