@@ -255,15 +255,17 @@ def _triples_of_mapping(
     found: list[tuple[int, int, float]] = []
     for key, of in value.items():
         if isinstance(key, tuple):
-            found.append((*_pair(key, name), real_number(of, f"the weight of {key}", minimum=0, below=_INF)))
+            found.append(
+                (*_pair(key, name), real_number(of, f"the weight of {key} in {name}", minimum=0, below=_INF))
+            )
             continue
         layer = whole_number(key, f"a layer of {name}")
         if isinstance(of, Mapping):
             found += [
                 (
                     layer,
-                    whole_number(head, f"a head of layer {layer}"),
-                    real_number(weight, f"the weight of ({layer}, {head})", minimum=0, below=_INF),
+                    whole_number(head, f"a head of layer {layer} in {name}"),
+                    real_number(weight, f"the weight of ({layer}, {head}) in {name}", minimum=0, below=_INF),
                 )
                 for head, weight in of.items()
             ]

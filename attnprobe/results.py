@@ -305,8 +305,9 @@ class Result:
 
     def __eq__(self, other: object) -> bool:
         """Whether two results hold the same numbers and settings, wherever their tensors lie; NaN is NaN."""
+        # Not NotImplemented: arrays would compare themselves element by element.
         if type(other) is not type(self):
-            return NotImplemented
+            return False
         names = setting_names(type(self))
         if any(getattr(self, name) != getattr(other, name) for name in names):
             return False

@@ -212,6 +212,10 @@ def instance(
     raise error(f"{name} must be {article} {kind.__name__}{source}; got {told}")
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, Tensor) or is_array(value)
+
+
 def as_tensor(value: Any, name: str, error: ErrorClass = ParameterError) -> Tensor:
     """Return a tensor, a numpy array, or (nested) lists of numbers as a tensor.
 
@@ -224,8 +228,8 @@ def as_tensor(value: Any, name: str, error: ErrorClass = ParameterError) -> Tens
         value = value.copy()  # Torch takes no reversed views.
     if hasattr(value, "__array__") or isinstance(value, list | tuple | range | int | float):
         try:
-            if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
-                return torch.stack(list(value))
+            if isinstance(value, list | tuple) and value and all(_is_numbers(part) for part in value):
+                return torch.stack([torch.as_tensor(part) for part in value])
             return torch.as_tensor(list(value) if isinstance(value, range) else value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             pass
@@ -302,7 +306,7 @@ def whole_numbers(
     if single is not None:
         return [whole_number(single, name, minimum=minimum, maximum=maximum, error=error)]
     parts: Any = value
-    if isinstance(value, Tensor) or is_array(value):
+    if _is_numbers(value):
         if value.ndim != 1:
             raise error(f"{name} must be one or more whole numbers; got {brief(value)}")
         parts = value.tolist()

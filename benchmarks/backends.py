@@ -1,7 +1,7 @@
 """Memory and time of `measure` through each backend, beside the backend's own way to attention maps.
 
-    python benchmarks/backends.py                     # T = 2048, a SmolLM2-shaped model
-    python benchmarks/backends.py --tokens 256 --layers 4 --repeats 1
+    python -m benchmarks.backends                     # T = 2048, a SmolLM2-shaped model
+    python -m benchmarks.backends --tokens 256 --layers 4 --repeats 1
 
 Each way runs in a process of its own, since memory once taken is seldom given back: it loads the model
 with random weights, runs a small pass to warm up, notes the memory of the process, runs the pass, and
@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.subjects import build_model
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 MEBIBYTE = 2**20
 BACKENDS = ("transformers", "transformer_lens", "nnsight")
@@ -35,25 +37,6 @@ USUAL = {
     "transformer_lens": "run_with_cache of hook_pattern",
     "nnsight": "eager trace that saves the maps",
 }
-
-
-def build(layers: int, implementation: str) -> Any:
-    """Return a SmolLM2-135M-shaped model with random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
 
 
 def measured(model: Any, ids: torch.Tensor) -> Any:
@@ -85,7 +68,7 @@ def run_one(backend: str, way: str, tokens: int, layers: int) -> None:
     logging.set_verbosity_error()
     # A bridge asks for eager attention when it loads a model itself; nnsight shows no maps without.
     implementation = "eager" if way == "usual" or backend == "transformer_lens" else "sdpa"
-    model = build(layers, implementation)
+    model = build_model(layers, implementation)
     from attnprobe.testing.backends import BACKENDS as WRAPS
 
     model = WRAPS[backend](model)
@@ -101,6 +84,13 @@ def run_one(backend: str, way: str, tokens: int, layers: int) -> None:
             seconds = time.perf_counter() - start
     del result
     print(json.dumps({"seconds": seconds, "mebibytes": (peak.bytes - before) / MEBIBYTE}))
+
+
+def compared(own: dict[str, float], ours: dict[str, float], unit: str) -> str:
+    """Say how many times less, or more, of something our way took than the backend's own."""
+    if ours[unit] <= own[unit]:
+        return f"{own[unit] / ours[unit]:.1f} times less"
+    return f"{ours[unit] / own[unit]:.1f} times more"
 
 
 class Peak:
@@ -146,7 +136,7 @@ def main() -> None:
     taken: dict[tuple[str, str], list[dict[str, float]]] = {way: [] for way in ways}
     for repeat in range(arguments.repeats):
         for backend, way in ways:
-            command = [sys.executable, __file__, "--one", backend, way]
+            command = [sys.executable, "-m", "benchmarks.backends", "--one", backend, way]
             command += ["--tokens", str(arguments.tokens), "--layers", str(arguments.layers)]
             command += ["--threads", str(arguments.threads)]
             print(f"run {repeat + 1}: {backend}, {way}", file=sys.stderr, flush=True)
@@ -167,11 +157,10 @@ def main() -> None:
             for way in ("usual", "measure")
         }
         own, ours = median["usual"], median["measure"]
-        less = {unit: own[unit] / ours[unit] for unit in own}
         print(f"| {backend} | {USUAL[backend]} | {own['mebibytes']:.0f} MiB | {own['seconds']:.2f} s |")
         print(
-            f"| | `attnprobe.measure` | {ours['mebibytes']:.0f} MiB, **{less['mebibytes']:.1f} times less** "
-            f"| {ours['seconds']:.2f} s, **{less['seconds']:.1f} times less** |"
+            f"| | `attnprobe.measure` | {ours['mebibytes']:.0f} MiB, **{compared(own, ours, 'mebibytes')}** "
+            f"| {ours['seconds']:.2f} s, **{compared(own, ours, 'seconds')}** |"
         )
 
 

@@ -7,13 +7,14 @@ import json
 import math
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 
 import attnprobe
 from attnprobe.models import LoadedModel
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
-from experiments.rhythm import generate, measure, suppress, tables, train
+from experiments.rhythm import document, generate, measure, suppress, tables, train
 from experiments.rhythm.__main__ import main
 from experiments.rhythm.problems import boxed_answer, is_right, make_problems, training_problems
 from experiments.rhythm.records import append_record, read_records
@@ -133,6 +134,22 @@ def test_a_receiver_peaks_among_the_last_nine_tokens(place: int, share: float) -
     assert tables._peaks_at_the_end(dataclasses.replace(statistics, fai=fai)) == share
 
 
+COMMITTED = sorted((Path(tables.__file__).parent / "results").iterdir())
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_results_can_be_read(folder: Path) -> None:
+    """And today's code makes the committed tables of them."""
+    summary = json.loads((folder / "summary.json").read_text())
+    assert "\n".join(document._tables(summary)) + "\n" == (folder / "tables.md").read_text()
+    suppressed = tables.suppression_table(read_records(folder / "suppression.jsonl"))
+    for name, value in summary["suppression"].items():
+        assert suppressed[name] == pytest.approx(value)
+    answers = read_records(folder / "responses.jsonl")
+    assert sum(record["right"] for record in answers) == summary["right"]
+    assert len(measure.long_enough(answers)) == summary["answers"]
+
+
 # ---- the whole ------------------------------------------------------------------------------------
 
 
@@ -170,6 +187,14 @@ def test_one_command_makes_everything_and_goes_on_where_it_stopped(
     summary = json.loads(written)
     assert summary["perturbation"]["response"]["responses"] == 2
     assert set(summary["couplings"]["as in the paper"]) == set(tables.NAMES)
+
+    tokens = pandas.read_parquet(results / "tokens.parquet")
+    assert {"problem", "position", "response_position", "token_id", "text", "waad"} <= set(tokens.columns)
+    trials = pandas.read_parquet(results / "perturbations.parquet")
+    assert {"problem", "position", "response_position", "token_id", "overlap"} <= set(trials.columns)
+    place = ["problem", "position", "response_position"]
+    own = trials[trials["rank"] == 0].merge(tokens, on=[*place, "token_id"])
+    assert len(own) == 4
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this was done before")

@@ -39,7 +39,7 @@ def test_statistics_equal_those_of_eager_maps(smollm2, batch, statistics) -> Non
     assert statistics.layers == tuple(range(30))
     for layer, pattern in enumerate(output.attentions):
         span = metrics.mean_attention_distance(pattern, batch.response_mask)
-        waad = metrics.windowed_attention_distance(pattern, 10, batch.response_mask)
+        waad = metrics.windowed_attention_distance(pattern, batch.response_mask, 10)
         fai = metrics.future_attention_influence(pattern, batch.response_mask)
         close = {"rtol": 1e-4, "atol": 1e-4, "equal_nan": True}
         torch.testing.assert_close(statistics.span[:, layer], span, **close)
@@ -71,8 +71,8 @@ def test_the_rhythm_has_peaks(smollm2, batch, statistics) -> None:
     assert 3 < int(rhythm.anchor.sum()) < 45
     assert len(rhythm.pairs()) > 0
     maps = attnprobe.group_maps(smollm2.model, batch, heads)
-    waad = metrics.windowed_attention_distance(maps.local_map, 10)[0, 0]
-    inside = scores.waad[0, list(maps.columns)]
+    waad = metrics.windowed_attention_distance(maps.local_map[:, None], window=10)[0, 0]
+    inside = scores.waad[0, maps.columns_of(0)]
     # The map leaves the prompt out; where a token looks back fewer than 10 tokens they agree.
     assert float((waad <= inside + 1e-4).float().mean()) == 1.0
 

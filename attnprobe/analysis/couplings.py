@@ -8,6 +8,7 @@ question: what is the mean, over some peaks, of a value that every token has? Wh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,7 +144,7 @@ class Couplings(Summary):
         columns["problems"] = [int((each.peaks > 0).sum()) for each in of]
         return columns
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Save as one safetensors file with JSON metadata, and return its path.
 
         Raises:
@@ -158,7 +159,7 @@ class Couplings(Summary):
         return save_result(path, "Couplings", tensors, settings)
 
     @classmethod
-    def load(cls, path: str | Path) -> Couplings:
+    def load(cls, path: str | os.PathLike[str]) -> Couplings:
         """Load what `save` wrote.
 
         Raises:

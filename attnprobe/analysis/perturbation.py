@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def perturb(
     positions: IntLike = 1,
     max_new_tokens: IntLike = 100,
     min_remaining: IntLike = 10,
-    path: str | Path | None = None,
+    path: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Perturbations:
     """Replace tokens of highest and of lowest FAI, and compare what the model writes then.

@@ -9,6 +9,7 @@ replaced, and running a model (perturbation).
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -209,7 +210,7 @@ class Perturbations(Summary):
                     columns[name].append(getattr(continuation, attribute))
         return columns
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Save as JSON lines, the form in which `perturb` keeps unfinished work; return the path.
 
         Raises:
@@ -220,7 +221,7 @@ class Perturbations(Summary):
         return write_atomically(path, "".join(lines).encode())
 
     @classmethod
-    def load(cls, path: str | Path) -> Perturbations:
+    def load(cls, path: str | os.PathLike[str]) -> Perturbations:
         """Load what `save` wrote, or what an interrupted `perturb` left.
 
         Raises:
@@ -269,7 +270,9 @@ class TrialFile:
     done: dict[tuple[str, Kind, int], Trial] = field(default_factory=dict)
 
     @staticmethod
-    def open(path: str | Path | None, parameters: dict[str, Any], provenance: Provenance) -> TrialFile:
+    def open(
+        path: str | os.PathLike[str] | None, parameters: dict[str, Any], provenance: Provenance
+    ) -> TrialFile:
         """Return the file with the trials that it holds already, and leave it ready for more.
 
         Raises:

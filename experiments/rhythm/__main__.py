@@ -35,16 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     asked = problems.make_problems(options.problems)
-    records = generate.generate(loaded, asked, results / "responses.jsonl")
+    answers = generate.generate(loaded, asked, results / "responses.jsonl")
     clock.tell("answers")
-    chosen = measure.long_enough(records)
+    chosen = measure.long_enough(answers)
     measured = measure.measure(loaded, chosen, work / "statistics")
     clock.tell(f"statistics of {len(chosen)} answers")
     summary: dict[str, Any] = {
         "model": loaded.name,
         "answers": len(chosen),
         "tokens": int(measured.batch.response_mask.sum()),
-        "right": sum(record["right"] for record in records),
+        "right": sum(record["right"] for record in answers),
         "groups": tables.grouping_table(measured),
         "couplings": tables.coupling_tables(measured, loaded.model),
         "following_without_coincidence": tables.following_without_coincidence(measured),
@@ -53,17 +53,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scores = {name: tables.scores_for(measured, setting=name) for name in measure.SETTINGS}
     if "suppress" not in options.without:
         path = results / "suppression.jsonl"
-        intervened = chosen[: options.intervened]
-        suppressed = suppress.suppress(loaded, intervened, scores["end"], measured.batch, path)
+        records = chosen[: options.intervened]
+        suppressed = suppress.suppress(loaded, records, scores["end"], measured.batch, path)
         summary["suppression"] = tables.suppression_table(suppressed)
         clock.tell("suppression")
     if "perturb" not in options.without:
-        rows = measured.batch.select(slice(options.intervened))
+        intervened = slice(options.intervened)
         perturbations = perturb(
             loaded.model,
             loaded.tokenizer,
-            rows,
-            tables.first_rows(scores["end"], rows),
+            measured.batch.select(intervened),
+            scores["end"].select(intervened),
             path=work / "perturbations.jsonl",
             progress=True,
         )
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         document.write_perturbations(measured.problems, perturbations, results / "perturbations.parquet")
         clock.tell("perturbations")
     document.write_tokens(measured.problems, measured.batch, scores, results / "tokens.parquet")
-    document.write_rows(tables.couplings_per_problem(measured), results / "couplings.parquet")
+    document.write_lines(tables.couplings_per_problem(measured), results / "couplings.parquet")
     document.write_summary(summary, results)
     _draw(loaded, chosen, measured, summary, results)
     clock.tell("tables and figures")
@@ -87,14 +87,11 @@ def _draw(
     """Draw the figures of one answer and of the couplings."""
     near = measured.statistics["near"]
     scores = tables.scores_for(measured, setting="near")
-    row = figures.choose_example(scores)
+    example = figures.choose_example(scores)
     heads = attnprobe.classify_heads(near)
-    figures.figure_2(loaded, chosen[row], scores, row, heads, results / "figure-2.png")
-    assert measured.batch.texts is not None
-    inside = measured.batch.response_mask[row].tolist()
-    texts = [text for text, shown in zip(measured.batch.texts[row], inside, strict=True) if shown]
-    figures.figure_8(texts, scores, row, results / "figure-8.png")
-    paper = {name: row["lift"] for name, row in document.PAPER.items()}
+    figures.figure_2(loaded, chosen[example], scores.select(example), heads, results / "figure-2.png")
+    figures.figure_8(scores.select(example), results / "figure-8.png")
+    paper = {name: line["lift"] for name, line in document.PAPER.items()}
     figures.couplings_figure(summary["couplings"], paper, results / "couplings.png")
 
 

@@ -20,10 +20,10 @@ PAPER = {
     "receiver_at_global": {"random": 0.2241, "observed": 0.6084, "lift": 1.7149},
     "anchor_after_preplan": {"random": 0.3687, "observed": 0.5253, "lift": 0.4247},
 }
-"""Table 2 of arXiv 2510.13554."""
+"""Table 2 of arXiv 2510.13554v2."""
 
 PAPER_PERTURBATION = {"highest": 0.534, "lowest": 0.631, "lower_share": 0.8714}
-"""Table 1 of arXiv 2510.13554."""
+"""Table 1 of arXiv 2510.13554v2."""
 
 _TITLES = {
     "entropy_at_preplans": "entropy at WAAD peaks, nats",
@@ -35,27 +35,32 @@ _TITLES = {
 def write_tokens(
     problems: Sequence[int], batch: attnprobe.TokenBatch, scores: dict[str, attnprobe.TokenScores], path: Path
 ) -> None:
-    """Write the scores of every response token."""
+    """Write the scores of every response token, with its place in the response."""
     table = scores["end"].to_pandas(batch)
-    near = scores["near"].to_pandas()
+    # Answers too short for sentences have no receiver heads in the near setting.
+    near = scores["near"].to_pandas().reindex(columns=["fai", "receiver_fai"])
     table["fai_near"], table["receiver_fai_near"] = near["fai"], near["receiver_fai"]
-    table["response"] = [problems[row] for row in table["response"]]
-    table["token"] = table.groupby("response").cumcount()
-    numbers = table.select_dtypes("number").columns.difference(["response", "token", "id"])
-    table[numbers] = table[numbers].astype("float32")
-    table.rename(columns={"response": "problem"}).to_parquet(path, compression="zstd")
+    table["response_position"] = table.groupby("example").cumcount()
+    scored = table.select_dtypes("float").columns
+    table[scored] = table[scored].astype("float32")
+    _with_problems(table, problems).to_parquet(path, compression="zstd")
 
 
 def write_perturbations(problems: Sequence[int], perturbations: attnprobe.Perturbations, path: Path) -> None:
-    """Write the overlaps of every rollout, without its text."""
-    table = perturbations.to_pandas().drop(columns="text")
-    table["example"] = [problems[row] for row in table["example"]]
-    table.rename(columns={"example": "problem"}).to_parquet(path, compression="zstd")
+    """Write the overlaps of every continuation, without its text."""
+    table = perturbations.to_pandas().drop(columns="continuation")
+    _with_problems(table, problems).to_parquet(path, compression="zstd")
 
 
-def write_rows(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write rows of numbers."""
-    pandas.DataFrame(list(rows)).to_parquet(path, compression="zstd")
+def _with_problems(table: pandas.DataFrame, problems: Sequence[int]) -> pandas.DataFrame:
+    """Return a table with the number of the problem in place of the example."""
+    numbers = [problems[example] for example in table["example"]]
+    return table.assign(example=numbers).rename(columns={"example": "problem"})
+
+
+def write_lines(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write lines of numbers."""
+    pandas.DataFrame(list(lines)).to_parquet(path, compression="zstd")
 
 
 def write_summary(summary: dict[str, Any], folder: Path) -> None:
@@ -97,14 +102,14 @@ def _table_2(tables: dict[str, Any]) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in NAMES:
-        row, paper = tables["as in the paper"][name], PAPER[name]
+        line, paper = tables["as in the paper"][name], PAPER[name]
         share = name != "entropy_at_preplans"
         show = (lambda x: f"{100 * x:.1f}%") if share else (lambda x: f"{x:.3f}")
-        observed = _share(row["observed"]) if share else _number(row["observed"])
+        observed = _share(line["observed"]) if share else _number(line["observed"])
         lines.append(
             f"| {_TITLES[name]} | {show(paper['random'])}, {show(paper['observed'])}, "
-            f"{100 * paper['lift']:+.0f}% | {show(row['random'])} | {observed} | {_lift(row['lift'])} | "
-            f"{row['p_value']:.3f} | {row['peaks']} |"
+            f"{100 * paper['lift']:+.0f}% | {show(line['random'])} | {observed} | {_lift(line['lift'])} | "
+            f"{line['p_value']:.3f} | {line['peaks']} |"
         )
     return lines
 
@@ -114,8 +119,8 @@ def _sensitivity(tables: dict[str, Any]) -> list[str]:
         "| choice | " + " | ".join(_TITLES[name] for name in NAMES) + " |",
         "| --- | --- | --- | --- |",
     ]
-    for case, row in tables.items():
-        lines.append(f"| {case} | " + " | ".join(_lift(row[name]["lift"]) for name in NAMES) + " |")
+    for case, line in tables.items():
+        lines.append(f"| {case} | " + " | ".join(_lift(line[name]["lift"]) for name in NAMES) + " |")
     return lines
 
 
@@ -128,11 +133,11 @@ def _table_1(table: dict[str, Any]) -> list[str]:
         f"{100 * paper['lower_share']:.1f}% | |",
     ]
     for reference, name in (("response", "the response"), ("greedy", "its greedy continuation")):
-        row = table[reference]
+        line = table[reference]
         lines.append(
-            f"| {name} (n = {row['responses']}) | {_number(row['highest'])} | {_number(row['lowest'])} | "
-            f"{_number(row['difference'])} | {_share(row['lower_share'])} | "
-            f"{_number(row['at_equal_position'])} |"
+            f"| {name} (n = {line['responses']}) | {_number(line['highest'])} | {_number(line['lowest'])} | "
+            f"{_number(line['difference'])} | {_share(line['lower_share'])} | "
+            f"{_number(line['at_equal_position'])} |"
         )
     places = (table[f"relative_position_{kind}"] for kind in ("highest", "lowest"))
     lines += [

@@ -1,4 +1,4 @@
-"""Figures 2 and 8 of the paper from our own data, and the couplings with their intervals.
+"""Figures 2 and 9 of arXiv 2510.13554v2 (v1: 2 and 8) from our own data, and the couplings with intervals.
 
 Static pictures with matplotlib: attention maps of the head groups beside the token scores of one
 answer; the answer's text coloured by its scores; and Table 2 as points. What is left to others: the
@@ -16,6 +16,7 @@ import torch
 
 import attnprobe
 from attnprobe.models import LoadedModel
+from attnprobe.report.tokens import clipped_range
 from attnprobe.rhythm import find_peaks
 from experiments.rhythm.measure import batch_of
 
@@ -30,57 +31,55 @@ def figure_2(
     loaded: LoadedModel,
     record: dict[str, Any],
     scores: attnprobe.TokenScores,
-    row: int,
     heads: attnprobe.HeadGroups,
     path: Path,
 ) -> None:
-    """Draw the group maps of an answer beside its FAI, WAAD and entropy."""
+    """Draw the group maps of one answer beside its FAI, WAAD and entropy; `scores` are of it alone."""
     batch = batch_of(loaded, [record])
     maps = attnprobe.group_maps(loaded.model, batch, heads)
-    inside = scores.response_mask[row]
+    inside = scores.response_mask[0]
     count = min(TOKENS, int(inside.sum()))
     rhythm = attnprobe.find_rhythm(scores)
     figure = pyplot.figure(figsize=(11, 7.5), layout="constrained")
     grid = figure.add_gridspec(4, 2, width_ratios=[1, 1.6])
-    for place, (name, values) in enumerate((("global", maps.global_map), ("local", maps.local_map))):
+    for place, (name, values) in enumerate((("global", maps.global_map[0]), ("local", maps.local_map[0]))):
         axis = figure.add_subplot(grid[2 * place : 2 * place + 2, 0])
         axis.imshow(values[:count, :count].sqrt().numpy(), cmap="viridis", interpolation="nearest")
         axis.set_title(f"mean map of the {name} heads (square root)", fontsize=9)
         axis.set_xlabel("key: response token", fontsize=8)
         axis.set_ylabel("query", fontsize=8)
-    assert scores.receiver_fai is not None
-    assert scores.entropy is not None
-    curves = (
+    curves = [
         ("FAI, global heads", scores.fai, rhythm.anchor),
-        ("FAI, receiver heads", scores.receiver_fai, find_peaks(scores.receiver_fai)),
         ("WAAD, local heads", scores.waad, rhythm.preplan),
-        ("entropy (nats)", scores.entropy, None),
-    )
+    ]
+    if scores.receiver_fai is not None:
+        curves.insert(1, ("FAI, receiver heads", scores.receiver_fai, find_peaks(scores.receiver_fai)))
+    if scores.entropy is not None:
+        curves.append(("entropy (nats)", scores.entropy, torch.zeros_like(rhythm.anchor)))
     for place, (name, values, peaks) in enumerate(curves):
         axis = figure.add_subplot(grid[place, 1])
-        shown = values[row, inside][:count]
+        shown = values[0, inside][:count]
         axis.plot(shown.numpy(), linewidth=1, color="0.3")
-        if peaks is not None:
-            at = peaks[row, inside][:count].nonzero()[:, 0]
-            axis.plot(at.numpy(), shown[at].numpy(), "o", markersize=4, color="crimson")
+        at = peaks[0, inside][:count].nonzero()[:, 0]
+        axis.plot(at.numpy(), shown[at].numpy(), "o", markersize=4, color="crimson")
         axis.set_title(name, fontsize=9, loc="left")
         axis.set_xlim(0, count)
     axis.set_xlabel("response token", fontsize=8)
     _save(figure, path)
 
 
-def figure_8(
-    texts: Sequence[str], scores: attnprobe.TokenScores, row: int, path: Path, width: int = 150
-) -> None:
-    """Draw an answer's text twice, each token's background coloured by FAI and by WAAD."""
-    inside = scores.response_mask[row]
+def figure_8(scores: attnprobe.TokenScores, path: Path, width: int = 150) -> None:
+    """Draw one answer's text twice, each token's background coloured by FAI and by WAAD."""
+    assert scores.texts is not None
+    inside = scores.response_mask[0]
+    texts = [text for text, shown in zip(scores.texts[0], inside.tolist(), strict=True) if shown]
     figure, axes = pyplot.subplots(2, 1, figsize=(11, 6), layout="constrained")
     for axis, (name, values, colours) in zip(
         axes, (("FAI", scores.fai, "Reds"), ("WAAD", scores.waad, "Blues")), strict=True
     ):
-        shown = values[row, inside]
-        low, high = shown.nanquantile(0.05), shown.nanquantile(0.95)
-        strength = ((shown - low) / (high - low).clamp(min=1e-9)).clamp(0, 1).nan_to_num()
+        shown = values[0, inside]
+        low, high = clipped_range(shown.tolist())
+        strength = ((shown - low) / max(high - low, 1e-9)).clamp(0, 1).nan_to_num()
         _write_text(axis, texts, strength.tolist(), matplotlib.colormaps[colours], width)
         axis.set_title(f"{name}: 5th to 95th percentile of the answer", fontsize=9, loc="left")
         axis.axis("off")
@@ -105,7 +104,7 @@ def _write_text(axis: Any, texts: Sequence[str], strength: Sequence[float], colo
 
 
 def couplings_figure(tables: dict[str, dict[str, Any]], paper: dict[str, float], path: Path) -> None:
-    """Draw the lifts of Table 2 with their intervals, one row for each choice."""
+    """Draw the lifts of Table 2 with their intervals, one line for each choice."""
     titles = {
         "entropy_at_preplans": "entropy at WAAD peaks",
         "receiver_at_global": "receiver peaks that are global peaks",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnprobe.models import LoadedModel
+from attnprobe.models import LoadedModel, end_tokens
 from attnprobe.progress import progress_bar
 from attnprobe.texts import chat_prompt_ids
 from experiments.rhythm.problems import Problem, is_right
@@ -27,7 +27,7 @@ SEED = 0
 
 
 class GumbelNoise:
-    """A logits processor with which a greedy choice is a sample, each row from its own generator."""
+    """A logits processor with which a greedy choice is a sample, each sequence from its own generator."""
 
     def __init__(self, seeds: Sequence[int], temperature: float) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -100,10 +100,9 @@ def sample(loaded: LoadedModel, prompts: Sequence[list[int]], problems: Sequence
         pad_token_id=pad,
         logits_processor=[GumbelNoise([SEED + problem.index for problem in problems], TEMPERATURE)],
     )
-    ends = loaded.model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = end_tokens(loaded.model)
     answers = []
-    for row in output[:, width:].tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
-        answers.append(row[:stop])
+    for written in output[:, width:].tolist():
+        stop = next((i for i, token in enumerate(written) if token in ends), len(written))
+        answers.append(written[:stop])
     return answers

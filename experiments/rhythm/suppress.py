@@ -2,7 +2,7 @@
 
 For the highest and lowest FAI position of an answer, and one drawn from a seed, attention to the token is
 suppressed and the divergence of all later predictions is measured. What is left to others:
-the measure (attnprobe.knockout) and its table (tables).
+the measure (attnprobe.knockout_divergence) and its table (tables).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def suppress(
     """Measure the answers that have not been measured, and return the records of all."""
     done = {record["problem"]: record for record in read_records(path)}
     with progress_bar("suppressing", len(records), shown=True) as advance:
-        for row, record in enumerate(records):
+        for example, record in enumerate(records):
             if record["problem"] not in done:
-                entry = _of_answer(loaded, record, scores, batch, row)
+                entry = _of_answer(loaded, record, scores, batch, example)
                 append_record(path, entry)
                 done[record["problem"]] = entry
             advance()
@@ -48,14 +48,14 @@ def _of_answer(
     record: dict[str, Any],
     scores: attnprobe.TokenScores,
     batch: attnprobe.TokenBatch,
-    row: int,
+    example: int,
 ) -> dict[str, Any]:
-    chosen = choose_positions(batch, scores, row, min_remaining=MIN_REMAINING)
+    chosen = choose_positions(batch, scores, example, min_remaining=MIN_REMAINING)
     kinds = {column: kind for kind, column in chosen}
-    last = int(batch.response_mask[row].nonzero()[-1])
+    last = int(batch.response_mask[example].nonzero()[-1])
     allowed = [
         int(column)
-        for column in (~scores.fai[row].isnan()).nonzero()[:, 0]
+        for column in (~scores.fai[example].isnan()).nonzero()[:, 0]
         if column not in kinds and last - int(column) >= MIN_REMAINING
     ]
     generator = torch.Generator().manual_seed(record["problem"])
@@ -73,7 +73,7 @@ def _of_answer(
             {
                 "kind": kinds.get(column, "drawn"),
                 "position": column - start,
-                "fai": float(scores.fai[row, column]),
+                "fai": float(scores.fai[example, column]),
                 "divergence": float(divergence[0, column]),
             }
             for column in columns

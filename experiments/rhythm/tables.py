@@ -1,13 +1,13 @@
 """The third step: Tables 1 and 2 with intervals, and how far they depend on what the paper leaves open.
 
-Every row of a sensitivity table changes one choice of the first row. What is left to others: the
+Every line of a sensitivity table changes one choice of the first line. What is left to others: the
 measurements (measure, attnprobe.couplings, attnprobe.perturb) and how tables look (document).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def scores_for(
 
     `per_response` ranks the heads of each answer anew; `disjoint` takes from the receivers those heads
     that are global too, so that the two share nothing; `sentence_receivers` finds receivers by sentence;
-    `all_tokens` finds them over the last tokens too, which few rows speak for.
+    `all_tokens` finds them over the last tokens too, which few rows say anything about.
     """
     statistics = measured.statistics[setting]
     if sentence_receivers:
@@ -50,18 +50,18 @@ def scores_for(
     if layers is not None:
         statistics = statistics.at_layers(layers)
     if per_response:
-        rows = [statistics.select(slice(i, i + 1)) for i in range(statistics.span.shape[0])]
-        parts = [attnprobe.score_tokens(row, attnprobe.classify_heads(row)) for row in rows]
-        joined = {
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name in ("waad", "fai", "entropy", "response_mask", "receiver_fai")
-        }
-        return attnprobe.TokenScores(**joined)
+        alone = [statistics.select(example) for example in range(statistics.span.shape[0])]
+        parts = [attnprobe.score_tokens(part, attnprobe.classify_heads(part)) for part in alone]
+        # Heads differ from answer to answer, so that they are not told of all of them.
+        of_all = dataclasses.replace(parts[0].provenance, heads={})
+        return attnprobe.TokenScores.concatenate(
+            dataclasses.replace(part, provenance=of_all) for part in parts
+        )
     heads = attnprobe.classify_heads(statistics, receivers=receivers)
     if disjoint:
         assert heads.receiver_heads is not None
-        receivers = heads.receiver_heads & ~heads.global_heads
-        heads = dataclasses.replace(heads, receiver_heads=receivers)
+        only_receivers = heads.receiver_heads & ~heads.global_heads
+        heads = dataclasses.replace(heads, receiver_heads=only_receivers)
     return attnprobe.score_tokens(statistics, heads)
 
 
@@ -75,26 +75,12 @@ def _kurtosis_over_all_tokens(measured: Measured) -> torch.Tensor:
     return metrics.kurtosis(statistics.fai)
 
 
-def first_rows(scores: attnprobe.TokenScores, batch: attnprobe.TokenBatch) -> attnprobe.TokenScores:
-    """Return the scores of a batch that is the first rows of a larger one, without its last columns."""
-    rows, columns = batch.input_ids.shape
-    return _each(scores, lambda values: values[:rows, :columns])
-
-
 def reversed_in_time(scores: attnprobe.TokenScores) -> attnprobe.TokenScores:
-    """Return scores with every row read backwards: what followed now comes before."""
-    return _each(scores, lambda values: values.flip(-1))
-
-
-def _each(
-    scores: attnprobe.TokenScores, change: Callable[[torch.Tensor], torch.Tensor]
-) -> attnprobe.TokenScores:
-    changed = {
-        field.name: change(value)
-        for field in dataclasses.fields(scores)
-        if (value := getattr(scores, field.name)) is not None
-    }
-    return attnprobe.TokenScores(**changed)
+    """Return scores with every response read backwards: what followed now comes before."""
+    names = ("waad", "fai", "entropy", "receiver_fai", "response_mask", "input_ids")
+    found = {name: getattr(scores, name) for name in names}
+    flipped = {name: value.flip(-1) for name, value in found.items() if value is not None}
+    return dataclasses.replace(scores, **flipped, texts=None)
 
 
 def coupling_tables(measured: Measured, model: Any) -> dict[str, dict[str, Any]]:
@@ -132,11 +118,15 @@ def coupling_tables(measured: Measured, model: Any) -> dict[str, dict[str, Any]]
     tables = {}
     for case, (scores, options) in cases.items():
         result = attnprobe.couplings(scores, **options)
-        tables[case] = {name: _coupling_row(getattr(result, name)) for name in NAMES}
+        tables[case] = {name: _coupling_line(getattr(result, name)) for name in NAMES}
     return tables
 
 
-def _coupling_row(coupling: attnprobe.Coupling) -> dict[str, Any]:
+def _coupling_line(coupling: attnprobe.Coupling | None) -> dict[str, Any]:
+    """Return a coupling as plain numbers; undefined where no head was left to measure it with."""
+    if coupling is None:
+        nan = float("nan")
+        return {"random": nan, "observed": [nan] * 3, "lift": [nan] * 3, "p_value": nan, "peaks": 0}
     return {
         "random": coupling.random,
         "observed": list(coupling.observed),
@@ -149,15 +139,15 @@ def _coupling_row(coupling: attnprobe.Coupling) -> dict[str, Any]:
 def couplings_per_problem(measured: Measured) -> list[dict[str, Any]]:
     """Return the raw sums of each problem behind Table 2, under the paper's choices."""
     result = attnprobe.couplings(scores_for(measured))
-    rows = []
+    lines = []
     for index, problem in enumerate(measured.problems):
-        row: dict[str, Any] = {"problem": problem}
+        line: dict[str, Any] = {"problem": problem}
         for name in NAMES:
             coupling = getattr(result, name)
             for field in ("observed_sum", "random_sum", "peaks"):
-                row[f"{name}.{field}"] = float(getattr(coupling, field)[index])
-        rows.append(row)
-    return rows
+                line[f"{name}.{field}"] = float(getattr(coupling, field)[index])
+        lines.append(line)
+    return lines
 
 
 def perturbation_table(perturbations: attnprobe.Perturbations) -> dict[str, Any]:
@@ -165,16 +155,18 @@ def perturbation_table(perturbations: attnprobe.Perturbations) -> dict[str, Any]
     table: dict[str, Any] = {}
     for reference in ("response", "greedy"):
         summary = perturbations.summary(reference)
-        row = {name: list(getattr(summary, name)) for name in ("highest", "lowest", "difference")}
-        row["lower_share"] = list(summary.lower_share)
-        row["at_equal_position"] = _at_equal_position(perturbations, reference)
-        row["responses"] = summary.responses
-        table[reference] = row
+        line = {name: list(getattr(summary, name)) for name in ("highest", "lowest", "difference")}
+        line["lower_share"] = list(summary.lower_share)
+        line["at_equal_position"] = _at_equal_position(perturbations, reference)
+        line["responses"] = summary.responses
+        table[reference] = line
     own = torch.tensor([trial.own.overlap for trial in perturbations.trials], dtype=torch.float64)
     table["own_token"] = list(ratio_estimate(own, torch.ones_like(own)))
     for kind in ("highest", "lowest"):
         of_kind = [trial for trial in perturbations.trials if trial.kind == kind]
-        places = torch.tensor([trial.position / trial.length for trial in of_kind], dtype=torch.float64)
+        places = torch.tensor(
+            [trial.response_position / trial.length for trial in of_kind], dtype=torch.float64
+        )
         table[f"relative_position_{kind}"] = list(ratio_estimate(places, torch.ones_like(places)))
     return table
 
@@ -188,15 +180,15 @@ def _at_equal_position(perturbations: attnprobe.Perturbations, reference: str) -
     pairs: dict[int, dict[str, Any]] = {}
     for trial in perturbations.trials:
         pairs.setdefault(trial.example, {})[trial.kind] = trial
-    rows = [
+    lines = [
         (
             pair["highest"].overlap(reference) - pair["lowest"].overlap(reference),
-            (pair["highest"].position - pair["lowest"].position) / pair["highest"].length,
+            (pair["highest"].response_position - pair["lowest"].response_position) / pair["highest"].length,
         )
         for pair in pairs.values()
         if len(pair) == 2
     ]
-    overlap, place = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+    overlap, place = torch.tensor(lines, dtype=torch.float64).unbind(-1)
 
     def intercept(weights: torch.Tensor) -> float:
         total = weights.sum()
@@ -205,8 +197,8 @@ def _at_equal_position(perturbations: attnprobe.Perturbations, reference: str) -
         slope = (weights @ (centred * overlap)) / (weights @ centred.square())
         return float(mean_overlap - slope * mean_place)
 
-    resampled = [intercept(weights) for weights in bootstrap_weights(len(rows))]
-    whole = intercept(torch.ones(len(rows), dtype=torch.float64))
+    resampled = [intercept(weights) for weights in bootstrap_weights(len(lines))]
+    whole = intercept(torch.ones(len(lines), dtype=torch.float64))
     return list(percentile_estimate(whole, torch.tensor(resampled, dtype=torch.float64)))
 
 
@@ -216,9 +208,9 @@ def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     With it: over all tokens measured, the rank correlation of FAI and divergence, and the same of their
     ranks with what the position says of both taken out.
     """
-    rows = [{token["kind"]: token["divergence"] for token in record["tokens"]} for record in records]
+    lines = [{token["kind"]: token["divergence"] for token in record["tokens"]} for record in records]
     highest, lowest = (
-        torch.tensor([row[kind] for row in rows], dtype=torch.float64) for kind in ("highest", "lowest")
+        torch.tensor([line[kind] for line in lines], dtype=torch.float64) for kind in ("highest", "lowest")
     )
     ones = torch.ones_like(highest)
     table: dict[str, Any] = {
@@ -226,7 +218,7 @@ def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "lowest": list(ratio_estimate(lowest, ones)),
         "ratio": list(ratio_estimate(highest, lowest)),
         "higher_share": list(ratio_estimate((highest > lowest).double(), ones)),
-        "answers": len(rows),
+        "answers": len(lines),
     }
     drawn = [
         (token["fai"], token["divergence"], token["position"])
@@ -310,13 +302,13 @@ def grouping_table(measured: Measured) -> dict[str, Any]:
 def _peaks_at_the_end(statistics: attnprobe.HeadStatistics, last: int = 9) -> float:
     """Return how many receivers, chosen on each answer alone, have their highest FAI among its last tokens.
 
-    A share of all receivers of all answers. With the horizon to the end, fewer than ten rows speak for
-    each of the last nine tokens with a value.
+    A share of all receivers of all answers. With the horizon to the end, fewer than ten rows say
+    anything about each of the last nine tokens with a value.
     """
     found = []
     for i in range(statistics.fai.shape[0]):
-        row = statistics.select(slice(i, i + 1))
-        fai = row.fai[0][attnprobe.classify_heads(row).mask("receiver")]
+        alone = statistics.select(i)
+        fai = alone.fai[0][attnprobe.classify_heads(alone).mask("receiver")]
         end = int((~fai.isnan()).any(0).nonzero()[-1])
         found.append(fai.nan_to_num(-1).argmax(-1) > end - last)
     return float(torch.cat(found).double().mean())

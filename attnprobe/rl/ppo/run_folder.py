@@ -1,4 +1,4 @@
-"""RunFolder: what a training run leaves on disk, in such a way that an interruption loses nothing.
+"""RunFolder: what a training run leaves on disk, written so that an interruption loses nothing.
 
 `PPO.train` opens one for each run. `metrics.jsonl` has a line for each step, written at once; TensorBoard
 gets the same numbers where it is installed. `checkpoint.pt` is always replaced as a whole. What is left to
