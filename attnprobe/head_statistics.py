@@ -222,7 +222,7 @@ class HeadStatisticsProbe(Probe):
 
     >>> HeadStatisticsProbe(window=0)
     Traceback (most recent call last):
-    attnprobe.errors.ParameterError: the window is a whole number of tokens, at least 1; got 0
+    attnprobe.errors.ParameterError: window must be a whole number, at least 1; got 0
     """
 
     def __init__(
