@@ -43,9 +43,9 @@ from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.maps import GroupMaps
 from attnprobe.measurement import group_maps, measure
 from attnprobe.probe import Attachment, Probe, attach
+from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.report import Report
-from attnprobe.results import Provenance
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.sentences import sentence_ids

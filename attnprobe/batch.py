@@ -1,8 +1,8 @@
 """TokenBatch: token ids, which of them are real, which are response, and how examples are laid out.
 
-Callers hand in what they have: texts, chats, a tokenizer's output, ids padded on either side, packed rows,
+Callers hand in what they have: texts, chats, a tokenizer's output, ids padded on either side or packed,
 a trainer's rollouts. The batch keeps that layout, and results come back aligned with it. For the forward
-pass `TokenBatch.unpadded_rows` gives the same tokens as right-padded rows of one sequence each: then a
+pass `TokenBatch.sequences` gives the same tokens as right-padded sequences, one to an example: then a
 causal model needs no mask at all, positions start at 0, and neither padding nor a packed neighbour can
 leak into a statistic.
 
@@ -20,10 +20,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attnprobe.errors import BatchError, ParameterError
-from attnprobe.layout import RowLayout, check_padding, check_sequences, packed_segments
+from attnprobe.ids import as_ids, as_lists, labelled, ragged_lengths, rectangle, response_starts
+from attnprobe.layout import SequenceLayout, check_padding, check_sequences, packed_segments
 from attnprobe.results import Result, table_column
 from attnprobe.texts import as_texts, chat_prompt_ids, encoded, token_texts
-from attnprobe.validation import ArrayLike, as_mask, as_tensor, brief, is_array
+from attnprobe.validation import ArrayLike, as_mask, brief
 
 if TYPE_CHECKING:
     BatchLike: TypeAlias = "TokenBatch" | Mapping[str, Any] | ArrayLike
@@ -40,8 +41,8 @@ class TokenBatch(Result):
         attention_mask: True where a token is real. One run per example: left or right padding only.
         response_mask: True where a token belongs to a response; metrics describe these tokens. It may have
             gaps, such as a tool's output between two turns.
-        segment_ids: in packed rows, which sequence of the row a token belongs to; -1 on padding.
-            None where each row is one sequence.
+        segment_ids: in packed examples, which sequence a token belongs to; -1 on padding.
+            None where each example is one sequence.
         texts: the text of each token, for pictures; None where no tokenizer was given.
 
     Raises:
@@ -59,7 +60,7 @@ class TokenBatch(Result):
     def __post_init__(self) -> None:
         """Check the parts, and make ids int64, which every model takes."""
         self._check(BatchError)
-        object.__setattr__(self, "input_ids", _as_ids(self.input_ids, "input_ids"))
+        object.__setattr__(self, "input_ids", as_ids(self.input_ids, "input_ids"))
         if self.segment_ids is not None:
             check_sequences(self.segment_ids, self.attention_mask)
         outside = self.response_mask & ~self.attention_mask
@@ -136,8 +137,8 @@ class TokenBatch(Result):
             response_start: instead of `response_mask`, the column where the response starts, one for
                 all examples or `[batch]`; it runs to the last real token. With neither, every real token
                 counts as response.
-            position_ids: `[batch, token]`; give it for packed rows, where several sequences stand in
-                one row and positions restart at each. Each sequence is then measured on its own.
+            position_ids: `[batch, token]`; give it for packed examples, in which several sequences stand one
+                behind the other and positions restart at each. Each sequence is then measured on its own.
             tokenizer: gives the tokens their texts, for pictures.
 
         Tensors, numpy arrays and lists are accepted; masks hold 0 and 1.
@@ -150,16 +151,16 @@ class TokenBatch(Result):
         >>> batch.response_mask.int().tolist()
         [[0, 0, 1, 1], [0, 0, 1, 0]]
         """
-        input_ids = _as_lists(input_ids)
-        lengths = _ragged_lengths(input_ids)
-        ids = _as_ids(_rectangle(input_ids, "input_ids", lengths), "input_ids")
+        input_ids = as_lists(input_ids)
+        lengths = ragged_lengths(input_ids)
+        ids = as_ids(rectangle(input_ids, "input_ids", lengths), "input_ids")
         if ids.ndim == 1:
             ids = ids[None]
         if ids.ndim != 2:
             raise BatchError(f"input_ids must be [batch, token]; got {list(ids.shape)}")
 
         def mask_of(value: Any, name: str) -> Tensor:
-            whole = _rectangle(_as_lists(value), name, lengths)
+            whole = rectangle(as_lists(value), name, lengths)
             return as_mask(whole, name, tuple(ids.shape), device=ids.device, error=BatchError)
 
         real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
@@ -169,16 +170,18 @@ class TokenBatch(Result):
             real = real & mask_of(attention_mask, "attention_mask")
         segments = None
         if position_ids is not None:
-            positions = _rectangle(_as_lists(position_ids), "position_ids", lengths)
-            segments = packed_segments(_as_ids(positions, "position_ids"), real)
+            positions = rectangle(as_lists(position_ids), "position_ids", lengths)
+            segments = packed_segments(as_ids(positions, "position_ids"), real)
         check_padding(real)
         if response_mask is not None and response_start is not None:
             raise BatchError("pass response_mask or response_start, not both")
         response = real
         if response_start is not None:
             if segments is not None:
-                raise BatchError("packed rows hold several responses: pass response_mask")
-            response = real & (torch.arange(ids.shape[1], device=ids.device) >= _starts(response_start, ids))
+                raise BatchError("packed examples hold several responses: pass response_mask")
+            response = real & (
+                torch.arange(ids.shape[1], device=ids.device) >= response_starts(response_start, ids)
+            )
         elif response_mask is not None:
             response = mask_of(response_mask, "response_mask")
         empty = ~response.any(-1)
@@ -252,7 +255,7 @@ class TokenBatch(Result):
         Raises:
             BatchError: shapes or masks that do not fit.
         """
-        prompt, completion = _as_ids(prompt_ids, "prompt_ids"), _as_ids(completion_ids, "completion_ids")
+        prompt, completion = as_ids(prompt_ids, "prompt_ids"), as_ids(completion_ids, "completion_ids")
         if prompt.ndim != 2 or completion.ndim != 2:
             raise BatchError(
                 "prompt_ids and completion_ids must be [batch, token], got "
@@ -276,44 +279,44 @@ class TokenBatch(Result):
 
     # ---- layout -------------------------------------------------------------------------------
 
-    def unpadded_rows(self) -> tuple[TokenBatch, RowLayout]:
-        """Return the same tokens as right-padded rows of one sequence each, and the way back.
+    def sequences(self) -> tuple[TokenBatch, SequenceLayout]:
+        """Return the same tokens as right-padded sequences, one to an example, and the way back.
 
-        A packed row becomes as many rows as it has sequences with a response in them.
+        A packed example becomes as many as it has sequences with a response in them.
 
         Raises:
             BatchError: an attention mask with holes, or no response at all.
         """
         check_padding(self.attention_mask)
         spans: list[tuple[int, int, int]] = []
-        for row in range(self.batch_size):
+        for example in range(self.batch_size):
             if self.segment_ids is None:
-                columns = self.attention_mask[row].nonzero()[:, 0]
-                spans.append((row, int(columns[0]), len(columns)))
+                columns = self.attention_mask[example].nonzero()[:, 0]
+                spans.append((example, int(columns[0]), len(columns)))
                 continue
-            for segment in range(int(self.segment_ids[row].max()) + 1):
-                columns = (self.segment_ids[row] == segment).nonzero()[:, 0]
-                if bool(self.response_mask[row, columns].any()):
-                    spans.append((row, int(columns[0]), len(columns)))
+            for segment in range(int(self.segment_ids[example].max()) + 1):
+                columns = (self.segment_ids[example] == segment).nonzero()[:, 0]
+                if bool(self.response_mask[example, columns].any()):
+                    spans.append((example, int(columns[0]), len(columns)))
         if not spans:
-            raise BatchError("the packed rows hold no response: there is no token to describe")
+            raise BatchError("the packed examples hold no response: there is no token to describe")
         width = max(length for _, _, length in spans)
         ids = self.input_ids.new_zeros(len(spans), width)
         real = torch.zeros(len(spans), width, dtype=torch.bool, device=ids.device)
         response = torch.zeros_like(real)
-        for i, (row, start, length) in enumerate(spans):
-            # Padding repeats a token of the row, which is in the vocabulary whatever that is.
-            ids[i] = self.input_ids[row, start]
-            ids[i, :length] = self.input_ids[row, start : start + length]
+        for i, (example, start, length) in enumerate(spans):
+            # Padding repeats a token of the example, which is in the vocabulary whatever that is.
+            ids[i] = self.input_ids[example, start]
+            ids[i, :length] = self.input_ids[example, start : start + length]
             real[i, :length] = True
-            response[i, :length] = self.response_mask[row, start : start + length]
+            response[i, :length] = self.response_mask[example, start : start + length]
         source, start, lengths = torch.tensor(spans).T
-        layout = RowLayout(source, start, lengths, (self.batch_size, self.token_count))
+        layout = SequenceLayout(source, start, lengths, (self.batch_size, self.token_count))
         texts = None
         if self.texts is not None:
             texts = tuple(
-                (*self.texts[row][first : first + length], *[""] * (width - length))
-                for row, first, length in spans
+                (*self.texts[example][first : first + length], *[""] * (width - length))
+                for example, first, length in spans
             )
         return TokenBatch(ids, real, response, texts=texts), layout
 
@@ -336,15 +339,15 @@ def token_columns(
 
 
 def check_unpacked(segment_ids: Tensor | None, action: str) -> None:
-    """Refuse packed rows where the tokens of one response would be ranked among those of another.
+    """Refuse packed examples where the tokens of one response would be ranked among those of another.
 
     Raises:
-        ParameterError: rows are packed.
+        ParameterError: examples are packed.
     """
     if segment_ids is not None:
         raise ParameterError(
-            f"cannot {action} in packed rows, which hold several sequences each: take one sequence a row, "
-            "batch.unpadded_rows()[0]"
+            f"cannot {action} in packed examples, which hold several sequences each: take them apart, "
+            "batch.sequences()[0]"
         )
 
 
@@ -382,83 +385,10 @@ def _of_mapping(value: Mapping[str, Any]) -> TokenBatch:
         raise BatchError(f"{' and '.join(given)} all say what is response: pass one of them")
     response = value[given[0]] if given else None
     if given == ["labels"]:
-        response = _labelled(response)
+        response = labelled(response)
     return TokenBatch.from_ids(
         value["input_ids"],
         value.get("attention_mask"),
         response_mask=response,
         position_ids=value.get("position_ids"),
     )
-
-
-def _labelled(labels: Any) -> Any:
-    """Return which labels are not -100, in the form in which the labels come."""
-    labels = _as_lists(labels)
-    if isinstance(labels, list) and labels and all(isinstance(row, list | tuple) for row in labels):
-        return [_labelled(row) for row in labels]
-    numbers = as_tensor(labels, "labels", BatchError)
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise BatchError(f"labels must be whole numbers; got {brief(numbers)}")
-    marked = numbers != -100
-    return marked.tolist() if isinstance(labels, list | tuple) else marked
-
-
-def _as_lists(value: Any) -> Any:
-    """Return tensors or arrays that come in a list, one for each example, as lists of numbers."""
-    if not isinstance(value, list | tuple):
-        return value
-    rows = []
-    for row in value:
-        is_row = isinstance(row, Tensor) or is_array(row)
-        rows.append(row.tolist() if is_row else list(row) if isinstance(row, range) else row)
-    return rows
-
-
-def _ragged_lengths(ids: Any) -> list[int] | None:
-    """Return the lengths of lists of ids that differ in length; None where ids are a rectangle."""
-    if not isinstance(ids, list | tuple) or not ids or not all(isinstance(row, list | tuple) for row in ids):
-        return None
-    lengths = [len(row) for row in ids]
-    if min(lengths) == 0:
-        raise BatchError(f"example {lengths.index(0)} is empty: every example needs at least one token")
-    return lengths if len(set(lengths)) > 1 else None
-
-
-def _rectangle(value: Any, name: str, lengths: list[int] | None) -> Any:
-    """Return ragged lists as a rectangle: ids are padded with the row's first, masks with 0."""
-    if lengths is None or not isinstance(value, list | tuple):
-        return value
-    if [len(row) if isinstance(row, list | tuple) else None for row in value] != lengths:
-        raise BatchError(f"{name} must be lists of {lengths} like the token ids; got {brief(value)}")
-    width = max(lengths)
-    padding = [row[0] if name == "input_ids" else 0 for row in value]
-    return [[*row, *[pad] * (width - len(row))] for row, pad in zip(value, padding, strict=True)]
-
-
-def _as_ids(ids: Any, name: str) -> Int[Tensor, "..."]:
-    tensor = as_tensor(ids, name, BatchError)
-    if tensor.numel() == 0:
-        raise BatchError(f"{name} must be [batch, token]; got {list(tensor.shape)}")
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise BatchError(f"{name} must be whole numbers; got {brief(tensor)}")
-    tensor = tensor.long()
-    if tensor.numel() and int(tensor.min()) < 0:
-        raise BatchError(f"{name} must not be negative; got {int(tensor.min())}")
-    return tensor
-
-
-def _starts(response_start: Any, ids: Tensor) -> Int[Tensor, "batch_or_1 1"]:
-    """Return the column where each response starts."""
-    starts = as_tensor(response_start, "response_start", BatchError).to(ids.device).reshape(-1, 1)
-    is_whole = not (starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool)
-    if not is_whole or bool((starts.long() < 0).any()):
-        raise BatchError(
-            f"response_start is a column, a whole number from 0; got {starts.flatten().tolist()}"
-        )
-    starts = starts.long()
-    if starts.shape[0] not in (1, ids.shape[0]):
-        raise BatchError(
-            f"response_start must be one column, or one for each of {ids.shape[0]} examples; got "
-            f"{starts.shape[0]}"
-        )
-    return starts

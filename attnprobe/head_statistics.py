@@ -20,14 +20,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe import metrics
+from attnprobe import metrics, reductions
 from attnprobe.adapters.base import Value
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch, token_columns
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
-from attnprobe.metrics import Horizon, HorizonLike
+from attnprobe.metrics import HorizonLike
 from attnprobe.probe import Probe
-from attnprobe.results import Result, check_layers, html_table, ranges, table_column
+from attnprobe.provenance import ranges
+from attnprobe.reductions import Horizon
+from attnprobe.results import Result, check_layers, html_table, table_column
 from attnprobe.sequence_sums import LayerSums, add_rows
 from attnprobe.validation import ArrayLike, IntLike, choice, instance, truth, whole_numbers
 
@@ -257,7 +259,7 @@ class HeadStatisticsProbe(Probe):
         assert layer is not None
         self._continues = value.key_start + value.query_offset > 0
         before = self._sequence.layers.get(layer) if self._continues else None
-        far = metrics.RECEIVER_HORIZON if self.receiver else None
+        far = reductions.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
             before, value, batch.response_mask, self.window, self.horizon, far, span=self.span
         )
@@ -322,13 +324,13 @@ class HeadStatisticsProbe(Probe):
         """Return a layer's statistics from its sums."""
         reduced = {
             "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
-            "fai": metrics.influence_of(sums.received, mask, self.horizon, segments),
+            "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),
         }
         if sums.distance is not None:
             count = mask.sum(-1, keepdim=True).to(sums.distance.dtype)
             reduced["span"] = sums.distance / count.masked_fill(count == 0, torch.nan)
         if sums.received_far is not None:
-            reduced["receiver_kurtosis"] = metrics.selectivity_of(
+            reduced["receiver_kurtosis"] = reductions.selectivity_of(
                 sums.received_far, mask, segment_ids=segments
             )
         return reduced

@@ -26,7 +26,8 @@ from attnprobe.head_statistics import (
     check_same_measurement,
     statistics_parts,
 )
-from attnprobe.results import Result, check_layers, html_table, ranges, table_column
+from attnprobe.provenance import ranges
+from attnprobe.results import Result, check_layers, html_table, table_column
 from attnprobe.validation import (
     ArrayLike,
     FloatLike,

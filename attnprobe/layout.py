@@ -1,6 +1,6 @@
-"""How examples are laid out: padding, packing, and the way back from right-padded rows.
+"""How examples are laid out: padding, packing, and the way back from right-padded sequences.
 
-`TokenBatch` checks its masks here. `TokenBatch.unpadded_rows` makes a `RowLayout`, by which `measure` brings
+`TokenBatch` checks its masks here. `TokenBatch.sequences` makes a `SequenceLayout`, by which `measure` brings
 results back to the caller's layout. What is left to others: the tokens themselves (batch).
 """
 
@@ -16,21 +16,23 @@ from attnprobe.errors import BatchError
 
 
 @dataclass(frozen=True)
-class RowLayout:
-    """Where each right-padded row stands in the caller's layout.
+class SequenceLayout:
+    """Where each right-padded sequence stands in the caller's layout.
 
-    Row `i` holds the caller's tokens `start[i] .. start[i] + length[i] - 1` of row `source[i]`.
+    Sequence `i` holds the tokens `start[i] .. start[i] + length[i] - 1` of example `source[i]`.
     """
 
-    source: Int[Tensor, " row"]
-    start: Int[Tensor, " row"]
-    length: Int[Tensor, " row"]
+    source: Int[Tensor, " sequence"]
+    start: Int[Tensor, " sequence"]
+    length: Int[Tensor, " sequence"]
     shape: tuple[int, int]
 
-    def tokens(self, values: Float[Tensor, "row *axes row_token"]) -> Float[Tensor, "batch *axes token"]:
-        """Return per-token values of the rows in the caller's layout, NaN where no row has a token."""
+    def tokens(
+        self, values: Float[Tensor, "sequence *axes sequence_token"]
+    ) -> Float[Tensor, "batch *axes token"]:
+        """Return per-token values in the caller's layout, NaN where no sequence has a token."""
         batch, width = self.shape
-        by_token = values.movedim(-1, 1)
+        by_token = values.movedim(-1, 1)  # [sequence, sequence_token, *axes]
         column = torch.arange(by_token.shape[1])
         inside = column < self.length[:, None]
         target = (self.source[:, None] * width + self.start[:, None] + column)[inside]
@@ -38,12 +40,12 @@ class RowLayout:
         out[target.to(values.device)] = by_token[inside.to(values.device)]
         return out.view(batch, width, *by_token.shape[2:]).movedim(1, -1)
 
-    def responses(
-        self, values: Float[Tensor, "row *axes"], weights: Real[Tensor, " row"]
+    def examples(
+        self, values: Float[Tensor, "sequence *axes"], weights: Real[Tensor, " sequence"]
     ) -> Float[Tensor, "batch *axes"]:
-        """Return per-row values as the weighted mean over the rows that came from one caller's row.
+        """Return per-sequence values as the weighted mean over the sequences of each example.
 
-        Rows with weight 0 or an undefined value do not count; NaN where none counts.
+        Sequences with weight 0 or an undefined value do not count; NaN where none counts.
         """
         source = self.source.to(values.device)
         spread = weights.to(values).view(-1, *[1] * (values.ndim - 1)).expand_as(values)

@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnprobe.errors import AttnprobeError, ResultError
-from attnprobe.results import Provenance, Result, table_column
+from attnprobe.provenance import Provenance
+from attnprobe.results import Result, table_column
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -26,13 +26,13 @@ from attnprobe.errors import BatchError, ParameterError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe, ReceiverLevel
 from attnprobe.heads import HeadGroups, head_groups
-from attnprobe.layout import RowLayout
+from attnprobe.layout import SequenceLayout
 from attnprobe.maps import GroupMaps
-from attnprobe.metrics import Horizon
 from attnprobe.probe import Probe, attach
 from attnprobe.progress import Advance, progress_bar
+from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
-from attnprobe.results import Provenance
+from attnprobe.reductions import Horizon
 from attnprobe.sentences import sentence_ids
 from attnprobe.validation import IntLike, brief, truth, whole_number
 
@@ -114,11 +114,11 @@ def measure(
     weights = statistics.response_mask.sum(-1)
     return replace(
         statistics,
-        span=None if statistics.span is None else layout.responses(statistics.span, weights),
+        span=None if statistics.span is None else layout.examples(statistics.span, weights),
         waad=layout.tokens(statistics.waad),
         fai=layout.tokens(statistics.fai),
         entropy=layout.tokens(torch.cat(entropies)) if entropies else None,
-        receiver_kurtosis=None if kurtosis is None else layout.responses(kurtosis, weights),
+        receiver_kurtosis=None if kurtosis is None else layout.examples(kurtosis, weights),
         receiver_level=level,
         response_mask=batch.response_mask.to(run.adapter.device),
         segment_ids=None if batch.segment_ids is None else batch.segment_ids.to(run.adapter.device),
@@ -185,7 +185,7 @@ def group_maps(
     if run.rows.batch_size > 1:
         raise ParameterError(
             f"example {example} packs {run.rows.batch_size} sequences: take one a row for maps, "
-            "batch.unpadded_rows()[0]"
+            "batch.sequences()[0]"
         )
     part = next(run.parts())
     inside = part.response_mask[0].nonzero()[:, 0]
@@ -247,7 +247,7 @@ class _Run:
     adapter: Adapter
     layers: tuple[int, ...]
     rows: TokenBatch
-    layout: RowLayout
+    layout: SequenceLayout
     size: int
 
     @staticmethod
@@ -261,7 +261,7 @@ class _Run:
     ) -> _Run:
         adapter = adapter_for(model)
         chosen = resolve_layers(layers, adapter)
-        rows, layout = batch.unpadded_rows()
+        rows, layout = batch.sequences()
         check_fits(rows, adapter)
         if batch_size is not None:
             batch_size = whole_number(batch_size, "batch_size", minimum=1)

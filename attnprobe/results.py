@@ -1,4 +1,4 @@
-"""Result: what every result of the library can do, and `Provenance`: what token results were computed from.
+"""Result: what every result of the library can do.
 
 A result is a frozen dataclass of tensors with named axes and of settings. Which axes a tensor has stands in
 its annotation (`Float[Tensor, "batch layer head"]`), and everything here follows from that: results are
@@ -12,104 +12,40 @@ from __future__ import annotations
 import dataclasses
 import html
 import inspect
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from attnprobe.axes import (
+    PADDED_AXES,
+    TensorField,
+    check_columns,
+    equal_tensors,
+    example_indices,
+    fixed_sizes,
+    is_kind,
+    padded,
+    setting_names,
+    setting_types,
+    tensor_fields,
+)
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.provenance import Provenance, ranges
 from attnprobe.storage import PathLike, import_pandas, import_pyarrow, load_result, save_result
-from attnprobe.validation import as_tensor, brief, instance, truth, whole_number, whole_numbers
+from attnprobe.validation import brief, instance, truth, whole_numbers
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-Align = Literal["token", "prediction"]
-
 # Not typing.Self, which run-time type checkers refuse in a method.
 ResultT = TypeVar("ResultT", bound="Result")
 
-_PADDED = ("token", "query", "key")
-"""The axes along which examples differ in length: `concatenate` pads them on the right."""
 _KINDS = {"Float": "floating point", "Int": "whole numbers", "Bool": "bool"}
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What the scores of tokens were computed from.
-
-    Attributes:
-        model_name: the model, as it calls itself.
-        layers: the layers that were measured.
-        window, horizon: the parameters of WAAD and FAI.
-        heads: of each group ("local", "global", "receiver"): the heads as (layer, head, weight).
-        align: which token a row of attention describes: "token", its own; "prediction", the next one.
-    """
-
-    model_name: str = ""
-    layers: tuple[int, ...] = ()
-    window: int | None = None
-    horizon: tuple[int, int | None] | None = None
-    heads: dict[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
-    align: Align = "token"
-
-    def __str__(self) -> str:
-        groups = ", ".join(f"{len(heads)} {name}" for name, heads in self.heads.items())
-        told = {
-            "model": self.model_name,
-            "layers": ranges(self.layers),
-            "window": self.window,
-            "horizon": self.horizon,
-            "heads": groups,
-            "align": self.align,
-        }
-        return ", ".join(f"{name}={value}" for name, value in told.items() if value not in ("", None))
-
-
-def ranges(numbers: Iterable[int]) -> str:
-    """Return ascending whole numbers in short.
-
-    >>> ranges([0, 1, 2, 5, 7, 8])
-    '0-2, 5, 7-8'
-    """
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    return ", ".join("-".join(map(str, run)) for run in runs)
-
-
-@dataclass(frozen=True)
-class TensorField:
-    """A field of a result that holds a tensor: its name, kind and axes, and whether it may be None."""
-
-    name: str
-    kind: str
-    axes: tuple[str, ...]
-    optional: bool
-
-
-def tensor_fields(kind: Any) -> tuple[TensorField, ...]:
-    """Return the tensor fields of a result's class, as their annotations say."""
-    found = []
-    for each in dataclasses.fields(kind):
-        match = re.match(r"(Float|Int|Bool)\[Tensor, [\"']([^\"']*)[\"']\]( \| None)?$", str(each.type))
-        if match:
-            found.append(TensorField(each.name, match[1], tuple(match[2].split()), bool(match[3])))
-    return tuple(found)
-
-
-def setting_names(kind: Any) -> tuple[str, ...]:
-    """Return the names of a result's fields that are no tensors."""
-    tensors = {each.name for each in tensor_fields(kind)}
-    return tuple(each.name for each in dataclasses.fields(kind) if each.name not in tensors)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -135,7 +71,7 @@ class Result:
             value = getattr(self, each.name)
             if value is None and each.optional:
                 continue
-            if not isinstance(value, Tensor) or not _is_kind(value, each.kind):
+            if not isinstance(value, Tensor) or not is_kind(value, each.kind):
                 raise error(
                     f"{each.name} of {type(self).__name__} must be a tensor of {_KINDS[each.kind]}, "
                     f"[{', '.join(each.axes)}]; got {brief(value)}"
@@ -213,12 +149,13 @@ class Result:
             ParameterError: no slice, one with a step, or one that chooses no column.
         """
         count = max(
-            (t.shape[i] for f, t in self._tensors() for i, a in enumerate(f.axes) if a in _PADDED), default=0
+            (t.shape[i] for f, t in self._tensors() for i, a in enumerate(f.axes) if a in PADDED_AXES),
+            default=0,
         )
         check_columns(columns, count)
         changed: dict[str, Any] = {}
         for each, value in self._tensors():
-            index = tuple(columns if axis in _PADDED else slice(None) for axis in each.axes)
+            index = tuple(columns if axis in PADDED_AXES else slice(None) for axis in each.axes)
             changed[each.name] = value[index]
         for name in self._PER_EXAMPLE:
             if getattr(self, name, None) is not None:
@@ -249,9 +186,9 @@ class Result:
             fill = cls._FILL.get(each.name, {"Float": torch.nan, "Bool": False, "Int": -1}[each.kind])
             values = [getattr(part, each.name).to(value.device) for part in parts]
             for axis, name in enumerate(each.axes):
-                if name in _PADDED:
+                if name in PADDED_AXES:
                     width = max(part.shape[axis] for part in values)
-                    values = [_padded(part, axis, width, fill) for part in values]
+                    values = [padded(part, axis, width, fill) for part in values]
             joined[each.name] = torch.cat(values, dim=each.axes.index("batch"))
         for name in cls._PER_EXAMPLE:
             if getattr(first, name, None) is not None:
@@ -266,7 +203,7 @@ class Result:
         first = parts[0]
         if not any("batch" in each.axes for each, _ in first._tensors()):
             raise ResultError(f"{cls.__name__} has no examples that could be joined")
-        fixed = {each.name: _fixed_sizes(each, value) for each, value in first._tensors()}
+        fixed = {each.name: fixed_sizes(each, value) for each, value in first._tensors()}
         for part in parts[1:]:
             for name in setting_names(cls):
                 ours, theirs = getattr(first, name), getattr(part, name)
@@ -279,7 +216,7 @@ class Result:
                         f"{cls.__name__}s cannot be joined whose {what} differ: {brief(ours)} and "
                         f"{brief(theirs)}"
                     )
-            found = {each.name: _fixed_sizes(each, value) for each, value in part._tensors()}
+            found = {each.name: fixed_sizes(each, value) for each, value in part._tensors()}
             for name in fixed.keys() ^ found.keys():
                 raise ResultError(f"{cls.__name__}s cannot be joined with and without {name}")
             for name, sizes in fixed.items():
@@ -312,7 +249,7 @@ class Result:
         if any(getattr(self, name) != getattr(other, name) for name in names):
             return False
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in tensor_fields(type(self)))
-        return all(_equal(ours, theirs) for ours, theirs in pairs)
+        return all(equal_tensors(ours, theirs) for ours, theirs in pairs)
 
     def __hash__(self) -> int:
         raise TypeError(f"{type(self).__name__} holds tensors and cannot be hashed: use id() or a name")
@@ -405,52 +342,6 @@ class Result:
         return self._table(*arguments, **options)
 
 
-def setting_types(kind: Any) -> dict[str, Any]:
-    """Return the types of a result's settings, for loading."""
-    hints = get_type_hints(kind)
-    return {name: hints[name] for name in setting_names(kind)}
-
-
-def example_indices(examples: Any, count: int) -> list[int]:
-    """Return the numbers of the examples that a number, list, slice or mask chooses out of `count`.
-
-    >>> example_indices(slice(1, None), 3), example_indices([True, False, True], 3), example_indices(-1, 3)
-    ([1, 2], [0, 2], [2])
-    """
-    expected = f"examples must be a number, a list of numbers, a slice or a mask of {count}"
-    if isinstance(examples, slice):
-        try:
-            chosen = list(range(count))[examples]
-        except (TypeError, ValueError) as error:
-            raise ParameterError(f"{expected}; got {examples}") from error
-        if not chosen:
-            raise ParameterError(f"{examples} chooses none of {count} examples")
-        return chosen
-    is_mixed = isinstance(examples, list | tuple) and len({isinstance(each, bool) for each in examples}) > 1
-    if isinstance(examples, str | bytes | bool | float) or examples is None or is_mixed:
-        raise ParameterError(f"{expected}; got {brief(examples)}")
-    try:
-        numbers = as_tensor(list(examples) if isinstance(examples, set) else examples, "examples")
-    except ParameterError:
-        try:
-            numbers = torch.tensor(whole_number(examples, "examples", minimum=-count, maximum=count - 1))
-        except ParameterError as error:
-            raise ParameterError(f"{expected}; got {brief(examples)}") from error
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.ndim > 1 or numbers.numel() == 0:
-        raise ParameterError(f"{expected}; got {brief(examples)}")
-    if numbers.dtype == torch.bool:
-        if numbers.shape != (count,) or not bool(numbers.any()):
-            raise ParameterError(
-                f"a mask of examples must be [{count}] and choose some; got {brief(examples)}"
-            )
-        return numbers.nonzero()[:, 0].tolist()
-    listed = numbers.reshape(-1).tolist()
-    wrong = [number for number in listed if not -count <= number < count]
-    if wrong:
-        raise ParameterError(f"there are examples 0..{count - 1}, not {wrong}")
-    return [number % count for number in listed]
-
-
 def check_layers(result: Any, count: int, error: type[AttnprobeError]) -> None:
     """Check that a result names the layer behind each index of its layer axis, and keep them as a tuple.
 
@@ -464,25 +355,6 @@ def check_layers(result: Any, count: int, error: type[AttnprobeError]) -> None:
             f"{brief(list(layers))}"
         )
     object.__setattr__(result, "layers", layers)
-
-
-def check_columns(columns: Any, count: int) -> None:
-    """Refuse what is no slice of neighbouring columns, or chooses none of `count`.
-
-    Raises:
-        ParameterError: one of these.
-    """
-    expected = "columns must be a slice without step, such as slice(8, None)"
-    if not isinstance(columns, slice):
-        raise ParameterError(f"{expected}; got {brief(columns)}")
-    try:
-        first, stop, step = columns.indices(count)
-    except (TypeError, ValueError) as error:
-        raise ParameterError(f"{expected}; got {columns}") from error
-    if step != 1:
-        raise ParameterError(f"{expected}; got {columns}")
-    if stop <= first:
-        raise ParameterError(f"{columns} chooses none of {count} columns")
 
 
 def table_column(values: Tensor, place: Tensor) -> Any:
@@ -500,37 +372,6 @@ def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
             if parts[0] != parts[1]:
                 return f"{name}.{each.name}", *parts
     return name, ours, theirs
-
-
-def _is_kind(value: Tensor, kind: str) -> bool:
-    if kind == "Bool":
-        return value.dtype == torch.bool
-    if kind == "Float":
-        return value.is_floating_point()
-    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
-
-
-def _padded(value: Tensor, axis: int, width: int, fill: Any) -> Tensor:
-    missing = width - value.shape[axis]
-    if missing == 0:
-        return value
-    behind = [0, 0] * (value.ndim - 1 - axis) + [0, missing]
-    return torch.nn.functional.pad(value, behind, value=fill)
-
-
-def _fixed_sizes(each: TensorField, value: Tensor) -> dict[str, int]:
-    """Return the sizes of the axes that must agree when results are joined."""
-    pairs = zip(each.axes, value.shape, strict=True)
-    return {axis: size for axis, size in pairs if axis not in ("batch", *_PADDED)}
-
-
-def _equal(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    if ours is None or theirs is None:
-        return ours is theirs
-    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-        return False
-    ours, theirs = ours.cpu(), theirs.cpu()
-    return bool(((ours == theirs) | ((ours != ours) & (theirs != theirs))).all())
 
 
 def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

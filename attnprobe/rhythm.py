@@ -17,7 +17,8 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch, check_unpacked, token_columns
 from attnprobe.errors import ParameterError
-from attnprobe.results import Provenance, Result, html_table, table_column
+from attnprobe.provenance import Provenance
+from attnprobe.results import Result, html_table, table_column
 from attnprobe.scores import TokenScores, check_same_tokens
 from attnprobe.validation import (
     ArrayLike,

@@ -22,7 +22,8 @@ from attnprobe.errors import ParameterError, ResultError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups, head_groups
-from attnprobe.results import Align, Provenance, Result, table_column
+from attnprobe.provenance import Align, Provenance
+from attnprobe.results import Result, table_column
 from attnprobe.validation import choice, instance
 
 

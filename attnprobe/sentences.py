@@ -151,7 +151,7 @@ def sentence_ids(batch: TokenBatch) -> Int[Tensor, "batch token"]:
     if batch.texts is None:
         raise BatchError("sentences need the tokens' texts: build the batch with tokenizer=...")
     if batch.segment_ids is not None:
-        raise BatchError("rows are packed: take batch.unpadded_rows()[0], one response a row")
+        raise BatchError("rows are packed: take batch.sequences()[0], one response a row")
     ids = torch.full(batch.input_ids.shape, -1, dtype=torch.long)
     for row, mask in enumerate(batch.response_mask):
         count = 0

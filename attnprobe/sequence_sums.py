@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnprobe import metrics
+from attnprobe import metrics, reductions
 from attnprobe.attention.operator import Attention
 from attnprobe.errors import PatternError
-from attnprobe.metrics import Horizon
+from attnprobe.reductions import Horizon
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ def add_rows(
     _check_continues(before, attention, start)
     mask = metrics.check_mask(attention, response_mask)
     # One product serves WAAD and FAI.
-    near = metrics.near_band(attention, window, horizon)
+    near = reductions.near_band(attention, window, horizon)
     columns = start + attention.query_count
     distance = None
     if span:
         distance = (attention.mean_distance() * mask[:, None].to(attention.dtype)).sum(-1)
-    waad = metrics.windowed_distance_by_row(attention, window, near)
+    waad = reductions.windowed_distance_by_row(attention, window, near)
 
     def placed(received: Tensor, earlier: Tensor | None) -> Tensor:
         """Add what this pass's keys were given to what the columns had before."""
@@ -80,14 +80,15 @@ def add_rows(
         return total
 
     received = placed(
-        metrics.received_by_key(attention, mask, horizon, near), None if before is None else before.received
+        reductions.received_by_key(attention, mask, horizon, near),
+        None if before is None else before.received,
     )
     received_far = None
     if far_horizon == horizon:
         received_far = received
     elif far_horizon is not None:
         received_far = placed(
-            metrics.received_by_key(attention, mask, far_horizon),
+            reductions.received_by_key(attention, mask, far_horizon),
             None if before is None else before.received_far,
         )
     fingerprint = attention.key_fingerprint()

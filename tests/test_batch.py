@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from attnprobe import BatchError, TokenBatch
-from attnprobe.layout import RowLayout
+from attnprobe.layout import SequenceLayout
 from attnprobe.texts import chat_prompt_ids, token_texts
 from tests.refusals import refused
 
@@ -299,7 +299,7 @@ def test_inputs_are_not_modified() -> None:
     ids, real = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]])
     response, positions = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 0, 1]])
     batch = TokenBatch.from_ids(ids, real, response_mask=response, position_ids=positions)
-    batch.unpadded_rows()
+    batch.sequences()
     assert (ids.tolist(), real.tolist()) == ([[5, 6, 7]], [[0, 1, 1]])
     assert (response.tolist(), positions.tolist()) == ([[0, 0, 1]], [[0, 0, 1]])
 
@@ -414,7 +414,7 @@ def test_a_response_may_have_gaps() -> None:
     batch = TokenBatch.from_ids(IDS, response_mask=[[1, 0, 0, 1], [1, 1, 0, 1]])
     assert batch.response_mask.int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 1]]
     one_row = TokenBatch.from_ids(**packed([[1, 0, 1, 0, 1]], [[0, 1, 2, 0, 1]]))
-    assert one_row.unpadded_rows()[0].response_mask.int().tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert one_row.sequences()[0].response_mask.int().tolist() == [[1, 0, 1], [0, 1, 0]]
 
 
 INTEGERS = [np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64]
@@ -603,7 +603,7 @@ def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], facts: list[
 def test_packed_rows_without_any_response_cannot_be_run() -> None:
     segments = torch.tensor([[0, 0, 1, 1]] * 2)
     batch = TokenBatch(IDS, REAL, ~REAL, segments)
-    check_refused(batch.unpadded_rows, "response")
+    check_refused(batch.sequences, "response")
 
 
 def test_a_negative_response_start_is_refused() -> None:
@@ -712,13 +712,13 @@ def test_rollouts_of_other_shapes_are_refused() -> None:
 
 
 @given(rows=padded_rows())
-def test_unpadded_rows_are_the_same_tokens_from_column_zero(rows: list[Parts]) -> None:
+def test_sequences_are_the_same_tokens_from_column_zero(rows: list[Parts]) -> None:
     """Whatever the padding: right-padded rows as wide as the longest, with their responses."""
     real, response = masks_of(rows)
     batch = TokenBatch.from_ids(
         numbered(len(rows), len(real[0])), torch.tensor(real), response_mask=torch.tensor(response)
     )
-    plain, layout = batch.unpadded_rows()
+    plain, layout = batch.sequences()
     assert rows_of(batch) == rows_of(plain)
     width = max(p + r for _, p, r, _ in rows)
     assert [[t < p + r for t in range(width)] for _, p, r, _ in rows] == plain.attention_mask.tolist()
@@ -789,7 +789,7 @@ def test_packed_rows_come_apart_at_their_sequences(rows: list[Packed]) -> None:
         segments[-1] += [-1] * right
     assert batch.segment_ids is not None
     assert segments == batch.segment_ids.tolist()
-    plain, layout = batch.unpadded_rows()
+    plain, layout = batch.sequences()
     assert plain.segment_ids is None
     assert expected == rows_of(plain)
     assert (sources, starts) == (layout.source.tolist(), layout.start.tolist())
@@ -802,14 +802,14 @@ def test_packed_rows_come_apart_at_their_sequences(rows: list[Packed]) -> None:
 
 
 @given(rows=padded_rows() | packed_rows(), axes=st.sampled_from([(), (2,), (2, 3)]))
-def test_values_of_unpadded_rows_come_back_to_their_tokens(rows: Any, axes: tuple[int, ...]) -> None:
+def test_values_of_sequences_come_back_to_their_tokens(rows: Any, axes: tuple[int, ...]) -> None:
     """Each token its own value, on any axes in between; NaN where no row has a token."""
     if len(rows[0]) == 3:
         batch = packed_batch(rows)
     else:
         real, response = (torch.tensor(mask) for mask in masks_of(rows))
         batch = TokenBatch.from_ids(numbered(len(rows), real.shape[1]), real, response_mask=response)
-    plain, layout = batch.unpadded_rows()
+    plain, layout = batch.sequences()
     inner = torch.arange(math.prod(axes)).view(*axes, 1) * 1000.0
     values = plain.input_ids.view(plain.batch_size, *[1] * len(axes), -1) + inner
     returned = layout.tokens(values)
@@ -828,17 +828,17 @@ def test_values_of_unpadded_rows_come_back_to_their_tokens(rows: Any, axes: tupl
 def test_ids_make_the_round_trip(rows: list[Parts]) -> None:
     real, response = (torch.tensor(mask) for mask in masks_of(rows))
     batch = TokenBatch.from_ids(numbered(len(rows), real.shape[1]), real, response_mask=response)
-    plain, layout = batch.unpadded_rows()
+    plain, layout = batch.sequences()
     expected = batch.input_ids.double().masked_fill(~real, NAN)
     torch.testing.assert_close(layout.tokens(plain.input_ids.double()), expected, equal_nan=True)
 
 
 @given(rows=padded_rows())
-def test_unpadded_rows_of_unpadded_rows_are_the_same(rows: list[Parts]) -> None:
+def test_sequences_of_sequences_are_the_same(rows: list[Parts]) -> None:
     real, response = (torch.tensor(mask) for mask in masks_of(rows))
     batch = TokenBatch.from_ids(numbered(len(rows), real.shape[1]), real, response_mask=response)
-    once, _ = batch.unpadded_rows()
-    twice, layout = once.unpadded_rows()
+    once, _ = batch.sequences()
+    twice, layout = once.sequences()
     assert rows_of(once) == rows_of(twice)
     assert torch.equal(once.attention_mask, twice.attention_mask)
     assert torch.equal(layout.start, torch.zeros_like(layout.start))
@@ -862,8 +862,8 @@ def test_values_of_rows_are_weighted_means_over_their_source(
     sources = [source for source, _, _ in parts]
     count = len(parts)
     zeros = torch.zeros(count).long()
-    layout = RowLayout(torch.tensor(sources), zeros, zeros + 1, (3, 1))
-    actual = layout.responses(torch.tensor(values), torch.tensor([float(w) for _, w, _ in parts]))
+    layout = SequenceLayout(torch.tensor(sources), zeros, zeros + 1, (3, 1))
+    actual = layout.examples(torch.tensor(values), torch.tensor([float(w) for _, w, _ in parts]))
     for source in range(3):
         for axis in range(2):
             counted = [
@@ -902,9 +902,9 @@ def test_selected_rows_keep_their_tokens_in_their_columns(rows: list[Parts], dat
 @given(rows=packed_rows())
 def test_selected_packed_rows_stay_packed(rows: list[Packed]) -> None:
     batch = packed_batch(rows)
-    whole, layout = batch.unpadded_rows()
+    whole, layout = batch.sequences()
     for i in range(len(rows)):
-        alone, _ = batch.select(slice(i, i + 1)).unpadded_rows()
+        alone, _ = batch.select(slice(i, i + 1)).sequences()
         of_row = (layout.source == i).nonzero()[:, 0].tolist()
         assert [rows_of(whole)[j] for j in of_row] == rows_of(alone)
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnprobe
-from attnprobe import DenseAttention, FactoredAttention, metrics
+from attnprobe import DenseAttention, FactoredAttention, reductions
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -142,14 +142,14 @@ def attention_of(queries: int, keys: int) -> FactoredAttention:
 def test_a_window_beyond_the_text_is_cut_to_it(queries: int, keys: int) -> None:
     """Bit by bit what a window of the text gives, at the same cost: all distances, none cut off."""
     attention = attention_of(queries, keys)
-    expected, cost = metrics.windowed_distance_by_row(attention, keys), []
+    expected, cost = reductions.windowed_distance_by_row(attention, keys), []
     assert torch.equal(expected, attention.mean_distance().clamp(min=0.0))
     for window in (keys, keys + 1, 5000, 10**9, 10**30):
         with Operations() as operations:
-            assert torch.equal(metrics.windowed_distance_by_row(attention, window), expected)
+            assert torch.equal(reductions.windowed_distance_by_row(attention, window), expected)
         cost.append((operations.count, operations.largest))
     assert all(found == cost[0] for found in cost)
-    below = metrics.windowed_distance_by_row(attention, keys - 1) if keys > 1 else expected
+    below = reductions.windowed_distance_by_row(attention, keys - 1) if keys > 1 else expected
     assert float((expected - below).max()) <= 1 + 1e-3
 
 
@@ -158,15 +158,15 @@ def test_a_window_beyond_the_text_is_cut_to_it(queries: int, keys: int) -> None:
 def test_a_horizon_beyond_the_text_is_cut_to_it(queries: int, keys: int, low: int) -> None:
     attention = attention_of(queries, keys)
     rows = torch.ones(2, queries, dtype=torch.bool)
-    expected, cost = metrics.received_by_key(attention, rows, (low, keys)), []
+    expected, cost = reductions.received_by_key(attention, rows, (low, keys)), []
     for high in (keys - 1, keys, 10**9, 10**30, None):
         with Operations() as operations:
-            assert torch.equal(metrics.received_by_key(attention, rows, (low, high)), expected)
+            assert torch.equal(reductions.received_by_key(attention, rows, (low, high)), expected)
         cost.append((operations.count, operations.largest))
     assert all(found == cost[0] for found in cost)
     for far in (keys, 10**30):
         for horizon in ((far, None), (far, far), (far, 10**31)):
-            received = metrics.received_by_key(attention, rows, horizon)
+            received = reductions.received_by_key(attention, rows, horizon)
             assert received.shape == (2, HEADS, keys)
             assert not received.any()
 
@@ -178,11 +178,11 @@ def test_a_wide_window_needs_no_wide_band(window: int) -> None:
     attention = attention_of(tokens, tokens)
     pattern = DenseAttention(attention.rows(torch.arange(tokens)))
     with Operations() as operations:
-        found = metrics.windowed_distance_by_row(attention, window)
+        found = reductions.windowed_distance_by_row(attention, window)
     distance = (torch.arange(tokens)[:, None] - torch.arange(tokens)).clamp(max=window)
     expected = (pattern.pattern * distance).sum(-1)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-    assert operations.largest < 2 * HEADS * tokens * 4 * (metrics.WIDEST_BAND + 64) * 2
+    assert operations.largest < 2 * HEADS * tokens * 4 * (reductions.WIDEST_BAND + 64) * 2
 
 
 def test_limits_of_any_size_can_be_measured() -> None:

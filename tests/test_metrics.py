@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnprobe import FactoredAttention, PatternError, metrics
+from attnprobe import FactoredAttention, PatternError, metrics, reductions
 from attnprobe.errors import ParameterError
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import patterns
@@ -151,14 +151,14 @@ def test_the_end_of_a_response_is_not_selectivity() -> None:
 @given(values=st.lists(st.floats(-100, 100, width=16), min_size=2, max_size=20))
 def test_kurtosis(values: list[float]) -> None:
     expected = slow_kurtosis(values)
-    actual = float(metrics.kurtosis(torch.tensor(values, dtype=torch.float64)))
+    actual = float(reductions.kurtosis(torch.tensor(values, dtype=torch.float64)))
     if not math.isnan(actual):
         assert actual == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize("values", [[1.0] * 5, [0.1 + 0.2] * 7, [NAN] * 3, [2.0], [NAN, 1.0]])
 def test_kurtosis_of_a_constant_is_undefined(values: list[float]) -> None:
-    assert math.isnan(float(metrics.kurtosis(torch.tensor(values))))
+    assert math.isnan(float(reductions.kurtosis(torch.tensor(values))))
 
 
 @given(

@@ -45,7 +45,17 @@ def test_the_wheel_names_what_it_needs(built: Path) -> None:
     lines = archive.read(place).decode().splitlines()
     needs = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
     base = {need.partition(">")[0].partition("<")[0] for need in needs if "extra ==" not in need}
-    assert base == {"torch", "einops", "transformers", "jaxtyping", "safetensors", "numpy", "typer", "rich"}
+    assert base == {
+        "torch",
+        "einops",
+        "transformers",
+        "jaxtyping",
+        "safetensors",
+        "msgspec",
+        "numpy",
+        "typer",
+        "rich",
+    }
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra")}
     assert {"transformer-lens", "nnsight", "trl", "report", "all"} <= extras
     assert "License-Expression: Apache-2.0" in lines

@@ -35,7 +35,8 @@ from attnprobe import (
     TokenBatch,
     TokenScores,
 )
-from attnprobe.results import Result, setting_names, tensor_fields
+from attnprobe.axes import setting_names, tensor_fields
+from attnprobe.results import Result
 from tests.refusals import refused
 
 NAN = math.nan

@@ -467,7 +467,7 @@ def test_scores_come_as_lists_and_arrays_too() -> None:
 def test_packed_rows_have_no_rhythm() -> None:
     """Tokens of one response would be ranked among those of another."""
     scores = replace(scores_of([[0.0, 1.0]], [[0.0, 1.0]]), segment_ids=torch.tensor([[0, 1]]))
-    refused(lambda: find_rhythm(scores), "packed", "unpadded_rows", error=ParameterError)
+    refused(lambda: find_rhythm(scores), "packed", "sequences", error=ParameterError)
 
 
 @pytest.mark.parametrize("example_number", [1, -2, 5, "0", 0.0, None, True])

@@ -184,6 +184,6 @@ def test_texts_and_rows_of_one_response_are_needed() -> None:
         position_ids=torch.tensor([[0, 1, 0, 1]]),
         tokenizer=tiny_tokenizer(),
     )
-    refused(lambda: sentence_ids(packed), "packed", "unpadded_rows", error=BatchError)
-    rows, _ = packed.unpadded_rows()
+    refused(lambda: sentence_ids(packed), "packed", "sequences", error=BatchError)
+    rows, _ = packed.sequences()
     assert attnprobe.sentence_ids(rows).shape == (2, 2)

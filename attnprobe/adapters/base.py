@@ -2,7 +2,7 @@
 
 An adapter knows one backend and no metric. It finds the layers that have attention, tells an
 `Observer` what happens at the sites in any forward pass of the model, whoever calls it, and runs
-forward passes of its own over right-padded rows. It leaves the model exactly as it was found. What is
+forward passes of its own over right-padded sequences. It leaves the model exactly as it was found. What is
 left to others: what is done with the values (probes), and counting that all of them came
 (`attnprobe.probe`).
 """
@@ -113,9 +113,9 @@ class Adapter(ABC):
 
     @abstractmethod
     def forward(
-        self, rows: TokenBatch, *, logits_at: Int[Tensor, " row"] | None = None
-    ) -> Float[Tensor, "batch row vocabulary"] | None:
-        """Run the model over right-padded rows, in evaluation mode and without gradients.
+        self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
+    ) -> Float[Tensor, "batch position vocabulary"] | None:
+        """Run the model over right-padded sequences, in evaluation mode and without gradients.
 
         Returns the logits at some positions; None where none are asked for, and then nothing is
         computed above the last layer that is observed.

@@ -120,12 +120,12 @@ class TransformersAdapter(Adapter):
 
     @torch.no_grad()
     def forward(
-        self, rows: TokenBatch, *, logits_at: Int[Tensor, " row"] | None = None
-    ) -> Float[Tensor, "batch row vocabulary"] | None:
-        """Run the model over right-padded rows, in evaluation mode and without gradients."""
+        self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
+    ) -> Float[Tensor, "batch position vocabulary"] | None:
+        """Run the model over right-padded sequences, in evaluation mode and without gradients."""
         accepted = inspect.signature(type(self.model).forward).parameters
-        ids = rows.input_ids.to(self.device)
-        # Right-padded rows of a causal model need no mask: no real token can see the padding behind
+        ids = batch.input_ids.to(self.device)
+        # Right-padded sequences of a causal model need no mask: no real token can see the padding behind
         # it. Positions are passed all the same: some families would else guess them.
         arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if "position_ids" in accepted:

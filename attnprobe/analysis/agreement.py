@@ -26,7 +26,7 @@ from attnprobe.analysis.summary import Summary
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
 from attnprobe.head_statistics import HeadStatistics, check_same_measurement, statistics_parts
 from attnprobe.heads import GROUPS, Group, HeadGroups, check_shares, group_heads
-from attnprobe.results import ranges
+from attnprobe.provenance import ranges
 from attnprobe.validation import FloatLike, IntLike, instance
 
 

@@ -29,7 +29,7 @@ from attnprobe.analysis.bootstrap import (
 from attnprobe.analysis.summary import Summary
 from attnprobe.batch import check_unpacked
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
-from attnprobe.results import Align, Provenance
+from attnprobe.provenance import Align, Provenance
 from attnprobe.rhythm import check_lookback, check_quantile, find_peaks, near_preplans, top_quantile
 from attnprobe.scores import TokenScores, aligned_waad
 from attnprobe.storage import load_result, save_result

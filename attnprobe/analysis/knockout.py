@@ -20,8 +20,9 @@ from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.batch import BatchLike, TokenBatch, check_unpacked
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.measurement import check_fits
-from attnprobe.metrics import Horizon, check_horizon
+from attnprobe.metrics import check_horizon
 from attnprobe.progress import progress_bar
+from attnprobe.reductions import Horizon
 from attnprobe.suppression import suppress_attention
 from attnprobe.validation import ArrayLike, IntLike, as_mask, truth, whole_number
 
@@ -71,7 +72,7 @@ def knockout_divergence(
     batch_size = whole_number(batch_size, "batch_size", minimum=1)
     truth(progress, "progress")
     adapter = adapter_for(model)
-    check_fits(batch.unpadded_rows()[0], adapter)
+    check_fits(batch.sequences()[0], adapter)
     places = _places(adapter, layers, heads)
     asked = mask & batch.response_mask
     result = torch.full(tuple(asked.shape), torch.nan)
@@ -80,7 +81,7 @@ def knockout_divergence(
             columns = asked[example].nonzero()[:, 0].tolist()
             if not columns:
                 continue
-            alone = batch.select(example).unpadded_rows()[0].to(adapter.device)
+            alone = batch.select(example).sequences()[0].to(adapter.device)
             shift = int(batch.attention_mask[example].nonzero()[0])
             runs = _Runs.prepare(adapter, alone)
             for begin in range(0, len(columns), batch_size):

@@ -21,7 +21,7 @@ from torch import Tensor
 from attnprobe.analysis.bootstrap import Estimate, check_resampling, ratio_estimate
 from attnprobe.analysis.summary import Summary
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
-from attnprobe.results import Provenance
+from attnprobe.provenance import Provenance
 from attnprobe.storage import as_path, check_writable, library_versions, write_atomically
 from attnprobe.validation import FloatLike, IntLike, choice, instance
 

@@ -16,7 +16,7 @@ from attnprobe.errors import ResultError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups
 from attnprobe.maps import GroupMaps
-from attnprobe.results import Provenance
+from attnprobe.provenance import Provenance
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores, check_same_tokens
 from attnprobe.validation import brief

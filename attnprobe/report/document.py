@@ -22,6 +22,7 @@ from attnprobe.errors import MissingDependencyError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import Group, HeadGroups
 from attnprobe.maps import GroupMaps
+from attnprobe.provenance import ranges
 from attnprobe.report import tokens as coloured
 from attnprobe.report.checks import check_results_fit, maps_entry
 from attnprobe.report.figures import curves_figure, group_names, heads_figure, response_curves
@@ -35,7 +36,7 @@ from attnprobe.report.response import (
     read_response,
     visible,
 )
-from attnprobe.results import html_table, ranges
+from attnprobe.results import html_table
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
 from attnprobe.storage import write_atomically

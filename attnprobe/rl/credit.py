@@ -107,7 +107,7 @@ class CreditStrategy(ABC):
             raise ParameterError(
                 "these scores are of packed sequences, where the tokens of one response would be ranked "
                 "among those of another: measure one sequence per entry of the batch, such as "
-                "batch.unpadded_rows()[0]"
+                "batch.sequences()[0]"
             )
         dtype = torch.promote_types(scores.waad.dtype, torch.float32)
         share = as_tensor(self.share(scores), f"{_name_of(self)}.share", ResultError)

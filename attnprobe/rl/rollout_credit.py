@@ -25,7 +25,8 @@ from attnprobe.adapters.base import Layers
 from attnprobe.errors import ParameterError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups, group_heads
-from attnprobe.metrics import Horizon, check_horizon, check_window
+from attnprobe.metrics import check_horizon, check_window
+from attnprobe.reductions import Horizon
 from attnprobe.rl.advantage import spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import HeadGrouping, choose_layers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import attnprobe
-from attnprobe import metrics
+from attnprobe import reductions
 from attnprobe.adapters.base import resolve_layers
 from attnprobe.analysis.agreement import rank_correlation
 from attnprobe.analysis.bootstrap import bootstrap_weights, percentile_estimate, ratio_estimate
@@ -71,8 +71,8 @@ def _kurtosis_over_all_tokens(measured: Measured) -> torch.Tensor:
     It needs no second pass: FAI to the end of the response is what that kurtosis is taken of.
     """
     statistics = measured.statistics["end"]
-    assert statistics.horizon == metrics.RECEIVER_HORIZON
-    return metrics.kurtosis(statistics.fai)
+    assert statistics.horizon == reductions.RECEIVER_HORIZON
+    return reductions.kurtosis(statistics.fai)
 
 
 def reversed_in_time(scores: attnprobe.TokenScores) -> attnprobe.TokenScores:

@@ -23,7 +23,7 @@ from torch import Tensor
 from attnprobe.adapters.base import Layers
 from attnprobe.errors import TrainerError
 from attnprobe.heads import HeadGroups
-from attnprobe.metrics import Horizon
+from attnprobe.reductions import Horizon
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import credit_weights
 from attnprobe.rl.credit import Credit

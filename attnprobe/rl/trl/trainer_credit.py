@@ -98,12 +98,12 @@ class WholePassAdapter(TransformersAdapter):
         self._root = root
 
     def forward(
-        self, rows: TokenBatch, *, logits_at: Int[Tensor, " row"] | None = None
-    ) -> Float[Tensor, "batch row vocabulary"] | None:
+        self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
+    ) -> Float[Tensor, "batch position vocabulary"] | None:
         """Run the root module over right-padded rows to its end, whether logits are asked for or not."""
         # A pass that has to give logits, of one position here, does not end early.
         at = torch.zeros(1, dtype=torch.long) if logits_at is None else logits_at
-        logits = super().forward(rows, logits_at=at)
+        logits = super().forward(batch, logits_at=at)
         return None if logits_at is None else logits
 
     def _all_modules(self) -> Iterator[nn.Module]:

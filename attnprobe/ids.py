@@ -1,0 +1,93 @@
+"""Token ids as they are handed in: tensors, arrays, lists of any lengths, labels, starts of responses.
+
+`TokenBatch.from_ids` and `TokenBatch.of` call these. What is left to others: masks (batch) and layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from attnprobe.errors import BatchError
+from attnprobe.validation import as_tensor, brief, is_array
+
+
+def labelled(labels: Any) -> Any:
+    """Return which labels are not -100, in the form in which the labels come."""
+    labels = as_lists(labels)
+    if isinstance(labels, list) and labels and all(isinstance(row, list | tuple) for row in labels):
+        return [labelled(row) for row in labels]
+    numbers = as_tensor(labels, "labels", BatchError)
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise BatchError(f"labels must be whole numbers; got {brief(numbers)}")
+    marked = numbers != -100
+    return marked.tolist() if isinstance(labels, list | tuple) else marked
+
+
+def as_lists(value: Any) -> Any:
+    """Return tensors or arrays that come in a list, one for each example, as lists of numbers."""
+    if not isinstance(value, list | tuple):
+        return value
+    rows = []
+    for row in value:
+        is_row = isinstance(row, Tensor) or is_array(row)
+        rows.append(row.tolist() if is_row else list(row) if isinstance(row, range) else row)
+    return rows
+
+
+def ragged_lengths(ids: Any) -> list[int] | None:
+    """Return the lengths of lists of ids that differ in length; None where ids are a rectangle."""
+    if not isinstance(ids, list | tuple) or not ids or not all(isinstance(row, list | tuple) for row in ids):
+        return None
+    lengths = [len(row) for row in ids]
+    if min(lengths) == 0:
+        raise BatchError(f"example {lengths.index(0)} is empty: every example needs at least one token")
+    return lengths if len(set(lengths)) > 1 else None
+
+
+def rectangle(value: Any, name: str, lengths: list[int] | None) -> Any:
+    """Return ragged lists as a rectangle: ids are padded with the row's first, masks with 0."""
+    if lengths is None or not isinstance(value, list | tuple):
+        return value
+    if [len(row) if isinstance(row, list | tuple) else None for row in value] != lengths:
+        raise BatchError(f"{name} must be lists of {lengths} like the token ids; got {brief(value)}")
+    width = max(lengths)
+    padding = [row[0] if name == "input_ids" else 0 for row in value]
+    return [[*row, *[pad] * (width - len(row))] for row, pad in zip(value, padding, strict=True)]
+
+
+def as_ids(ids: Any, name: str) -> Int[Tensor, "..."]:
+    """Return token ids as int64.
+
+    Raises:
+        BatchError: something else than whole numbers from 0, or none.
+    """
+    tensor = as_tensor(ids, name, BatchError)
+    if tensor.numel() == 0:
+        raise BatchError(f"{name} must be [batch, token]; got {list(tensor.shape)}")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise BatchError(f"{name} must be whole numbers; got {brief(tensor)}")
+    tensor = tensor.long()
+    if tensor.numel() and int(tensor.min()) < 0:
+        raise BatchError(f"{name} must not be negative; got {int(tensor.min())}")
+    return tensor
+
+
+def response_starts(response_start: Any, ids: Tensor) -> Int[Tensor, "batch_or_1 1"]:
+    """Return the column where each response starts."""
+    starts = as_tensor(response_start, "response_start", BatchError).to(ids.device).reshape(-1, 1)
+    is_whole = not (starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool)
+    if not is_whole or bool((starts.long() < 0).any()):
+        raise BatchError(
+            f"response_start is a column, a whole number from 0; got {starts.flatten().tolist()}"
+        )
+    starts = starts.long()
+    if starts.shape[0] not in (1, ids.shape[0]):
+        raise BatchError(
+            f"response_start must be one column, or one for each of {ids.shape[0]} examples; got "
+            f"{starts.shape[0]}"
+        )
+    return starts

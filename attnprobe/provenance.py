@@ -1,0 +1,60 @@
+"""Provenance: what the scores of tokens were computed from, which they and all that is made of them keep.
+
+`score_tokens` and `group_maps` make it; rhythm, couplings, perturbations and the report compare it. What is
+left to others: the results that carry it (results).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Align = Literal["token", "prediction"]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What the scores of tokens were computed from.
+
+    Attributes:
+        model_name: the model, as it calls itself.
+        layers: the layers that were measured.
+        window, horizon: the parameters of WAAD and FAI.
+        heads: of each group ("local", "global", "receiver"): the heads as (layer, head, weight).
+        align: which token a row of attention describes: "token", its own; "prediction", the next one.
+    """
+
+    model_name: str = ""
+    layers: tuple[int, ...] = ()
+    window: int | None = None
+    horizon: tuple[int, int | None] | None = None
+    heads: dict[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
+    align: Align = "token"
+
+    def __str__(self) -> str:
+        groups = ", ".join(f"{len(heads)} {name}" for name, heads in self.heads.items())
+        told = {
+            "model": self.model_name,
+            "layers": ranges(self.layers),
+            "window": self.window,
+            "horizon": self.horizon,
+            "heads": groups,
+            "align": self.align,
+        }
+        return ", ".join(f"{name}={value}" for name, value in told.items() if value not in ("", None))
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return ascending whole numbers in short.
+
+    >>> ranges([0, 1, 2, 5, 7, 8])
+    '0-2, 5, 7-8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)

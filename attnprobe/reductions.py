@@ -1,0 +1,171 @@
+"""The reductions behind the metrics: what a pass adds to WAAD, FAI and kurtosis, for any queries.
+
+`metrics` applies them to a whole sequence, `sequence_sums` to each step of a KV cache and adds them up. What
+is left to others: the definitions, with ranges and examples (metrics).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from attnprobe.attention.operator import Attention
+
+Horizon = tuple[int, int | None]
+
+RECEIVER_HORIZON: Horizon = (10, None)
+"""The horizon of receiver kurtosis: near rows are left out."""
+
+WIDEST_BAND = 128
+"""A horizon wider than this is summed by `receive`, whose cost does not grow with it, instead of from a
+band, whose memory does."""
+
+
+def near_band(
+    attention: Attention, window: int, horizon: Horizon
+) -> Float[Tensor, "batch head query distance"] | None:
+    """Return the one band that serves both WAAD and FAI; None where no band serves both well."""
+    low, high = _distances_within(attention, horizon)
+    width = max(min(window, attention.key_count), high + 1)
+    return attention.band(width) if _goes_by_band(attention, low, high) and width <= WIDEST_BAND else None
+
+
+def windowed_distance_by_row(
+    attention: Attention,
+    window: int,
+    near: Float[Tensor, "batch head query distance"] | None = None,
+) -> Float[Tensor, "batch head query"]:
+    """Return WAAD (Eq. 9) of each row, for any queries; `near` is the band from distance 0, if at hand.
+
+    A window beyond the first key cuts nothing off: it costs no more than the keys that there are.
+    """
+    window = min(window, attention.key_count)
+    if window == attention.key_count and near is None:
+        # No distance is cut off: the plain mean distance, which needs no band as wide as the text.
+        return attention.mean_distance().clamp(min=0.0)
+    # min(t - s, W) is W less what the near keys fall short of it: far keys need no look.
+    waad = window * attention.row_mass()
+    # A piece at a time, so that memory does not grow with the window.
+    for start in range(0, window, WIDEST_BAND):
+        stop = min(start + WIDEST_BAND, window)
+        piece = attention.band(stop - start, start) if near is None else near[..., start:stop]
+        distance = torch.arange(start, stop, device=attention.device, dtype=attention.dtype)
+        waad = waad - piece @ (window - distance)
+    # Rounding can leave a first token, which sees itself alone, a hair below 0.
+    return waad.clamp(min=0.0)
+
+
+def received_by_key(
+    attention: Attention,
+    rows: Bool[Tensor, "batch query"],
+    horizon: Horizon,
+    near: Float[Tensor, "batch head query distance"] | None = None,
+) -> Float[Tensor, "batch head key"]:
+    """Return what each key is given by the marked rows within the horizon: the numerator of Eq. 10.
+
+    `near` is the band from distance 0, if at hand.
+    """
+    low, high = _distances_within(attention, horizon)
+    weights = rows.to(attention.dtype)
+    if not _goes_by_band(attention, low, high):
+        return attention.receive(weights[..., None], start=low, stop=high + 1)[..., 0]
+    width = high - low + 1
+    band = attention.band(width, low) if near is None else near[..., low : high + 1]
+    band = band * weights[:, None, :, None]
+    # Key s is given band[t, j] by the query that stands at s + low + j: a diagonal of the band, which a
+    # stride of one more than a row walks. Rows of zeros stand in for queries before and after.
+    first = low - attention.query_offset
+    padding = max(0, -first)
+    padded = torch.nn.functional.pad(band, (0, 0, padding, low + width - 1)).contiguous()
+    shape = (*band.shape[:2], attention.key_count, width)
+    strides = (*padded.stride()[:3], width + 1)
+    return padded.as_strided(shape, strides, (first + padding) * width).sum(-1)
+
+
+def _distances_within(attention: Attention, horizon: Horizon) -> tuple[int, int]:
+    """Return the nearest and the farthest distance of a horizon at which there are keys.
+
+    A horizon that lies beyond all keys gives `(key_count, key_count)`, where nothing is.
+    """
+    low, high = horizon
+    farthest = attention.key_count - 1
+    low = min(low, farthest + 1)
+    return low, max(low, farthest if high is None else min(high, farthest))
+
+
+def _goes_by_band(attention: Attention, low: int, high: int) -> bool:
+    """Whether a horizon is summed from a band.
+
+    A band pays where there are more rows than distances; a cached step has one row.
+    """
+    width = high - low + 1
+    return width <= min(WIDEST_BAND, attention.query_count)
+
+
+def influence_of(
+    received: Float[Tensor, "batch head token"],
+    response_mask: Bool[Tensor, "batch token"],
+    horizon: Horizon,
+    segment_ids: Int[Tensor, "batch token"] | None = None,
+) -> Float[Tensor, "batch head token"]:
+    """Return FAI from what each token was given: Eq. 10 divides by the response rows in its horizon."""
+    count = _rows_in_horizon(response_mask, *horizon, segment_ids)
+    defined = response_mask & (count > 0)
+    influence = received / count.clamp(min=1)[:, None].to(received.dtype)
+    return influence.masked_fill(~defined[:, None], torch.nan)
+
+
+def selectivity_of(
+    received: Float[Tensor, "batch head token"],
+    response_mask: Bool[Tensor, "batch token"],
+    horizon: Horizon = RECEIVER_HORIZON,
+    segment_ids: Int[Tensor, "batch token"] | None = None,
+    minimum_rows: int = 10,
+) -> Float[Tensor, "batch head"]:
+    """Return receiver kurtosis from what each token was given, over the tokens that enough rows speak for."""
+    influence = influence_of(received, response_mask, horizon, segment_ids)
+    rows = _rows_in_horizon(response_mask, *horizon, segment_ids)
+    return kurtosis(influence.masked_fill((rows < minimum_rows)[:, None], torch.nan))
+
+
+def kurtosis(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:
+    """Return Fisher's biased kurtosis over the last axis, leaving out NaN; NaN where undefined.
+
+    >>> kurtosis(torch.tensor([0.0, 0.0, 0.0, 1.0, torch.nan]))
+    tensor(-0.6667)
+    >>> kurtosis(torch.ones(5))
+    tensor(nan)
+    """
+    wide = values.double()
+    mean = wide.nanmean(-1, keepdim=True)
+    deviation = wide - mean
+    variance = deviation.square().nanmean(-1)
+    # Equal values can leave a variance of rounding errors, whose kurtosis would be noise.
+    largest = wide.abs().nan_to_num().amax(-1)
+    constant = variance <= (largest * torch.finfo(values.dtype).eps).square()
+    result = deviation.pow(4).nanmean(-1) / variance.square() - 3
+    return result.masked_fill(constant, torch.nan).to(values.dtype)
+
+
+def _rows_in_horizon(
+    mask: Tensor, low: int, high: int | None, segment_ids: Tensor | None
+) -> Int[Tensor, "batch token"]:
+    """Count the response rows in each token's horizon, within its own sequence."""
+    count = mask.shape[1]
+    # Beyond the text there are no rows, however far beyond.
+    low, high = min(low, count), None if high is None else min(high, count)
+    before = torch.nn.functional.pad(mask.long().cumsum(-1), (1, 0))
+    token = torch.arange(count, device=mask.device).expand(mask.shape)
+    end = torch.full_like(token, count - 1)
+    if segment_ids is not None:
+        ids = segment_ids.to(mask.device)
+        borders = torch.ones_like(mask)
+        borders[:, :-1] = ids[:, 1:] != ids[:, :-1]
+        # The last token of each sequence: the nearest border at or after the token.
+        ends = token.masked_fill(~borders, count)
+        end = ends.flip(-1).cummin(-1).values.flip(-1)
+    first = (token + low).clamp(max=count)
+    last = end if high is None else torch.minimum(token + high, end)
+    stop = torch.maximum(last + 1, first).clamp(max=count)
+    return before.gather(-1, stop) - before.gather(-1, first)
