@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.batch import TokenBatch, check_unpacked, token_columns
+from attnprobe.batch import TokenBatch, check_unpacked
 from attnprobe.errors import ParameterError
 from attnprobe.provenance import Provenance
 from attnprobe.results import Result, html_table, table_column
-from attnprobe.scores import TokenScores, check_same_tokens
+from attnprobe.scores import TokenScores, known_tokens
 from attnprobe.validation import (
     ArrayLike,
     FloatLike,
@@ -96,14 +96,9 @@ class Rhythm(Result):
         Raises:
             ResultError: a batch of another shape, or of other tokens.
         """
-        ids, texts = self.input_ids, self.texts
-        if batch is not None:
-            instance(batch, TokenBatch, "batch")
-            check_same_tokens(batch, self, "the parts of the rhythm")
-            ids, texts = batch.input_ids, batch.texts
         names = ("preplan", "anchor", "dominated", "intro")
         place = torch.stack([getattr(self, name) for name in names]).any(0).nonzero()
-        columns = token_columns(place, ids, texts)
+        columns = known_tokens(place, self, batch, "the parts of the rhythm")
         for name in (*names, "anchor_preplan"):
             columns[name] = table_column(getattr(self, name), place)
         return columns

@@ -63,13 +63,8 @@ class TokenScores(Result):
         Raises:
             ResultError: a batch of another shape, or of other tokens.
         """
-        ids, texts = self.input_ids, self.texts
-        if batch is not None:
-            instance(batch, TokenBatch, "batch")
-            check_same_tokens(batch, self, "the scores")
-            ids, texts = batch.input_ids, batch.texts
         place = self.response_mask.nonzero()
-        columns = token_columns(place, ids, texts)
+        columns = known_tokens(place, self, batch, "the scores")
         for name in ("waad", "fai", "receiver_fai", "entropy"):
             values = getattr(self, name)
             if values is not None:
@@ -121,16 +116,31 @@ def _shares(values: Float[Tensor, " token"]) -> list[float]:
     return share
 
 
+def known_tokens(
+    place: Int[Tensor, "place 2"], result: Any, batch: TokenBatch | None, name: str
+) -> dict[str, Any]:
+    """Return the token columns of a result's table: as it knows them, or as a batch of the same tokens does.
+
+    Raises:
+        ParameterError: something that is no batch.
+        ResultError: a batch of another shape, or of other tokens.
+    """
+    if batch is None:
+        return token_columns(place, result.input_ids, result.texts)
+    instance(batch, TokenBatch, "batch")
+    check_same_tokens(batch, result, name)
+    return token_columns(place, batch.input_ids, batch.texts)
+
+
 def check_same_tokens(batch: TokenBatch, result: Any, name: str) -> None:
     """Check that a result is of the tokens of a batch.
 
     Raises:
         ResultError: another shape, or other token ids.
     """
-    if batch.input_ids.shape != result.response_mask.shape:
-        raise ResultError(
-            f"the batch is {list(batch.input_ids.shape)}, {name} {list(result.response_mask.shape)}"
-        )
+    shape = next(value.shape for each, value in result._tensors() if each.axes == ("batch", "token"))
+    if batch.input_ids.shape != shape:
+        raise ResultError(f"the batch is {list(batch.input_ids.shape)}, {name} {list(shape)}")
     if result.input_ids is None:
         return
     ours, theirs = batch.input_ids.cpu(), result.input_ids.cpu()
