@@ -228,6 +228,15 @@ def test_what_is_no_tensor_is_refused(value: Any) -> None:
     refused(lambda: as_tensor(value, "ids"), "ids", error=ParameterError)
 
 
+@pytest.mark.parametrize(
+    "value", [torch.ones(2, 2).to_sparse(), torch.ones(2, device="meta"), torch.ones(2).to("meta")[0]]
+)
+def test_tensors_without_plain_numbers_are_refused(value: torch.Tensor) -> None:
+    """Sparse ones, and those of the device that holds no numbers."""
+    refused(lambda: as_tensor(value, "ids"), "ids", "dense", error=ParameterError)
+    assert brief(value)
+
+
 def test_a_tensor_is_returned_as_it_is() -> None:
     value = torch.ones(2)
     assert as_tensor(value, "ids") is value
