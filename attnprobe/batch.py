@@ -375,7 +375,8 @@ def _of_mapping(value: Mapping[str, Any]) -> TokenBatch:
     unused = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "texts"}
     if "input_ids" not in value:
         raise BatchError(f"a batch needs input_ids; got a mapping with {sorted(map(str, value))}")
-    if strange := sorted(set(map(str, value)) - known - unused):
+    present = {str(name) for name, part in value.items() if part is not None}
+    if strange := sorted(present - known - unused):
         raise BatchError(
             f"a batch holds {', '.join(sorted(known))}, not {', '.join(strange)}: attention is measured over "
             "text only"

@@ -17,6 +17,7 @@ from torch import Tensor
 from attnprobe.errors import AttnprobeError, ResultError
 from attnprobe.provenance import Provenance
 from attnprobe.results import Result, table_column
+from attnprobe.validation import IntLike, whole_number
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,8 +48,14 @@ class GroupMaps(Result):
     def _used(self) -> Tensor:
         return self.columns >= 0
 
-    def columns_of(self, example: int) -> list[int]:
-        """Return the caller's columns of one response, in order."""
+    def columns_of(self, example: IntLike) -> list[int]:
+        """Return the caller's columns of one response, in order.
+
+        Raises:
+            ParameterError: an example that there is not.
+        """
+        count = self.columns.shape[0]
+        example = whole_number(example, "example", minimum=-count, maximum=count - 1)
         return [column for column in self.columns[example].tolist() if column >= 0]
 
     def _table(self) -> dict[str, Any]:

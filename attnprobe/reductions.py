@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe.attention.operator import Attention
+from attnprobe.errors import ParameterError
+from attnprobe.validation import ArrayLike, as_tensor, brief
 
 Horizon = tuple[int, int | None]
 
@@ -125,18 +127,25 @@ def selectivity_of(
 ) -> Float[Tensor, "batch head"]:
     """Return receiver kurtosis from what each token was given, over the tokens that enough rows speak for."""
     influence = influence_of(received, response_mask, horizon, segment_ids)
+    minimum_rows = min(minimum_rows, response_mask.shape[1] + 1)
     rows = _rows_in_horizon(response_mask, *horizon, segment_ids)
     return kurtosis(influence.masked_fill((rows < minimum_rows)[:, None], torch.nan))
 
 
-def kurtosis(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:
+def kurtosis(values: ArrayLike) -> Float[Tensor, "*axes"]:
     """Return Fisher's biased kurtosis over the last axis, leaving out NaN; NaN where undefined.
+
+    Raises:
+        ParameterError: values that are not floating point, or none.
 
     >>> kurtosis(torch.tensor([0.0, 0.0, 0.0, 1.0, torch.nan]))
     tensor(-0.6667)
     >>> kurtosis(torch.ones(5))
     tensor(nan)
     """
+    values = as_tensor(values, "values")
+    if not values.is_floating_point() or values.numel() == 0 or values.ndim == 0:
+        raise ParameterError(f"values must be floating point [..., token]; got {brief(values)}")
     wide = values.double()
     mean = wide.nanmean(-1, keepdim=True)
     deviation = wide - mean

@@ -81,6 +81,8 @@ class Result:
                     f"{each.name} of {type(self).__name__} must be [{', '.join(each.axes)}]; "
                     f"got {list(value.shape)}"
                 )
+            if value.numel() == 0:
+                raise error(f"{each.name} of {type(self).__name__} is empty: it is {list(value.shape)}")
             for axis, size in zip(each.axes, value.shape, strict=True):
                 known, owner = sizes.setdefault(axis, (size, each.name))
                 if size != known:
@@ -89,6 +91,8 @@ class Result:
                         f"{type(self).__name__} must have one size for its axis {axis}, but {owner} has "
                         f"{known} and {each.name} has {size}: {shapes}"
                     )
+        if "provenance" in setting_names(type(self)):
+            instance(getattr(self, "provenance"), Provenance, "provenance", error=error)  # noqa: B009
         for name in self._PER_EXAMPLE:
             of_examples = getattr(self, name, None)
             if of_examples is not None and "batch" in sizes:

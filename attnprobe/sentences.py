@@ -54,6 +54,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
     >>> [text[start:end] for start, end in split_sentences(text)]
     ['So x = 3.5, e.g. half of 7. ', 'Then \\boxed{3.5}.']
     """
+    instance(text, str, "text")
     whole = _whole_spans(text)
     cuts = []
     for match in _STOP.finditer(text):

@@ -17,10 +17,18 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
     Characters whose bytes are spread over several tokens stand with the first of these tokens, and the
     others are empty.
+
+    Raises:
+        BatchError: something that is no tokenizer, or ids that it does not take.
     """
+    if isinstance(tokenizer, type) or not hasattr(tokenizer, "decode"):
+        raise BatchError(f"tokenizer must be a transformers tokenizer; got {brief(tokenizer)}")
 
     def decode(some: list[int]) -> str:
-        return str(tokenizer.decode(some, clean_up_tokenization_spaces=False)) if some else ""
+        try:
+            return str(tokenizer.decode(some, clean_up_tokenization_spaces=False)) if some else ""
+        except (OverflowError, IndexError) as error:
+            raise BatchError(f"the tokenizer has no token {max(some)}: {error}") from error
 
     texts: list[str] = []
     pending: list[int] = []

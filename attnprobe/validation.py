@@ -50,7 +50,11 @@ def brief(value: Any, longest: int = 80) -> str:
     """
     if isinstance(value, Tensor):
         kind = str(value.dtype).removeprefix("torch.")
-        return f"a {kind} tensor {list(value.shape)}" if value.ndim else f"a {kind} tensor of {value.item()}"
+        if value.is_nested:
+            return f"a nested {kind} tensor"
+        if value.ndim or value.is_meta:
+            return f"a {kind} tensor {list(value.shape)}"
+        return f"a {kind} tensor of {value.item()}"
     if is_array(value) and value.ndim:
         return f"a {value.dtype} array {list(value.shape)}"
     if isinstance(value, type):
@@ -223,6 +227,9 @@ def as_tensor(value: Any, name: str, error: ErrorClass = ParameterError) -> Tens
     tensor([0, 1, 2])
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.is_nested or value.is_meta or value.is_quantized:
+            kind = str(value.layout).removeprefix("torch.")
+            raise error(f"{name} must be a dense tensor of numbers; got a {kind} one on {value.device}")
         return value
     if is_array(value) and any(stride < 0 for stride in value.strides):
         value = value.copy()  # Torch takes no reversed views.

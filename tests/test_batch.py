@@ -295,6 +295,16 @@ def test_lists_of_any_lengths_are_padded_on_the_right(rows: list[list[int]]) -> 
     assert [[t < len(row) for t in range(width)] for row in rows] == batch.attention_mask.tolist()
 
 
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("wrong", ["gpt2", 5, object(), TokenBatch])
+def test_ids_need_a_tokenizer_to_have_texts(wrong: Any) -> None:
+    check_refused(lambda: TokenBatch.from_ids([[1, 2]], tokenizer=wrong), "tokenizer")
+
+
+def test_ids_that_no_tokenizer_has_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    check_refused(lambda: TokenBatch.from_ids([[1, 2**40]], tokenizer=tokenizer), "tokenizer", 2**40)
+
+
 def test_inputs_are_not_modified() -> None:
     ids, real = torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 1]])
     response, positions = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 0, 1]])
@@ -517,6 +527,11 @@ def test_a_dictionary_says_what_is_response(name: str, ragged: bool, form: Calla
     assert [([5, 7], [6, 8]), ([5, 6], [7]) if ragged else ([5, 6, 9], [7])] == rows_of(batch)
 
 
+def test_what_a_dictionary_holds_as_none_is_not_there() -> None:
+    given_none = {"input_ids": IDS, "attention_mask": None, "labels": None, "pixel_values": None}
+    assert TokenBatch.of(given_none) == TokenBatch.of(IDS)
+
+
 def test_labels_may_be_one_row_or_a_rectangle() -> None:
     expected = [([5], [6, 7])]
     for ids, labels in (([5, 6, 7], [-100, 6, 7]), (np.array([[5, 6, 7]]), np.array([[-100, 6, 7]]))):
@@ -557,6 +572,10 @@ def test_packed_rows_may_come_in_a_dictionary() -> None:
         ({"input_ids": [[1, 2]], "labels": [[1, 2]], "response_mask": [[1, 1]]}, ["labels", "response_mask"]),
         (TokenBatch, ["TokenBatch"]),
         (object(), ["object"]),
+        (IDS.to_sparse(), ["input_ids", "sparse"]),
+        (IDS.to("meta"), ["input_ids", "meta"]),
+        ((IDS, IDS), ["input_ids", "[2, 2, 4]"]),
+        (IDS * 1j, ["input_ids", "complex"]),
     ],
 )
 def test_what_stands_for_no_batch_is_refused(value: Any, facts: list[str]) -> None:

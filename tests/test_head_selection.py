@@ -181,7 +181,6 @@ def test_a_selection_shows_itself_in_short(chosen: list[Pair]) -> None:
     [None, 5, "all", [(2, 0)], [(2, 0, 0.0)], [(2, 0, -1.0)], [(2, 0, NAN)], [(2, 0, math.inf)],
      [(2, 0, "1")], [(2, 0, True)], [(-1, 0, 1.0)], [(2, -1, 1.0)], [(0.5, 0, 1.0)], [("2", 0, 1.0)],
      [(2, 0, 1.0)] * 2, [5], {(2, 0): 1.0}],
-    ids=str,
 )  # fmt: skip
 def test_a_selection_made_by_hand_is_checked(heads: Any) -> None:
     refused(lambda: HeadSelection(heads), error=ParameterError)
@@ -264,7 +263,6 @@ def test_a_selection_made_by_hand_may_be_of_lists() -> None:
         ({2: {"0": 1.0}}, ["'0'"]),
         ({2: {9: 1.0}}, ["(2, 9)"]),
     ],
-    ids=lambda value: str(value)[:30],
 )
 def test_what_chooses_no_heads_is_refused(value: Any, facts: list[str]) -> None:
     """The message names the argument, what was wrong, and what there is to choose from."""
@@ -406,16 +404,13 @@ def test_heads_that_a_layer_does_not_have_are_left_out() -> None:
         ({"heads": "all", "align": "tokens"}, ["align", "'tokens'"]),
         ({"heads": "all", "align": None}, ["align", "None"]),
     ],
-    ids=str,
 )
 def test_heads_that_cannot_be_scored_are_refused(arguments: dict[str, Any], facts: list[str]) -> None:
     refused(lambda: score_tokens(statistics_of(0), **arguments), *facts, error=ParameterError)
 
 
 @pytest.mark.usefixtures("as_users_call")
-@pytest.mark.parametrize(
-    "statistics", [None, "x", torch.ones(1), HeadStatistics, [statistics_of(0)]], ids=str
-)
+@pytest.mark.parametrize("statistics", [None, "x", torch.ones(1), HeadStatistics, [statistics_of(0)]])
 def test_what_is_no_statistics_is_refused(statistics: Any) -> None:
     refused(lambda: score_tokens(statistics, "all"), "statistics", "HeadStatistics", error=ParameterError)
 

@@ -148,6 +148,20 @@ def test_the_end_of_a_response_is_not_selectivity() -> None:
     assert float(metrics.receiver_kurtosis(spiked, mask)) < 1
 
 
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    "values", ["x", None, 5, [], [1, 2], torch.ones(3).long(), torch.tensor(1.0)], ids=str
+)
+def test_kurtosis_is_of_numbers(values: object) -> None:
+    refused(lambda: reductions.kurtosis(values), "values", error=ParameterError)
+
+
+@pytest.mark.parametrize("minimum_rows", [21, 10**9, 2**80])
+def test_where_no_token_has_so_many_rows_there_is_no_kurtosis(minimum_rows: int) -> None:
+    pattern = torch.rand(1, 2, 20, 20).tril() / 20
+    assert bool(metrics.receiver_kurtosis(pattern, minimum_rows=minimum_rows).isnan().all())
+
+
 @given(values=st.lists(st.floats(-100, 100, width=16), min_size=2, max_size=20))
 def test_kurtosis(values: list[float]) -> None:
     expected = slow_kurtosis(values)

@@ -259,7 +259,7 @@ WRONG_EXAMPLES = [
 
 
 @as_users_call
-@pytest.mark.parametrize("examples", WRONG_EXAMPLES, ids=lambda value: repr(value)[:24])
+@pytest.mark.parametrize("examples", WRONG_EXAMPLES)
 def test_examples_that_there_are_not_are_refused(examples: Any) -> None:
     for make in MAKERS.values():
         refused(lambda make=make: make().select(examples), error=ParameterError)
@@ -443,7 +443,6 @@ def test_a_result_moves_to_a_device(make: Maker, device: Any) -> None:
 @pytest.mark.parametrize(
     "device",
     ["nonsense", "", "cuda:x", "meta", "hpu", "xla", None, 2.5, [], {}, object(), torch.ones(1), str],
-    ids=lambda value: repr(value)[:12],
 )
 def test_what_is_no_device_is_refused(make: Maker, device: Any) -> None:
     """Or one that this machine does not have, or that holds no numbers."""
@@ -806,6 +805,61 @@ def test_tensors_of_the_wrong_kind_or_shape_are_refused(make: Maker) -> None:
         for part in wrong:
             call = lambda each=each, part=part: dataclasses.replace(result, **{each.name: part})  # noqa: E731
             refused(call, type(result).__name__, each.name)
+
+
+@every_class
+@as_users_call
+@pytest.mark.parametrize("axis", ["batch", "token", "query"])
+def test_results_of_nothing_are_refused(make: Maker, axis: str) -> None:
+    """Without an example or a token there is nothing to select, rank or show."""
+    result = make()
+    empty = {}
+    for each in tensor_fields(type(result)):
+        value = getattr(result, each.name)
+        for place, name in enumerate(each.axes):
+            if name == axis or (axis == "query" and name == "key"):
+                value = value.narrow(place, 0, 0)
+        empty[each.name] = value
+    if any(value.numel() == 0 for value in empty.values()):
+        refused(
+            lambda: dataclasses.replace(result, **empty, **no_texts(result)), type(result).__name__, "empty"
+        )
+
+
+def no_texts(result: Result) -> dict[str, None]:
+    return {"texts": None} if "texts" in setting_names(type(result)) else {}
+
+
+@as_users_call
+@pytest.mark.parametrize("provenance", [None, "tiny", {"model_name": "tiny"}, Provenance])
+def test_what_is_no_provenance_is_refused(provenance: Any) -> None:
+    for make in (scores_of, rhythm_of, maps_of):
+        call = lambda make=make: dataclasses.replace(make(), provenance=provenance)  # noqa: E731
+        refused(call, "provenance", "Provenance", error=ResultError)
+
+
+@pytest.mark.parametrize("example", [4, -5, "0", None, 0.5])
+def test_maps_tell_the_columns_of_an_example_that_there_is(example: Any) -> None:
+    refused(lambda: maps_of().columns_of(example), "example", repr(example), error=ParameterError)
+    assert maps_of().columns_of(-1) == maps_of().columns_of(np.int64(3)) == [5, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize(
+    "layers", [[2], (2,), {2}, 2, np.int64(2), torch.tensor([2]), np.array([2, 2]), range(2, 3)]
+)
+def test_statistics_of_some_layers(layers: Any) -> None:
+    """As if only these had been measured; in any form."""
+    result = statistics_of()
+    part = result.at_layers(layers)
+    assert part.layers == (2,)
+    for name, value in tensors_of(result).items():
+        assert same(value[:, 1:] if "layer" in axes_of(result, name) else value, getattr(part, name))
+
+
+@pytest.mark.parametrize("layers", [[1], 5, [0, 9], "all", [], None, [0.0], True, -1, torch.tensor([0.5])])
+def test_layers_that_were_not_measured_are_refused(layers: Any) -> None:
+    refused(lambda: statistics_of().at_layers(layers), "layers", error=ParameterError)
+    refused(lambda: statistics_of().at_layers([0, 9]), "[9]", "[0, 2]", error=ParameterError)
 
 
 # ---- tables ----------------------------------------------------------------------------------------

@@ -80,6 +80,12 @@ def test_lists_and_lines(text: str, expected: list[str]) -> None:
     assert pieces(text) == expected
 
 
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize("wrong", [5, None, b"text", ["text"]])
+def test_what_is_no_text_is_refused(wrong: object) -> None:
+    refused(lambda: split_sentences(wrong), "text", error=ParameterError)
+
+
 TEXTS = st.text(alphabet="ab1. \n?$\\{}()*eEgMr", max_size=60)
 
 

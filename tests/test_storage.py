@@ -134,7 +134,7 @@ def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
 PATHS = [None, 5, 1.5, b"file", "", [], ["file"], {}, True, object(), Path]
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: str(path)[:8])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.usefixtures("as_users_call")
 def test_what_is_no_path_is_refused(path: Any) -> None:
     check_refused(lambda: write_atomically(path, b"new"))
