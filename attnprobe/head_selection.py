@@ -175,6 +175,19 @@ class HeadSelection:
         return self.weights(layers, head_count) > 0
 
 
+def names_layers(value: Any) -> bool:
+    """Whether a value of heads says which layers they are in, as pairs, masks and dictionaries do.
+
+    >>> names_layers([(4, 2)]), names_layers("all"), names_layers([0, 1])
+    (True, False, False)
+    """
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return False
+    return isinstance(value, Mapping | HeadSelection | Tensor) or any(
+        isinstance(part, Iterable) for part in value
+    )
+
+
 def _triples(
     value: Any, layers: tuple[int, ...], head_count: int | None, name: str
 ) -> list[tuple[int, int, float]]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,6 +41,11 @@ from attnprobe.validation import (
 
 Group = Literal["local", "global", "receiver"]
 
+
+if TYPE_CHECKING:
+    GroupsLike: TypeAlias = "HeadGroups | Mapping[str, HeadsLike] | HeadsLike"
+else:
+    GroupsLike = Any
 
 GROUPS: tuple[Group, ...] = ("local", "global", "receiver")
 
@@ -189,7 +194,7 @@ def _described(model_name: str, layers: tuple[int, ...], head_count: int | None)
 
 
 def head_groups(
-    heads: HeadGroups | Mapping[str, HeadsLike] | HeadsLike | None,
+    heads: GroupsLike | None,
     *,
     layers: tuple[int, ...],
     head_count: int | None,

@@ -7,7 +7,7 @@ layout. What is left to others: what is computed (head_statistics, metrics) and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -25,7 +25,7 @@ from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.errors import BatchError, ParameterError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe, ReceiverLevel
-from attnprobe.heads import HeadGroups, head_groups
+from attnprobe.heads import GroupsLike, head_groups
 from attnprobe.layout import SequenceLayout
 from attnprobe.maps import GroupMaps
 from attnprobe.probe import Probe, attach
@@ -140,7 +140,7 @@ def _receiver_level(receiver: bool | ReceiverLevel) -> ReceiverLevel | None:
 def group_maps(
     model: Any,
     batch: BatchLike,
-    heads: HeadGroups | Mapping[str, HeadsLike] | HeadsLike | None = None,
+    heads: GroupsLike | None = None,
     *,
     local_heads: HeadsLike | None = None,
     global_heads: HeadsLike | None = None,

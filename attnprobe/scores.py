@@ -9,7 +9,6 @@ training (rl).
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -21,7 +20,7 @@ from attnprobe.batch import TokenBatch, token_columns
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import HeadGroups, head_groups
+from attnprobe.heads import GroupsLike, head_groups
 from attnprobe.provenance import Align, Provenance
 from attnprobe.results import Result, table_column
 from attnprobe.validation import choice, instance
@@ -155,7 +154,7 @@ def check_same_tokens(batch: TokenBatch, result: Any, name: str) -> None:
 
 def score_tokens(
     statistics: HeadStatistics,
-    heads: HeadGroups | Mapping[str, HeadsLike] | HeadsLike | None = None,
+    heads: GroupsLike | None = None,
     *,
     local_heads: HeadsLike | None = None,
     global_heads: HeadsLike | None = None,

@@ -8,7 +8,7 @@ import torch
 
 import attnprobe
 from attnprobe import BatchError, ParameterError, PatternError, ResultError, UnsupportedModelError
-from attnprobe.rl import Rollout, measure_rollout, score_rollout
+from attnprobe.rl import CoupledRhythmCredit, Rollout, RolloutCredit, measure_rollout, score_rollout
 from attnprobe.rl.trl.trainer_credit import WholePassAdapter
 from attnprobe.testing.tiny_models import FAMILIES, tiny_model
 
@@ -242,7 +242,7 @@ def test_wrong_arguments_of_scoring(as_users_call) -> None:
             ParameterError,
             "statistics must be a Head.*'mine'",
         ),
-        (lambda: score_rollout(statistics, "mine", rollout), ParameterError, "heads must be a HeadG.*'mine'"),
+        (lambda: score_rollout(statistics, "mine", rollout), ParameterError, "heads.*'mine'"),
         (lambda: score_rollout(statistics, None, outside), ResultError, r"\[1, 2\].*\[3, 9\]"),
         (lambda: score_rollout(None, None, rollout, entropy=[1.0]), ResultError, r"entropy.*\[3, 9\].*\[1\]"),
         (lambda: score_rollout(None, None, rollout, entropy="low"), ResultError, "entropy.*'low'"),
@@ -256,3 +256,24 @@ def test_masks_with_holes_are_refused(as_users_call) -> None:
     rollout.completion_mask[0, 4] = 0
     with pytest.raises(BatchError, match="hole in example 0"):
         measure_rollout(tiny_model("llama"), rollout)
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "measured"),
+    [
+        ("middle", "all", (1, 2)),
+        ([0, 2], "all", (0, 2)),
+        ("middle", [(0, 1), (2, 3)], (0, 2)),
+        ("middle", {"local": {(0, 1): 0.25, (2, 3): 0.75}, "global": {1: [0, 2]}}, (0, 1, 2)),
+    ],
+)
+def test_a_loop_takes_your_own_heads_with_weights(layers, heads, measured) -> None:
+    """Heads in every form of a selection; the weights are those of scores made by hand."""
+    model, rollout = tiny_model("llama"), rollout_of()
+    credit = RolloutCredit(model, CoupledRhythmCredit(), layers=layers, heads=heads, horizon=HORIZON)
+    assert credit.layers == measured
+    gamma = credit.weigh(rollout, torch.ones(len(rollout.completion_ids)), 0)
+    statistics = measure_rollout(model, rollout, layers=list(measured), horizon=HORIZON)
+    expected = CoupledRhythmCredit()(score_rollout(statistics, heads, rollout))
+    torch.testing.assert_close(gamma, expected)
+    assert "given" in credit.settings()["heads"]

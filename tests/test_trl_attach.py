@@ -395,7 +395,7 @@ def refuses(trainer, error, message, *, credit=CREDIT, **options) -> None:
         ),
         ({"credit": "coupled"}, ParameterError, "a credit strategy is a callable"),
         ({"credit": CoupledRhythmCredit}, ParameterError, "such as CoupledRhythmCredit"),
-        ({"heads": "mine"}, ParameterError, "heads must be a HeadGroups.*'mine'"),
+        ({"heads": "mine"}, ParameterError, "heads.*'mine'"),
         ({"reclassify_every": "often"}, ParameterError, "reclassify_every.*'often'"),
         ({"batch_size": 2.0}, ParameterError, "batch_size.*2.0"),
         ({"through": 3}, ParameterError, "through.*3"),

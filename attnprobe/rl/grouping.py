@@ -2,7 +2,7 @@
 
 A policy changes while it is trained, so `RolloutCredit` classifies its heads again from time to time. A
 grouping knows the step at which it was made, and goes into checkpoints as plain JSON, so that a resumed run
-continues with it. `choose_layers` says which layers a grouping, or a request for layers, asks to measure.
+continues with it. `choose_heads` says which layers given heads, or a request for layers, ask to measure.
 What is left to others: measuring and weighing (rollout_credit), and checkpoints (trl, ppo).
 """
 
@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from attnprobe.adapters import adapter_for
+from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.errors import ParameterError, ResultError
-from attnprobe.heads import HeadGroups
+from attnprobe.head_selection import HeadSelection, names_layers
+from attnprobe.heads import Group, GroupsLike, HeadGroups, head_groups
 from attnprobe.validation import IntLike, brief, instance, whole_number
 
 
@@ -98,19 +99,37 @@ class HeadGrouping:
         self.grouped_at = attributes["grouped_at"]
 
 
-def choose_layers(policy: Any, layers: Layers, heads: HeadGroups | None) -> tuple[int, ...]:
-    """Return the layers of the policy to measure: those asked for, or those of a given grouping.
+Groups = HeadGroups | dict[Group, HeadSelection]
+"""Head groups as they are used: a grouping, or a selection for each group."""
+
+
+def choose_heads(
+    policy: Any, layers: Layers, heads: GroupsLike | None
+) -> tuple[tuple[int, ...], Groups | None]:
+    """Return the layers of the policy to measure, and the given heads in the form in which they are used.
+
+    The layers are those of the heads, where these name any; "all" and head numbers mean heads of `layers`.
 
     Raises:
-        ParameterError: layers that the policy does not have, or a grouping of other layers or another model.
+        ParameterError: layers or heads that the policy does not have, or a grouping of another model.
         UnsupportedModelError: a policy whose attention cannot be read.
     """
     adapter = adapter_for(policy)
     if heads is None:
-        return resolve_layers(layers, adapter)
-    instance(heads, HeadGroups, "heads", "classify_heads() returns one")
-    chosen = resolve_layers(heads.layers, adapter)
+        return resolve_layers(layers, adapter), None
     is_default = isinstance(layers, str) and layers == "middle"
+    if isinstance(heads, HeadGroups):
+        return _layers_of(heads, layers, adapter, is_default), heads
+    given = heads.values() if isinstance(heads, Mapping) else (heads,)
+    asked = resolve_layers(layers, adapter)
+    within = adapter.layers if is_default and any(map(names_layers, given)) else asked
+    groups = head_groups(heads, layers=within, head_count=adapter.head_count, model_name=adapter.model_name)
+    return tuple(sorted({layer for selection in groups.values() for layer in selection.layers})), groups
+
+
+def _layers_of(heads: HeadGroups, layers: Layers, adapter: Adapter, is_default: bool) -> tuple[int, ...]:
+    """Return the layers of a grouping, which must be those asked for and of the same model."""
+    chosen = resolve_layers(heads.layers, adapter)
     if not is_default and resolve_layers(layers, adapter) != chosen:
         raise ParameterError(
             f"heads were grouped in layers {list(heads.layers)}, but layers={layers!r}: leave layers out"

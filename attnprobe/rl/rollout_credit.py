@@ -24,12 +24,12 @@ from torch import Tensor
 from attnprobe.adapters.base import Layers
 from attnprobe.errors import ParameterError
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import HeadGroups, group_heads
+from attnprobe.heads import GroupsLike, group_heads
 from attnprobe.metrics import check_horizon, check_window
 from attnprobe.reductions import Horizon
 from attnprobe.rl.advantage import spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of
-from attnprobe.rl.grouping import HeadGrouping, choose_layers
+from attnprobe.rl.grouping import Groups, HeadGrouping, choose_heads
 from attnprobe.rl.scoring import Rollout, bare_policy, measure_rollout, score_rollout
 from attnprobe.scores import TokenScores
 from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, brief, instance, whole_number
@@ -61,7 +61,8 @@ class RolloutCredit:
         credit: the strategy, such as `CoupledRhythmCredit()`, or any callable `scores -> gamma`.
         layers: where attention is measured: "middle" (the paper's five of the middle third), "all" or
             layer numbers.
-        heads: a grouping of heads to keep; its layers are the ones measured. None: heads are classified
+        heads: the head groups to keep, in any form that `score_tokens` takes, with weights if you like; their
+            layers are the ones measured ("all": all heads of `layers`). None: heads are classified
             by the rollouts themselves.
         reclassify_every: classify heads again every so many steps; None: only once.
         window: WAAD's window, in tokens.
@@ -85,22 +86,23 @@ class RolloutCredit:
         credit: Credit,
         *,
         layers: Layers = "middle",
-        heads: HeadGroups | None = None,
+        heads: GroupsLike | None = None,
         reclassify_every: IntLike | None = 10,
         window: int = 10,
         horizon: Horizon = (10, 50),
         batch_size: IntLike | None = None,
     ) -> None:
-        self.credit, self.heads = credit, heads
+        self.credit = credit
         self.needs = needs_of(credit)
         self.window, self.horizon = check_window(window), check_horizon(horizon)
         self.batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", minimum=1)
-        if heads is not None:
-            instance(heads, HeadGroups, "heads", "classify_heads() returns one")
         self._policy = bare_policy(policy)
         self._grouping = HeadGrouping(reclassify_every)
         reads_attention = bool(self.needs & {"waad", "fai"})
-        self.layers = choose_layers(self._policy, layers, heads) if reads_attention else ()
+        self.heads: Groups | None = None
+        self.layers: tuple[int, ...] = ()
+        if reads_attention:
+            self.layers, self.heads = choose_heads(self._policy, layers, heads)
 
     # ---- what a trainer may do otherwise ------------------------------------------------------
 
@@ -137,7 +139,7 @@ class RolloutCredit:
     # ---- one rollout --------------------------------------------------------------------------
 
     @property
-    def groups(self) -> HeadGroups | None:
+    def groups(self) -> Groups | None:
         """The groups of heads in use: those given, or the latest of the run; None before the first."""
         return self.heads if self.heads is not None else self.grouping.groups
 
@@ -231,9 +233,9 @@ class RolloutCredit:
         return found
 
 
-def _digest(heads: HeadGroups) -> str:
-    masks = json.dumps([heads.local_heads.tolist(), heads.global_heads.tolist()])
-    return f"given, {hashlib.blake2b(masks.encode(), digest_size=6).hexdigest()}"
+def _digest(heads: Groups) -> str:
+    told = json.dumps([sorted(heads[group].heads) for group in ("local", "global")])
+    return f"given, {hashlib.blake2b(told.encode(), digest_size=6).hexdigest()}"
 
 
 def check_options(options: Any, taker: Callable[..., Any], name: str) -> dict[str, Any]:

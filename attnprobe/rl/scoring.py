@@ -21,7 +21,7 @@ from attnprobe.adapters.base import Layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import BatchError, ResultError
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import HeadGroups, classify_heads
+from attnprobe.heads import GroupsLike, classify_heads
 from attnprobe.measurement import measure
 from attnprobe.reductions import Horizon
 from attnprobe.scores import TokenScores, score_tokens
@@ -198,7 +198,7 @@ def measure_rollout(
 
 def score_rollout(
     statistics: HeadStatistics | None,
-    heads: HeadGroups | None,
+    heads: GroupsLike | None,
     rollout: Rollout,
     *,
     entropy: ArrayLike | None = None,
@@ -207,7 +207,8 @@ def score_rollout(
 
     Args:
         statistics: of the rollout; None where no attention was measured: WAAD and FAI are NaN then.
-        heads: the groups; None to classify the heads by these statistics.
+        heads: the head groups, in any form that `score_tokens` takes; None to classify the heads by these
+            statistics.
         rollout: prompts and completions.
         entropy: `[completion, token]`, of the distribution that each token was sampled from, in nats.
 
@@ -218,8 +219,6 @@ def score_rollout(
     """
     instance(rollout, Rollout, "rollout")
     mask = rollout.response_mask
-    if heads is not None:
-        instance(heads, HeadGroups, "heads", "classify_heads() returns one")
     if entropy is not None:
         entropy = as_float_tensor(entropy, "entropy", tuple(mask.shape), axes=_AXES, error=ResultError)
         entropy = _own(entropy.detach(), mask, "the entropy")
@@ -232,11 +231,14 @@ def score_rollout(
             f"the statistics must be of the rollout's completions [{_AXES}] = {list(mask.shape)}; they are "
             f"of {list(statistics.response_mask.shape)}"
         )
-    scores = score_tokens(statistics, heads or classify_heads(statistics))
+    scores = score_tokens(statistics, classify_heads(statistics) if heads is None else heads)
     mask = mask.to(scores.waad.device)
-    return TokenScores(
+    receivers = scores.receiver_fai
+    return replace(
+        scores,
         waad=_own(scores.waad, mask, "WAAD"),
         fai=scores.fai.masked_fill(~mask, torch.nan),
+        receiver_fai=None if receivers is None else receivers.masked_fill(~mask, torch.nan),
         entropy=None if entropy is None else entropy.to(mask.device),
         response_mask=mask,
     )

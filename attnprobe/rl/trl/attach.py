@@ -22,11 +22,12 @@ from torch import Tensor
 
 from attnprobe.adapters.base import Layers
 from attnprobe.errors import TrainerError
-from attnprobe.heads import HeadGroups
+from attnprobe.heads import GroupsLike
 from attnprobe.reductions import Horizon
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import credit_weights
 from attnprobe.rl.credit import Credit
+from attnprobe.rl.grouping import Groups
 from attnprobe.rl.rollout_credit import WeighedRollout, check_options
 from attnprobe.rl.scoring import Rollout
 from attnprobe.rl.trl.callback import CreditCallback, callback_of
@@ -45,7 +46,7 @@ def attach_credit(
     credit: Credit,
     *,
     layers: Layers = "middle",
-    heads: HeadGroups | None = None,
+    heads: GroupsLike | None = None,
     reclassify_every: IntLike | None = 10,
     window: int = 10,
     horizon: Horizon = (10, 50),
@@ -60,7 +61,8 @@ def attach_credit(
         credit: the strategy, such as `CoupledRhythmCredit()`, or any callable `scores -> gamma`.
         layers: where attention is measured: "middle" (the paper's five of the middle third), "all" or
             layer numbers.
-        heads: a grouping of heads to keep; its layers are the ones measured. None: heads are classified
+        heads: the head groups to keep, in any form that `score_tokens` takes, with weights if you like; their
+            layers are the ones measured ("all": all heads of `layers`). None: heads are classified
             by the run's own rollouts, over all processes.
         reclassify_every: classify heads again every so many optimizer steps; None: only once. All
             completions are measured in such a step; otherwise only those with a positive advantage, since
@@ -114,7 +116,7 @@ class CreditHandle:
         self._wrappers: dict[str, Any] = {}
 
     @property
-    def groups(self) -> HeadGroups | None:
+    def groups(self) -> Groups | None:
         """The grouping of heads in use; None before the first rollout."""
         callback = callback_of(self._trainer)
         return self._rollout_credit.heads or (None if callback is None else callback.groups)
