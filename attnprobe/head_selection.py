@@ -1,8 +1,9 @@
-"""HeadSelection: which heads, and with what weight. One value that every function accepts.
+"""HeadSelection: which heads, and with what weight; every function that takes heads accepts one.
 
-A selection may come as a group of `HeadGroups` (`heads["local"]`), a mask or weights `[layer, head]`, pairs
-`(layer, head)`, a dictionary by layer, numbers that mean the same heads in every layer, or "all". Functions
-that take heads call `HeadSelection.of`, which knows all these forms, and then ask the selection.
+A selection may be given as a group of `HeadGroups` (`heads["local"]`), a mask or weights `[layer, head]`,
+pairs `(layer, head)`, a dictionary by layer, numbers that mean the same heads in every layer, or "all".
+Functions that take heads call `HeadSelection.of`, which accepts all these forms. What is left to others:
+which heads belong to a group (heads).
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ _FORMS = (
 class HeadSelection:
     """Some heads of a model, each with a weight.
 
-    It behaves like a collection of pairs: `(4, 2) in selection`, `len(selection)`, iteration.
+    A selection behaves like a collection of pairs: `(4, 2) in selection`, `len(selection)`, iteration.
 
     Attributes:
-        heads: `(layer number, head, weight)` of each; weights are positive.
-        model_name: the model that the heads belong to; "" where that is not known.
+        heads: `(layer number, head, weight)` for each head; weights are positive.
+        model_name: the model that the heads belong to; "" if that is not known.
 
     >>> selection = HeadSelection(((4, 2, 1.0), (5, 0, 1.0)))
     >>> (4, 2) in selection, selection.layers, list(selection)
@@ -59,11 +60,13 @@ class HeadSelection:
     model_name: str = ""
 
     def __post_init__(self) -> None:
-        """Check each head, so that a selection made by hand is as good as another."""
+        """Check each head, so that a selection made by hand is as reliable as any other."""
         if not isinstance(self.heads, list | tuple) or any(
             not isinstance(part, list | tuple) or len(part) != 3 for part in self.heads
         ):
-            raise ParameterError(f"heads must be (layer, head, weight) of each; got {brief(self.heads)}")
+            raise ParameterError(
+                f"heads must be (layer, head, weight) for each head; got {brief(self.heads)}"
+            )
         triples = [
             (
                 *_pair(part[:2], "heads"),
@@ -86,13 +89,13 @@ class HeadSelection:
 
         Args:
             value: the heads.
-            layers: the layers that there are to choose from: those of a mask, of "all" and of head numbers.
-            head_count: how many heads each of them has; None where that is not known.
-            name: of the argument, for messages.
-            model_name: the model that the heads are wanted of; those of another model are refused.
+            layers: the layers to choose from: those that a mask, "all" and head numbers refer to.
+            head_count: how many heads each of them has; None if that is not known.
+            name: the argument's name, for messages.
+            model_name: the model whose heads are wanted; a selection of another model's heads is refused.
 
         Raises:
-            ParameterError: something else, heads or layers that do not exist, or no heads at all.
+            ParameterError: a value in none of these forms, heads or layers that do not exist, or no heads.
 
         >>> HeadSelection.of({3: [0, 1]}, layers=(2, 3), head_count=4).heads
         ((3, 0, 1.0), (3, 1, 1.0))
@@ -113,7 +116,7 @@ class HeadSelection:
             raise ParameterError(f"{name} chooses no head")
         strange = sorted({layer for layer in self.layers if layer not in layers})
         if strange:
-            raise ParameterError(f"{name} names layers {strange}, but there are {list(layers)}")
+            raise ParameterError(f"{name} names layers {strange}, but the layers are {list(layers)}")
         beyond = [(i, head) for i, head in self if head_count is not None and not 0 <= head < head_count]
         if beyond:
             raise ParameterError(
@@ -121,7 +124,7 @@ class HeadSelection:
             )
 
     def __eq__(self, other: object) -> bool:
-        """Whether the same heads have the same weights, in whatever order."""
+        """Whether both hold the same heads with the same weights, in any order."""
         return isinstance(other, HeadSelection) and set(self.heads) == set(other.heads)
 
     def __hash__(self) -> int:
@@ -142,7 +145,7 @@ class HeadSelection:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that the heads are in, ascending."""
+        """The layers that have chosen heads, ascending."""
         return tuple(sorted({layer for layer, _, _ in self.heads}))
 
     @property
@@ -158,7 +161,7 @@ class HeadSelection:
         return {layer: tuple(sorted(heads)) for layer, heads in found.items()}
 
     def weights(self, layers: Sequence[int], head_count: int) -> Float[Tensor, "layer head"]:
-        """Return the weight of each head of some layers; 0 of those that are not chosen.
+        """Return the weight of each head of some layers; 0 for those that are not chosen.
 
         Raises:
             ParameterError: a head in none of these layers, or beyond the last head.
@@ -191,7 +194,7 @@ def names_layers(value: Any) -> bool:
 def _triples(
     value: Any, layers: tuple[int, ...], head_count: int | None, name: str
 ) -> list[tuple[int, int, float]]:
-    """Return (layer, head, weight) of each head that a value chooses."""
+    """Return (layer, head, weight) for each head that a value chooses."""
     if isinstance(value, str):
         if value != "all":
             raise ParameterError(f"{name} must be {_FORMS}; got {value!r}")
@@ -203,7 +206,7 @@ def _triples(
     if isinstance(value, set | frozenset):
         try:
             value = sorted(value)
-        except TypeError:  # A mixture of things, which is refused below.
+        except TypeError:  # A mixture of types, which is refused below.
             value = list(value)
     if isinstance(value, Tensor) or is_array(value) or _is_nested(value, layers, head_count):
         tensor = as_tensor(value, name)
@@ -224,7 +227,7 @@ def _triples(
 
 
 def _is_nested(value: Any, layers: tuple[int, ...], head_count: int | None) -> bool:
-    """Whether lists are a mask or weights: as many lists as layers, not of pairs."""
+    """Whether nested lists are a mask or weights: one list for each layer, and not pairs."""
     if not isinstance(value, list | tuple) or not value or len(value) != len(layers):
         return False
     if not all(isinstance(part, list | tuple) for part in value):
@@ -235,14 +238,14 @@ def _is_nested(value: Any, layers: tuple[int, ...], head_count: int | None) -> b
 
 
 def _holds_pairs(tensor: Tensor, layers: tuple[int, ...], head_count: int | None) -> bool:
-    """Whether a matrix holds pairs `[n, 2]`, and not a mask or weights; what may be both is refused."""
+    """Whether a matrix holds pairs `[n, 2]` rather than a mask or weights; an ambiguous one is refused."""
     if tensor.shape[1] != 2 or tensor.is_floating_point() or tensor.dtype == torch.bool:
         return False
     fits = tensor.shape[0] == len(layers) and head_count in (2, None)
     if fits and bool(((tensor == 0) | (tensor == 1)).all()):
         raise ParameterError(
-            f"heads {tensor.tolist()} may be pairs (layer, head) or a mask over two heads: make a mask of "
-            "True and False"
+            f"heads {tensor.tolist()} may be pairs (layer, head) or a mask over two heads: write a mask "
+            "with True and False"
         )
     return True
 
@@ -294,7 +297,7 @@ def _triples_of_mapping(
 
 def _pair(part: Any, name: str) -> tuple[int, int]:
     if len(part) != 2:
-        raise ParameterError(f"{name} as pairs are (layer, head); got {brief(part)}")
+        raise ParameterError(f"{name} as pairs must be (layer, head); got {brief(part)}")
     return whole_number(part[0], f"a layer of {name}"), whole_number(part[1], f"a head of {name}")
 
 

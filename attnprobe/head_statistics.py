@@ -1,9 +1,10 @@
 """HeadStatistics: what every head of every layer does, from one forward pass.
 
-`HeadStatistics` holds span, WAAD, FAI and, if asked for, receiver kurtosis of each head, with the
-entropy of each token. `HeadStatisticsProbe` collects them from the forward passes that it is shown.
-Everything is reduced while a layer's attention is at hand and kept per head, so that head groups can be
-chosen afterwards without a second pass. Passes that continue a KV cache add to their sequence.
+`HeadStatistics` holds the span, WAAD, FAI and, if wanted, receiver kurtosis of each head, and the entropy
+of each token. `HeadStatisticsProbe` computes them in the forward passes that it is shown: `measure` attaches
+one, and so do users who run the model themselves. A layer's attention is reduced as soon as it is seen, and
+the results are kept per head, so that head groups can be chosen afterwards without a second pass. A pass
+that continues a KV cache adds to its sequence.
 
 What is left to others: the definitions (metrics), adding rows up (sequence_sums), reading a model
 (adapters), running one over a batch (measurement), grouping (heads).
@@ -46,24 +47,24 @@ class HeadStatistics(Result):
     """Per-head results of a batch; NaN where undefined, and for heads that a layer does not have.
 
     Attributes:
-        span: mean backward distance over response rows, in tokens (Eq. 7 of arXiv 2510.13554v2); None if
+        span: the mean backward distance over response rows, in tokens (Eq. 7 of arXiv 2510.13554v2); None if
             not measured.
-        waad: windowed average attention distance (Eq. 9), in `[0, window]`.
+        waad: windowed average attention distance (Eq. 9), in tokens, in `[0, window]`.
         fai: future attention influence (Eq. 10), in `[0, 1]`.
-        entropy: of the distribution that each token was sampled from, in nats; None if not measured.
-        receiver_kurtosis: selectivity of inbound attention; None if not measured.
+        entropy: that of the distribution that each token was sampled from, in nats; None if not measured.
+        receiver_kurtosis: how selective inbound attention is; None if not measured.
         response_mask: the tokens that the results describe.
         layers: the layer number behind each index of the layer axis.
         skipped_layers: the model's layers without attention.
         window, horizon: the parameters of WAAD and FAI.
-        model_name: the model, as it calls itself.
-        segment_ids: in packed rows, which sequence of the row a token belongs to; else None.
+        model_name: what the model calls itself.
+        segment_ids: in packed examples, which sequence each token belongs to; else None.
         receiver_level: whether the kurtosis is over tokens or over sentences; None if not measured.
         input_ids, texts: the tokens that were measured, as in the batch; None where they are not known.
 
     Raises:
-        ResultError: tensors of other kinds or sizes than these.
-        ParameterError: a window or horizon that makes no sense.
+        ResultError: tensors of other dtypes or shapes than these.
+        ParameterError: an invalid window or horizon.
     """
 
     span: Float[Tensor, "batch layer head"] | None
@@ -92,7 +93,7 @@ class HeadStatistics(Result):
 
     @property
     def head_count(self) -> int:
-        """The number of heads in a layer; in models whose layers differ in it, the largest."""
+        """The number of heads in a layer; the largest, where layers differ."""
         return self.waad.shape[2]
 
     def at_layers(self, layers: ArrayLike | IntLike) -> HeadStatistics:
@@ -110,11 +111,11 @@ class HeadStatistics(Result):
         return dataclasses.replace(self, **changed, layers=chosen)
 
     def _table(self, *, per: Literal["head", "token"] = "head") -> dict[str, Any]:
-        """Return a line for each example and head, or (`per="token"`) for each example, head and token.
+        """Return a line for each example and head or, with `per="token"`, for each example, head and token.
 
         Raises:
             ParameterError: another `per`.
-            ResultError: span was not measured, which a line for each head would show.
+            ResultError: a line for each head is wanted, but span was not measured.
         """
         choice(per, "per", ("head", "token"))
         if per == "token":
@@ -177,7 +178,7 @@ def check_same_measurement(first: HeadStatistics, part: HeadStatistics, action: 
     """Check that two parts of a data set were measured alike, so that heads can be ranked over both.
 
     Raises:
-        ResultError: other models, layers, heads or receiver levels.
+        ResultError: different models, layers, numbers of heads or receiver levels.
     """
     for name in ("layers", "head_count", "model_name", "receiver_level"):
         ours, theirs = getattr(first, name), getattr(part, name)
@@ -189,7 +190,7 @@ def check_same_measurement(first: HeadStatistics, part: HeadStatistics, action: 
 
 
 def statistics_parts(statistics: StatisticsLike) -> Iterable[HeadStatistics]:
-    """Return one or several statistics as an iterable of them, checked one by one.
+    """Return one or several statistics as an iterable, which checks each.
 
     Raises:
         ParameterError: something else.
@@ -207,20 +208,20 @@ def statistics_parts(statistics: StatisticsLike) -> Iterable[HeadStatistics]:
 class HeadStatisticsProbe(Probe):
     """A probe that computes head statistics in every forward pass that it is shown.
 
-    A pass with a KV cache continues the sequence of the pass before, so that `generate` gives one result
-    for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of one pass
-    over the whole sequence. The last token that is generated is never run, and has no row.
+    A pass with a KV cache continues the sequences of the pass before, so that `generate` gives one result
+    for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of a single pass
+    over the whole sequence. The last generated token is never run through the model, and has no row.
 
     Args:
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
-        span: whether to compute span, without which heads cannot be grouped; a saved grouping does without.
+        span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
         receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
         entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
-            did not compute, as `generate` does not for those of the prompt.
+            did not compute, such as prompt tokens in `generate`.
 
     Raises:
-        ParameterError: a window or horizon that makes no sense.
+        ParameterError: an invalid window or horizon.
 
     >>> HeadStatisticsProbe(window=0)
     Traceback (most recent call last):
@@ -248,7 +249,7 @@ class HeadStatisticsProbe(Probe):
         self._finished: list[HeadStatistics] = []
 
     def begin(self, batch: TokenBatch) -> None:
-        """Forget what a failed pass may have left."""
+        """Forget anything that a failed pass left behind."""
         self.abort()
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
@@ -273,7 +274,7 @@ class HeadStatisticsProbe(Probe):
         self.abort()
 
     def abort(self) -> None:
-        """Forget the pass that is under way; finished ones are kept."""
+        """Forget the pass that is under way; earlier ones are kept."""
         self._pass, self._continues, self._distribution_entropy = {}, False, None
 
     def result(self) -> HeadStatistics:
@@ -284,7 +285,7 @@ class HeadStatisticsProbe(Probe):
         """
         parts = [*self._finished, *self._current()]
         if not parts:
-            raise ResultError("there are no statistics yet: no forward pass was observed to its end")
+            raise ResultError("there are no statistics yet: no complete forward pass was observed")
         return HeadStatistics.concatenate(parts)
 
     def reset(self) -> None:
@@ -294,7 +295,7 @@ class HeadStatisticsProbe(Probe):
         self._finished = []
 
     def _current(self) -> list[HeadStatistics]:
-        """Return the statistics of the sequences that may still grow, if there are any."""
+        """Return the statistics of the sequences that may still grow, as a list of one or none."""
         sequence = self._sequence
         if not sequence.layers:
             return []
@@ -352,20 +353,22 @@ class _Sequence:
     ) -> _Sequence:
         """Return the sequence with one more complete pass.
 
-        `distribution_entropy` is `[batch, token]`, of the last tokens of the pass at least.
+        `distribution_entropy` is `[batch, token]`, for at least the last token of the pass.
         """
         mask, segments, ids = batch.response_mask, batch.segment_ids, batch.input_ids
         if self.response_mask is not None:
             if segments is not None or self.segment_ids is not None:
-                raise ResultError("packed rows cannot be continued: run each sequence in a row of its own")
+                raise ResultError(
+                    "packed examples cannot be continued: run each sequence as an example of its own"
+                )
             mask = torch.cat([self.response_mask, mask], dim=-1)
         if self.input_ids is not None:
             ids = torch.cat([self.input_ids, ids], dim=-1)
         entropy, following = None, None
         if distribution_entropy is not None:
-            rows, count = batch.input_ids.shape
-            # Row t says what token t + 1 was sampled from.
-            entropy = distribution_entropy.new_full((rows, count), torch.nan)
+            examples, count = batch.input_ids.shape
+            # The distribution at position t is the one that token t + 1 was sampled from.
+            entropy = distribution_entropy.new_full((examples, count), torch.nan)
             if self.next_entropy is not None:
                 entropy[:, 0] = self.next_entropy
             known = min(distribution_entropy.shape[1], count)
@@ -378,7 +381,7 @@ class _Sequence:
         return _Sequence(layers, mask, segments, ids, entropy, following)
 
     def _has_token_before(self, batch: TokenBatch) -> Bool[Tensor, "batch token"]:
-        """Return which tokens follow one of their own sequence: a first token was sampled from nothing."""
+        """Return which tokens follow another of their sequence; a first token was not sampled."""
         real, segments = batch.attention_mask, batch.segment_ids
         follows = real[:, :-1]
         if segments is not None:
@@ -387,7 +390,7 @@ class _Sequence:
 
 
 def _pad_heads(values: Tensor, heads: int) -> Tensor:
-    """Pad the head axis with NaN, for models whose layers differ in it."""
+    """Pad the head axis with NaN, for models whose layers differ in their number of heads."""
     missing = heads - values.shape[1]
     if missing == 0:
         return values

@@ -1,8 +1,8 @@
 """Classifying heads: which are local, which global, which receivers.
 
-`classify_heads` ranks heads by what was measured and cuts off quantiles, as Sec. 4.1 of arXiv
-2510.13554 does. A grouping can be saved and used again for other batches of the same model. What is
-left to others: the measuring (measurement) and the use of groups (scores).
+`classify_heads` ranks heads by what was measured and takes quantiles, as in Sec. 4.1 of arXiv
+2510.13554v2. Users call it after `measure`; a grouping can be saved and used again for other batches of the
+same model. What is left to others: measuring (measurement) and using the groups (scores).
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ GROUPS: tuple[Group, ...] = ("local", "global", "receiver")
 class HeadGroups(Result):
     """Which heads are local, global and receivers.
 
-    `groups["local"]`, `groups.local` and so on (`groups.global_`, since `global` is a word of Python's) are
-    selections, which every function accepts: `(4, 2) in groups.local`.
+    `groups["local"]`, `groups.local` and so on (`groups.global_`, since `global` is a keyword of Python) are
+    selections, which every function that takes heads accepts: `(4, 2) in groups.local`.
 
     Attributes:
-        local_heads, global_heads: masks; the heads of lowest and of highest span. They are disjoint.
-        receiver_heads: a mask, the heads whose inbound attention is most selective; None where
-            kurtosis was not measured.
-        span, receiver_kurtosis: what was ranked: means over the batch; NaN for heads that a layer
-            does not have.
+        local_heads, global_heads: masks of the heads with the lowest and the highest span. They are disjoint.
+        receiver_heads: a mask of the heads whose inbound attention is most selective; None if kurtosis was
+            not measured.
+        span, receiver_kurtosis: the means over responses by which heads were ranked; NaN for heads that a
+            layer does not have.
         layers: the layer number behind each index of the layer axis.
         model_name: the model that the groups belong to.
         receiver_level: whether receivers were found by token or by sentence; None if they were not.
-        quantile: the share of heads that is local, and that is global; None where groups were made by hand.
+        quantile: the share of heads in each of local and global; None if the groups were made by hand.
 
     Raises:
-        ResultError: tensors of other kinds or sizes than these.
+        ResultError: tensors of other dtypes or shapes than these.
     """
 
     local_heads: Bool[Tensor, "layer head"]
@@ -88,19 +88,19 @@ class HeadGroups(Result):
 
     @property
     def head_count(self) -> int:
-        """The number of heads in a layer; in models whose layers differ in it, the largest."""
+        """The number of heads in a layer; the largest, where layers differ."""
         return self.span.shape[1]
 
     def mask(self, group: str) -> Bool[Tensor, "layer head"]:
         """Return the mask of a group.
 
         Raises:
-            ParameterError: an unknown group, or receivers where kurtosis was not measured.
+            ParameterError: an unknown group, or receivers if kurtosis was not measured.
         """
         choice(group, "a group", GROUPS)
         mask: Tensor | None = getattr(self, f"{group}_heads")
         if mask is None:
-            raise ParameterError("receiver heads are unknown: measure(..., receiver=True)")
+            raise ParameterError("receiver heads are not known: measure(..., receiver=True)")
         return mask
 
     def pairs(self, group: str) -> list[tuple[int, int]]:
@@ -117,7 +117,7 @@ class HeadGroups(Result):
         """Return a group as a selection of heads, the most typical first.
 
         Raises:
-            ParameterError: an unknown group, or receivers where kurtosis was not measured.
+            ParameterError: an unknown group, or receivers if kurtosis was not measured.
         """
         return HeadSelection(tuple((*pair, 1.0) for pair in self.pairs(group)), self.model_name)
 
@@ -152,7 +152,7 @@ class HeadGroups(Result):
             )
 
     def _table(self) -> dict[str, Any]:
-        """Return a line for each head: layer, head, span, kurtosis, and which groups it is in."""
+        """Return a line for each head: layer, head, span, kurtosis, and whether it is in each group."""
         place = (~self.span.isnan()).nonzero().cpu()
         layer, head = place.unbind(1)
         columns: dict[str, Any] = {
@@ -201,20 +201,20 @@ def head_groups(
     model_name: str,
     **own: HeadsLike | None,
 ) -> dict[Group, HeadSelection]:
-    """Return the heads of each group, from all the forms in which functions accept them.
+    """Return the heads of each group, from any form in which functions accept them.
 
-    `heads` is `HeadGroups`, a dictionary by group, or one selection that stands for every group; `own` holds
-    selections by group, which take the place of those.
+    `heads` is `HeadGroups`, a dictionary by group, or one selection for both local and global; `own` holds
+    selections by group, which replace those.
 
     Raises:
         ParameterError: no heads for a group that is needed, or heads that do not exist.
-        ResultError: `HeadGroups` of other layers, heads or models.
+        ResultError: `HeadGroups` of other layers, another number of heads, or another model.
     """
     given: dict[str, Any] = {}
     if isinstance(heads, HeadGroups):
         heads.check_fits(layers, head_count, model_name)
         given = {group: heads[group] for group in GROUPS if getattr(heads, f"{group}_heads") is not None}
-        # A group can be empty, as that of receivers whose kurtosis is undefined.
+        # A group can be empty: there are no receivers where no kurtosis is defined.
         given = {group: selection for group, selection in given.items() if len(selection)}
     elif isinstance(heads, Mapping) and heads and all(isinstance(key, str) for key in heads):
         given = {choice(key, "a group", GROUPS): value for key, value in heads.items()}
@@ -242,19 +242,31 @@ def classify_heads(
 ) -> HeadGroups:
     """Group heads by their mean span over responses, and by receiver kurtosis where measured.
 
-    Sec. 4.1 of arXiv 2510.13554: of all heads of the layers measured, the lowest 30% in span are local
-    and the highest 30% global. `quantile` is that share: `floor(quantile * heads)` heads, at least one.
-    `receivers` heads of highest mean kurtosis are receivers, as in arXiv 2506.19143; a head whose
-    kurtosis is undefined is none. Equal values are ranked by layer, then head.
+    Sec. 4.1 of arXiv 2510.13554v2: of all heads of the measured layers, the 30% of lowest span are local
+    and the 30% of highest span global.
 
-    `statistics` are of a batch, or of any number of batches one after the other, such as a generator
-    that measures one at a time: only sums are kept. `statistics.select(slice(i, i + 1))` classifies
-    over a single response. Each response counts the same, whatever its length.
+    Args:
+        statistics: those of a batch, or of any number of batches, such as a generator that measures one
+            batch at a time: only sums are kept. Pass `statistics.select(slice(i, i + 1))` to classify over
+            a single response. Each response counts the same, whatever its length.
+        quantile: the share of heads in each of local and global, in (0, 0.5]: `floor(quantile * heads)`
+            heads, at least one.
+        receivers: how many heads of highest mean kurtosis are receivers, as in arXiv 2506.19143; a head
+            whose kurtosis is undefined is never one.
+
+    Equal values are ranked by layer, then head.
 
     Raises:
         ParameterError: a quantile outside (0, 0.5], fewer than one receiver, fewer than two heads, or
             statistics without span.
         ResultError: no statistics, or statistics of different models, layers, or receiver levels.
+
+    >>> from attnprobe import TokenBatch, measure
+    >>> from attnprobe.testing.tiny_models import tiny_model
+    >>> batch = TokenBatch.from_ids(torch.arange(1, 17)[None], response_start=4)
+    >>> groups = classify_heads(measure(tiny_model("llama"), batch), quantile=0.25)
+    >>> len(groups.local), len(groups.global_)
+    (3, 3)
     """
     quantile, receivers = check_shares(quantile, receivers)
     first: HeadStatistics | None = None
@@ -281,7 +293,7 @@ def classify_heads(
 
 
 class _RunningMean:
-    """The mean over responses, leaving out NaN, of which only sums are kept."""
+    """A mean over responses that leaves out NaN and keeps only sums."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
@@ -301,8 +313,8 @@ class _RunningMean:
 
 
 def check_shares(quantile: FloatLike, receivers: IntLike) -> tuple[float, int]:
-    """Return how many heads the groups are to have as plain numbers, or raise `ParameterError`."""
-    # Up to a half, so that local and global heads do not overlap.
+    """Return a quantile and a number of receivers as plain numbers, or raise `ParameterError`."""
+    # At most a half, so that local and global heads do not overlap.
     quantile = real_number(quantile, "quantile", above=0, maximum=0.5)
     return quantile, whole_number(receivers, "receivers", minimum=1)
 
@@ -334,7 +346,7 @@ def group_heads(
     count = max(1, math.floor(quantile * defined + 1e-9))
     return HeadGroups(
         local_heads=_lowest(span, count),
-        # Counted from the other end, so that of equal spans none is in both groups.
+        # Counted from the other end, so that no head is in both groups where spans are equal.
         global_heads=_lowest(-span.flip(0, 1), count).flip(0, 1),
         receiver_heads=None if kurtosis is None else _lowest(-kurtosis, receivers),
         span=span,
@@ -352,7 +364,7 @@ def _per_head(values: ArrayLike, name: str) -> Float[Tensor, "layer head"]:
 
 
 def _lowest(values: Float[Tensor, "layer head"], count: int) -> Bool[Tensor, "layer head"]:
-    """Return a mask of the `count` lowest defined values; ties: the first."""
+    """Return a mask of the `count` lowest defined values; the first of equal ones."""
     flat = values.flatten()
     order = flat.nan_to_num(nan=torch.inf).argsort(stable=True)[:count]
     mask = torch.zeros_like(flat, dtype=torch.bool)

@@ -1,8 +1,8 @@
 """GroupMaps: the mean attention maps of head groups over responses, for pictures.
 
-`attnprobe.group_maps` makes them, and the report draws them. They are the one result that holds maps, so
-they are of the few responses that are worth a picture. What is left to others: running a model for them
-(measurement), pooling and drawing (report).
+`attnprobe.group_maps` makes them, and the report draws them. No other result holds maps, which take memory
+quadratic in the tokens: make them for a few responses that are worth a picture. What is left to others:
+running a model for them (measurement), pooling and drawing (report).
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ class GroupMaps(Result):
     """The mean attention maps of head groups over responses (Eq. 8 of arXiv 2510.13554v2).
 
     Attributes:
-        local_map, global_map: attention among the response's tokens; NaN behind the end of a shorter one.
-        columns: the caller's columns that these tokens stand in, -1 behind the end of a shorter response.
+        local_map, global_map: attention among the response's tokens, in `[0, 1]`; NaN after the end of a
+            shorter response.
+        columns: the positions of these tokens in the caller's batch; -1 after the end of a shorter response.
         input_ids: the ids of these tokens; None where they are not known.
-        provenance: the model, layers and heads that the maps are of.
+        provenance: the model, layers and heads that the maps were computed from.
 
     Raises:
-        ResultError: maps that are not square, or of other kinds and sizes than these.
+        ResultError: maps that are not square, or tensors of other dtypes or shapes than these.
     """
 
     local_map: Float[Tensor, "batch query key"]
@@ -43,16 +44,16 @@ class GroupMaps(Result):
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
         if self.local_map.shape[1] != self.local_map.shape[2]:
-            raise error(f"maps have as many queries as keys; got {list(self.local_map.shape)}")
+            raise error(f"maps must have as many queries as keys; got {list(self.local_map.shape)}")
 
     def _used(self) -> Tensor:
         return self.columns >= 0
 
     def columns_of(self, example: IntLike) -> list[int]:
-        """Return the caller's columns of one response, in order.
+        """Return the positions of one response in the caller's batch, in order.
 
         Raises:
-            ParameterError: an example that there is not.
+            ParameterError: an example that does not exist.
         """
         count = self.columns.shape[0]
         example = whole_number(example, "example", minimum=-count, maximum=count - 1)

@@ -1,8 +1,8 @@
 """Running a model over a batch: `measure` for statistics of every head, `group_maps` for pictures.
 
-Both run the batch as right-padded rows, a few at a time, and bring results back to the caller's
-layout. What is left to others: what is computed (head_statistics, metrics) and how a model is read
-(adapters).
+Both run the batch as right-padded sequences, a few at a time, and bring the results back to the caller's
+layout. Users and the command line call them. What is left to others: what is computed (head_statistics,
+metrics) and how a model is read (adapters).
 """
 
 from __future__ import annotations
@@ -54,29 +54,29 @@ def measure(
     memory_budget: IntLike = MEMORY_BUDGET,
     progress: bool = False,
 ) -> HeadStatistics:
-    """Run a model over a batch once, and return what every head does there.
+    """Run a model over a batch once, and return the statistics of every head.
 
     Args:
         model: a model that an adapter knows, such as a transformers causal language model.
-        batch: the tokens, in any layout, or what `TokenBatch.of` makes a batch of, such as a tokenizer's
-            output; results are aligned with it.
+        batch: the tokens, in any layout: a `TokenBatch`, or anything that `TokenBatch.of` accepts, such as a
+            tokenizer's output. Results are aligned with it.
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
-        receiver: whether to compute receiver kurtosis too (one more pass over the attention): of
-            tokens ("token" or True), or of sentences ("sentence"), for which the batch needs texts.
-        entropy: whether to compute token entropy; without it nothing above the last layer is run.
+        receiver: whether to compute receiver kurtosis too (one more pass over the attention): over
+            tokens ("token" or True), or over sentences ("sentence"), for which the batch needs texts.
+        entropy: whether to compute token entropy; without it, nothing after the last measured layer is run.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
             Results do not depend on it.
-        memory_budget: about how many bytes of activations and logits a chunk of the batch may take; at
-            least one sequence is run at a time. An estimate from the model's widths, not a bound.
+        memory_budget: roughly how many bytes the activations and logits of the sequences run together may
+            take; at least one sequence is run at a time. Estimated from the model's widths; not a hard limit.
         progress: whether to show a progress bar.
 
     Raises:
-        BatchError: ids out of the vocabulary, sequences longer than the model's context, or sentences
-            wanted of a batch without texts.
-        ParameterError: layers, window, horizon or receiver that make no sense.
+        BatchError: ids outside the vocabulary, sequences longer than the model's context, or
+            `receiver="sentence"` for a batch without texts.
+        ParameterError: invalid layers, window, horizon or receiver.
         UnsupportedModelError: a model whose attention cannot be read.
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
@@ -90,15 +90,15 @@ def measure(
         window=window, horizon=horizon, span=span, receiver=level == "token", entropy=False
     )
     run = _Run.prepare(model, batch, layers, batch_size, memory_budget, entropy)
-    sentences = sentence_ids(run.rows) if level == "sentence" else None
+    sentences = sentence_ids(run.sequences) if level == "sentence" else None
     by_sentence = None if sentences is None else SentenceReceiverProbe(sentences)
     probes: list[Probe] = [probe] if by_sentence is None else [probe, by_sentence]
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
         for number, part in enumerate(run.parts()):
             if by_sentence is not None and sentences is not None:
-                rows = slice(number * run.size, (number + 1) * run.size)
-                by_sentence.sentence_ids = sentences[rows, : part.token_count]
+                of_part = slice(number * run.size, (number + 1) * run.size)
+                by_sentence.sentence_ids = sentences[of_part, : part.token_count]
             with (
                 carries_positions() if span else nullcontext(),
                 attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask),
@@ -110,7 +110,7 @@ def measure(
     statistics = probe.result()
     layout = run.layout
     kurtosis = statistics.receiver_kurtosis if by_sentence is None else by_sentence.result()
-    # Several packed responses of one of the caller's rows: Eq. 7 is a mean over all their tokens.
+    # An example may pack several responses: Eq. 7 is then a mean over all their tokens.
     weights = statistics.response_mask.sum(-1)
     return replace(
         statistics,
@@ -147,24 +147,24 @@ def group_maps(
     example: IntLike = 0,
     progress: bool = False,
 ) -> GroupMaps:
-    """Return the group maps of one response, for pictures: the one place that stores a map.
+    """Return the group maps of one response, for pictures; nothing else stores a map.
 
-    It runs the model again: groups are known only after `measure`, and keeping the maps of all heads
-    until then would cost what attnprobe exists to avoid. Maps of several responses are joined by
-    `GroupMaps.concatenate`.
+    This runs the model again: groups are known only after `measure`, and keeping the maps of all heads
+    until then would take the memory that attnprobe exists to save. `GroupMaps.concatenate` joins the maps of
+    several responses.
 
     Args:
         model: a model that an adapter knows.
         batch: the tokens, as for `measure`.
-        heads, local_heads, global_heads: the heads of each map, as for `score_tokens`; maps are means by
-            the heads' weights.
-        example: which of the batch's examples.
+        heads, local_heads, global_heads: the heads of each map, as for `score_tokens`; maps are means
+            weighted by the heads' weights.
+        example: the index of the example in the batch.
         progress: whether to show a progress bar.
 
     Raises:
-        ParameterError: an example that the batch does not have, a packed row, or heads that do not exist.
+        ParameterError: an example that the batch does not have or that is packed, or heads that do not exist.
         ResultError: head groups of another model.
-        BatchError: ids out of the vocabulary, or sequences longer than the model's context.
+        BatchError: ids outside the vocabulary, or sequences longer than the model's context.
         UnsupportedModelError: a model whose attention cannot be read.
     """
     batch = TokenBatch.of(batch)
@@ -182,10 +182,10 @@ def group_maps(
     mapped = {str(group): groups[group] for group in ("local", "global")}
     layers = sorted({layer for selection in mapped.values() for layer in selection.layers})
     run = _Run.prepare(adapter, batch.select(example), layers)
-    if run.rows.batch_size > 1:
+    if run.sequences.batch_size > 1:
         raise ParameterError(
-            f"example {example} packs {run.rows.batch_size} sequences: take one a row for maps, "
-            "batch.sequences()[0]"
+            f"example {example} packs {run.sequences.batch_size} sequences, but maps need one sequence "
+            "in each example: use batch.sequences()[0]"
         )
     part = next(run.parts())
     inside = part.response_mask[0].nonzero()[:, 0]
@@ -210,7 +210,7 @@ def group_maps(
 
 
 class _GroupMapProbe(Probe):
-    """Adds up the maps of the heads of each group over the response."""
+    """Sums the maps of each group's heads over the response."""
 
     def __init__(self, groups: dict[str, HeadSelection], inside: Tensor) -> None:
         self._groups = groups
@@ -242,11 +242,11 @@ class _GroupMapProbe(Probe):
 
 @dataclass(frozen=True)
 class _Run:
-    """A batch made ready to be run, a few rows at a time."""
+    """A batch split into sequences and ready to run, a few at a time."""
 
     adapter: Adapter
     layers: tuple[int, ...]
-    rows: TokenBatch
+    sequences: TokenBatch
     layout: SequenceLayout
     size: int
 
@@ -261,24 +261,25 @@ class _Run:
     ) -> _Run:
         adapter = adapter_for(model)
         chosen = resolve_layers(layers, adapter)
-        rows, layout = batch.sequences()
-        check_fits(rows, adapter)
+        sequences, layout = batch.sequences()
+        check_fits(sequences, adapter)
         if batch_size is not None:
             batch_size = whole_number(batch_size, "batch_size", minimum=1)
-        size = batch_size or _rows_within(memory_budget, rows, adapter, entropy)
-        return _Run(adapter, chosen, rows, layout, size)
+        size = batch_size or _sequences_within(memory_budget, sequences, adapter, entropy)
+        return _Run(adapter, chosen, sequences, layout, size)
 
     @property
     def width(self) -> int:
-        return self.rows.token_count
+        return self.sequences.token_count
 
     def parts(self) -> Iterator[TokenBatch]:
-        for begin in range(0, self.rows.batch_size, self.size):
-            yield self.rows.select(slice(begin, begin + self.size), trim=True).to(self.adapter.device)
+        for begin in range(0, self.sequences.batch_size, self.size):
+            part = self.sequences.select(slice(begin, begin + self.size), trim=True)
+            yield part.to(self.adapter.device)
 
     @contextmanager
     def progress(self, shown: bool, label: str) -> Iterator[Probe]:
-        total = len(self.layers) * -(-self.rows.batch_size // self.size)
+        total = len(self.layers) * -(-self.sequences.batch_size // self.size)
         with progress_bar(label, total, shown=shown) as advance:
             yield _Ticking(advance)
 
@@ -293,39 +294,39 @@ class _Ticking(Probe):
         self._advance()
 
 
-def _rows_within(budget: int, rows: TokenBatch, adapter: Adapter, entropy: bool) -> int:
-    """Return how many rows at a time are estimated to stay within a budget of bytes; at least one."""
-    per_row = adapter.activation_bytes * rows.token_count
+def _sequences_within(budget: int, sequences: TokenBatch, adapter: Adapter, entropy: bool) -> int:
+    """Return how many sequences are estimated to fit a budget of bytes together; at least one."""
+    each = adapter.activation_bytes * sequences.token_count
     if entropy:
-        # Logits come in the model's dtype, four bytes at most, for the response's tokens only.
-        per_row += 4 * adapter.vocabulary_size * int(rows.response_mask.sum(-1).max())
-    return rows.batch_size if per_row == 0 else min(rows.batch_size, max(1, budget // per_row))
+        # Logits are computed for response tokens only, in the model's dtype: at most four bytes each.
+        each += 4 * adapter.vocabulary_size * int(sequences.response_mask.sum(-1).max())
+    return sequences.batch_size if each == 0 else min(sequences.batch_size, max(1, budget // each))
 
 
-def check_fits(rows: TokenBatch, adapter: Adapter) -> None:
-    """Check that a model can take these tokens.
+def check_fits(sequences: TokenBatch, adapter: Adapter) -> None:
+    """Check that a model can run these tokens.
 
     Raises:
-        BatchError: ids out of the vocabulary, or sequences longer than the model's context.
+        BatchError: ids outside the vocabulary, or sequences longer than the model's context.
     """
-    largest = int(rows.input_ids.max())
+    largest = int(sequences.input_ids.max())
     if largest >= adapter.vocabulary_size:
         raise BatchError(
             f"token id {largest} is outside the vocabulary of {adapter.model_name}, which has "
             f"{adapter.vocabulary_size} ids: was the batch made with another tokenizer?"
         )
     limit = adapter.context_length
-    if limit is not None and rows.token_count > limit:
+    if limit is not None and sequences.token_count > limit:
         raise BatchError(
-            f"a sequence of {rows.token_count} tokens is longer than the context of "
+            f"a sequence of {sequences.token_count} tokens is longer than the context of "
             f"{adapter.model_name}, {limit} tokens: shorten the prompt or response"
         )
 
 
 def _run_for_entropy(adapter: Adapter, part: TokenBatch, width: int) -> Float[Tensor, "batch token"]:
-    """Run the model and return the entropy of each response token, padded with NaN to the width.
+    """Run the model and return the entropy of each response token, padded to the width with NaN.
 
-    Only the logits that response tokens were sampled from are computed: those one position earlier.
+    Only the logits that response tokens were sampled from are computed: those at the position before.
     """
     entropy = torch.full((part.batch_size, width), torch.nan, device=adapter.device)
     before = part.response_mask[:, 1:].any(0).nonzero()[:, 0]

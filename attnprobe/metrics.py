@@ -1,9 +1,10 @@
 """The metrics as pure functions of one layer's attention: an `Attention`, or a pattern tensor.
 
-Each is linear in the attention (kurtosis aside), so the metric of a mean of heads is the mean of the
-heads' metrics: values are kept per head, and groups are chosen afterwards. Definitions are those of
-arXiv 2510.13554v2. Undefined is NaN: outside the response, and where a horizon holds no row. Every function
-takes the attention, then the response mask `[batch, token]`; without one, all tokens are response.
+All but kurtosis are linear in the attention, so the metric of a mean of heads is the mean of the heads'
+metrics: values are kept per head, and groups are chosen afterwards. Definitions are those of arXiv
+2510.13554v2. Undefined values are NaN: those outside the response, and those whose horizon holds no row.
+Every function takes the attention, then the response mask `[batch, token]`; without one, all tokens are
+response. The probes call them, and users with a pattern of their own.
 
 What is left to others: running the model (adapters), going over layers (head_statistics), choosing
 head groups (heads), and averaging over them (scores).
@@ -44,11 +45,12 @@ def mean_attention_distance(
     """Return the span of each head: its mean backward distance over response rows, in tokens.
 
     Eq. 7 of arXiv 2510.13554v2: `1/|R| * sum over t in R, s <= t of A[t, s] * (t - s)`; in
-    `[0, T - 1]`. Prompt rows and padding never count. A sink's share of a row counts as distance 0.
+    `[0, T - 1]`. The rows of prompt and padding tokens never count; a sink's share of a row counts
+    as distance 0.
 
     Raises:
         PatternError: an invalid pattern.
-        ParameterError: a mask that does not fit.
+        ParameterError: a mask of another shape, or with other values.
 
     >>> pattern = torch.tensor([[1.0, 0.0], [0.75, 0.25]])
     >>> mean_attention_distance(pattern, torch.tensor([[False, True]]))
@@ -67,10 +69,10 @@ def windowed_attention_distance(
     response_mask: ArrayLike | None = None,
     window: IntLike = 10,
 ) -> Float[Tensor, "batch head token"]:
-    """Return WAAD of each token: its mean backward distance, each distance cut off at the window.
+    """Return the WAAD of each token: its mean backward distance, with distances capped at the window.
 
-    Eq. 9 of arXiv 2510.13554v2: `sum over s <= t of A[t, s] * min(t - s, W)`; in `[0, W]`. NaN outside
-    the response, if one is given.
+    Eq. 9 of arXiv 2510.13554v2: `sum over s <= t of A[t, s] * min(t - s, W)`; in tokens, in
+    `[0, W]`. NaN outside the response, if a mask is given.
 
     Raises:
         PatternError: an invalid pattern.
@@ -91,12 +93,12 @@ def future_attention_influence(
     horizon: HorizonLike = (10, 50),
     segment_ids: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head token"]:
-    """Return FAI of each response token: the mean attention that later response tokens give it.
+    """Return the FAI of each response token: the mean attention that later response tokens give it.
 
     Eq. 10 of arXiv 2510.13554v2: the mean of `A[t, s]` over the response rows `t` with
     `s + low <= t <= s + high`; `high=None` runs to the end of the response (App. A.1). In `[0, 1]`.
-    NaN outside the response, and for tokens so late that no row lies within the horizon.
-    In packed rows give `segment_ids`, so that rows of another sequence do not count.
+    NaN outside the response, and for tokens so late that no row lies within their horizon.
+    For packed examples give `segment_ids`, so that the rows of another sequence do not count.
 
     Raises:
         PatternError: an invalid pattern.
@@ -125,18 +127,23 @@ def receiver_kurtosis(
 
     The token-level "column-wise kurtosis" of arXiv 2510.13554v2 (after arXiv 2506.19143): Fisher's
     kurtosis (0 for a normal distribution; biased) of what each response token receives from the later
-    rows of the horizon, at least -2. NaN where it is undefined: fewer than two tokens with a value,
+    rows in its horizon; at least -2. NaN where it is undefined: fewer than two tokens with a value,
     or all values equal.
 
-    Two parts of a response would pass for selectivity, and are left out. Near rows, by the default
-    horizon: a head that looks at its neighbour gives every token the same sum, divided by fewer and
-    fewer later rows. And the last tokens, whose horizon holds fewer than `minimum_rows` rows: a mean
-    over one or two rows is so much noisier than the others that the end of the response alone can
-    decide (of the 20 most selective heads of SmolLM2-135M on one answer, 17 peaked on the last token).
+    Two things would look like selectivity, and are left out. Near rows, by the default horizon: a head
+    that looks at its neighbour gives every token the same sum, divided by fewer and fewer later rows. And
+    the last tokens, whose horizon holds fewer than `minimum_rows` rows: a mean over one or two rows is so
+    much noisier than the others that the end of the response alone can decide the result (of the 20 most
+    selective heads of SmolLM2-135M on one answer, 17 peaked on the last token).
 
     Raises:
         PatternError: an invalid pattern.
-        ParameterError: a horizon, mask or number of rows that does not fit.
+        ParameterError: an invalid horizon or number of rows, or a mask that does not fit.
+
+    >>> pattern = torch.zeros(8, 8)
+    >>> pattern[:, 0] = 1.0
+    >>> receiver_kurtosis(pattern, horizon=(1, None), minimum_rows=1)
+    tensor([[2.1667]])
     """
     minimum_rows = whole_number(minimum_rows, "minimum_rows", minimum=1)
     horizon = check_horizon(horizon)
@@ -152,19 +159,24 @@ def sentence_receiver_kurtosis(
     sentence_ids: ArrayLike,
     min_distance: IntLike = 4,
 ) -> Float[Tensor, "batch head"]:
-    """Return how selective each head's inbound attention is, sentence by sentence.
+    """Return how selective each head's inbound attention is, from sentence to sentence.
 
-    The variant of Thought Anchors (arXiv 2506.19143): attention is pooled to a mean for each pair of
-    sentences; a sentence's vertical score is the mean of what the sentences at least `min_distance`
-    after it give it; the result is Fisher's kurtosis (biased) of these scores, at least -2. NaN where it
-    is undefined: fewer than two sentences with a score (so fewer than `min_distance + 2` in all), or all
+    The variant of Thought Anchors (arXiv 2506.19143): attention is averaged over each pair of sentences; a
+    sentence's vertical score is the mean of what it receives from the sentences at least `min_distance`
+    after it; the result is Fisher's kurtosis (biased) of these scores, at least -2. NaN where it is
+    undefined: fewer than two sentences with a score (so fewer than `min_distance + 2` in all), or all
     scores equal.
 
-    `sentence_ids` counts the sentences of a response from 0, with -1 outside it.
+    `sentence_ids` `[batch, token]` numbers the sentences of a response from 0, with -1 outside it.
 
     Raises:
         PatternError: an invalid pattern.
-        ParameterError: ids or a distance that do not fit.
+        ParameterError: ids that do not fit, or a distance below 1.
+
+    >>> pattern = torch.zeros(4, 4)
+    >>> pattern[:, 0] = 1.0
+    >>> sentence_receiver_kurtosis(pattern, torch.tensor([[0, 1, 2, 3]]), min_distance=1)
+    tensor([[-1.5000]])
     """
     min_distance = whole_number(min_distance, "min_distance", minimum=1)
     pooled = sentence_attention(attention, sentence_ids)
@@ -176,9 +188,9 @@ def sentence_receiver_kurtosis(
 def sentence_attention(
     attention: AttentionLike, sentence_ids: ArrayLike
 ) -> Float[Tensor, "batch head sentence sentence"]:
-    """Return the mean attention between sentences: rows are the later ones, columns what they read.
+    """Return the mean attention between sentences: `[..., i, j]` is what sentence i gives to sentence j.
 
-    The mean of `A[t, s]` over the tokens t of one sentence and s of another, in `[0, 1]`; NaN for
+    The mean of `A[t, s]` over the tokens t of sentence i and s of sentence j, in `[0, 1]`; NaN for
     sentences that a response does not have. No map of tokens is stored.
 
     Raises:
@@ -201,7 +213,7 @@ def sentence_attention(
     member = (ids[..., None] == sentence).to(attention.dtype)
     length = member.sum(1)
     mean = member / length.masked_fill(length == 0, torch.nan)[:, None]
-    # Undefined sentences must not reach the operator: NaN times 0 would spread over every token.
+    # Undefined sentences must not reach the operator: NaN times 0 would make every token NaN.
     read = attention.attend(mean.nan_to_num())
     pooled = torch.einsum("btr,bhts->bhrs", mean.nan_to_num(), read)
     missing = (length == 0)[:, None]
@@ -214,11 +226,13 @@ def token_entropy(
 ) -> Float[Tensor, "batch token"]:
     """Return the entropy, in nats, of the distribution that each token was sampled from.
 
-    `H[t] = -sum over v of p(v) log p(v)` (Sec. 4.1 of arXiv 2510.13554v2), of the logits at position
-    `t - 1`; in `[0, log vocabulary]`. NaN for the first token, and outside the response, if given.
+    `H[t] = -sum over v of p(v) log p(v)` (Sec. 4.1 of arXiv 2510.13554v2), where p is the softmax of the
+    logits at position `t - 1`; in `[0, log vocabulary]`. NaN for the first token, and outside the response,
+    if a mask is given.
 
     Raises:
-        ParameterError: shapes that do not fit.
+        ParameterError: logits that are not floating point `[batch, token, vocabulary]`, or a mask that does
+            not fit.
         PatternError: logits that are NaN.
 
     >>> token_entropy(torch.zeros(1, 2, 4))
@@ -236,7 +250,7 @@ def token_entropy(
 
 
 def distribution_entropy(logits: Float[Tensor, "*axes vocabulary"]) -> Float[Tensor, "*axes"]:
-    """Return the entropy, in nats, of each row of logits, in float32 and a few rows at a time.
+    """Return the entropy, in nats, of the softmax of logits, in float32 and a few tokens at a time.
 
     Raises:
         PatternError: logits that are NaN.
@@ -245,16 +259,16 @@ def distribution_entropy(logits: Float[Tensor, "*axes vocabulary"]) -> Float[Ten
     entropy = torch.empty(flat.shape[0], device=logits.device)
     size = max(1, 2**22 // flat.shape[-1])
     for begin in range(0, flat.shape[0], size):
-        # entr is -p log p, and 0 for the probability 0 of a logit of minus infinity.
+        # entr is -p log p, and 0 where a logit of minus infinity gives probability 0.
         term = torch.special.entr(flat[begin : begin + size].float().softmax(-1))
         entropy[begin : begin + size] = term.sum(-1)
     if bool(entropy.isnan().any()):
-        raise PatternError("the model's logits hold NaN: entropy is undefined")
+        raise PatternError("the model's logits contain NaN: entropy is undefined")
     return entropy.clamp_(min=0.0).view(logits.shape[:-1])
 
 
 def as_attention(attention: AttentionLike) -> Attention:
-    """Return an `Attention`: the one given, or a pattern `[batch, head, query, key]` made one.
+    """Return an `Attention`: the one given, or one made from a pattern `[batch, head, query, key]`.
 
     Metrics describe whole sequences, so a cached pass, with more keys than queries, is refused.
 
@@ -272,7 +286,7 @@ def as_attention(attention: AttentionLike) -> Attention:
 
 
 def check_mask(attention: Attention, mask: ArrayLike | None) -> Bool[Tensor, "batch token"]:
-    """Return a response mask on the attention's device, or raise `ParameterError`; None: all tokens."""
+    """Return a response mask on the attention's device, all True for None, or raise `ParameterError`."""
     expected = (attention.batch_size, attention.query_count)
     if mask is None:
         return torch.ones(expected, dtype=torch.bool, device=attention.device)
@@ -280,7 +294,7 @@ def check_mask(attention: Attention, mask: ArrayLike | None) -> Bool[Tensor, "ba
 
 
 def check_segments(attention: Attention, segment_ids: ArrayLike | None) -> Int[Tensor, "batch token"] | None:
-    """Return the sequence of each token on the attention's device, or raise `ParameterError`."""
+    """Return the sequence number of each token on the attention's device, or raise `ParameterError`."""
     return None if segment_ids is None else _token_numbers(attention, segment_ids, "segment_ids")
 
 
@@ -299,7 +313,7 @@ def check_window(window: IntLike) -> int:
 
 
 def check_horizon(horizon: Any) -> Horizon:
-    """Return a horizon `(low, high)` with `0 <= low <= high`, high None for the end, or raise.
+    """Return a horizon `(low, high)` with `0 <= low <= high`, or `high` None, or raise `ParameterError`.
 
     >>> check_horizon([10, None])
     (10, None)
@@ -314,6 +328,6 @@ def check_horizon(horizon: Any) -> Horizon:
         except ParameterError:
             pass
     raise ParameterError(
-        "a horizon is (low, high) in whole tokens with 0 <= low <= high, or high=None for the end "
+        "a horizon must be (low, high) in whole tokens with 0 <= low <= high, or high=None for the end "
         f"of the response; got {brief(horizon)}"
     )

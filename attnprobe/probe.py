@@ -1,10 +1,10 @@
 """Probes, and `attach`: looking into a model's own forward pass, with a check that nothing is missed.
 
-A probe names the sites that it wants, is shown what happens there, and may put another tensor in a
-site's place. `attach` connects probes to a model through its adapter for as long as a `with` block
-lasts, around whatever the user runs inside, and checks after every forward pass that each layer was
-seen exactly once: a hook that fires never, or twice, would otherwise give a wrong number in silence.
-What is left to others: how sites are read (adapters), and the probes that compute something
+A probe names the sites it wants, is shown their values, and may put another tensor in a site's place.
+`attach` connects probes to a model through its adapter while a `with` block is open, around whatever the
+user runs inside. After every forward pass it checks that each layer was seen exactly once: a hook that
+never fires, or fires twice, would otherwise silently give a wrong number. Users call `attach`, and so does
+`measure`. What is left to others: how sites are read (adapters), and the probes that compute something
 (head_statistics).
 """
 
@@ -45,27 +45,27 @@ class Probe:
     sites: frozenset[str] = frozenset({"attention"})
 
     def begin(self, batch: TokenBatch) -> None:
-        """Take note that a forward pass over these tokens starts."""
+        """Prepare for a forward pass over these tokens, which is about to start."""
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> Tensor | None:
         """Look at the value at a site: an `Attention` for "attention", else a tensor.
 
-        A tensor that is returned takes the place of the site's, in the model and for the probes after
-        this one: same shape, dtype and device, and finite. A tensor that is shown may be kept; changing
-        it in place is an error, since it would have no effect.
+        A returned tensor replaces the site's, in the model and for the probes after this one; it must have
+        the same shape, dtype and device, and be finite. The tensor that is shown may be kept; changing it
+        in place is an error, since it would have no effect.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what it observes")
+        raise NotImplementedError(f"{type(self).__name__} does not override observe")
 
     def end(self, batch: TokenBatch) -> None:
-        """Take note that the forward pass is complete: every layer was seen exactly once."""
+        """Use what was seen: the forward pass is complete, and every layer was seen exactly once."""
 
     def abort(self) -> None:
-        """Take note that the forward pass has failed, and forget what was seen of it."""
+        """Forget what was seen: the forward pass has failed."""
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `with attach(...)` gives: what is being observed, and how."""
+    """What `with attach(...) as attached` gives: which layers are observed, and through which adapter."""
 
     adapter: Adapter
     layers: tuple[int, ...]
@@ -82,27 +82,27 @@ def attach(
     layers: Layers = "all",
     response_mask: ArrayLike | None = None,
 ) -> WithBlock[Attachment]:
-    """Show the forward passes of a model to probes, for as long as a `with` block lasts.
+    """Show the forward passes of a model to probes while a `with` block is open.
 
     Args:
         model: a model that an adapter knows.
-        probes: who is shown what happens; several at once are fine.
+        probes: one or more probes, in the order in which they are shown a site.
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
-        response_mask: `[batch, token]`, which of the tokens that you pass to the model are response, as
-            truth values or as 0 and 1; default: all real ones. Where a KV cache is continued, as in
-            `generate`, give the mask of the first pass; tokens that come after it count as response.
+        response_mask: `[batch, token]`, True (or 1) for those tokens passed to the model that are response;
+            default: all that are not padding. With a KV cache, as in `generate`, give the mask of the first
+            pass; tokens after it count as response.
 
     Raises:
-        ParameterError: no probe, something that is none, an unknown site, a mask of other numbers, or layers
-            that the model does not have.
-        UnsupportedModelError: a model whose attention cannot be read, or a site that its family cannot
-            give with the meaning that it has everywhere.
-        IncompleteRunError: on a forward pass in which some layer was not seen exactly once.
-        InterventionError: on a forward pass in which a probe returned what cannot take a site's place.
+        ParameterError: no probe, something that is not a probe, an unknown site, a mask with other values,
+            or layers that the model does not have.
+        UnsupportedModelError: a model whose attention cannot be read, or a site whose usual meaning this
+            family's modules cannot give.
+        IncompleteRunError: in a forward pass, some layer was not seen exactly once.
+        InterventionError: in a forward pass, a probe returned something that cannot replace a tensor.
 
-    The model's own outputs do not change unless a probe replaces something, and when the block ends, by
-    whatever way, the model is as it was before. Arguments are checked at the call; nothing is attached before
-    the block opens.
+    The model's own outputs change only where a probe replaces something, and however the block ends, the
+    model is left as it was. Arguments are checked when `attach` is called; nothing is attached before the
+    block opens.
 
     >>> from attnprobe.testing.tiny_models import tiny_model
     >>> class CountHeads(Probe):
@@ -118,7 +118,7 @@ def attach(
     sites = _sites_of(probes)
     unknown = sites - set(SITES)
     if unknown:
-        raise ParameterError(f"unknown sites {sorted(unknown)}; there are {', '.join(SITES)}")
+        raise ParameterError(f"unknown sites {sorted(unknown)}; the sites are {', '.join(SITES)}")
     adapter = adapter_for(model)
     for site in sorted(sites & set(adapter.refused_sites)):
         raise UnsupportedModelError(f"there is no site {site} here: {adapter.refused_sites[site]}")
@@ -134,7 +134,7 @@ def _attached(run: _Run, sites: Sequence[str]) -> Iterator[Attachment]:
 
 
 def _sites_of(probes: Sequence[Any]) -> set[str]:
-    """Return the sites that probes want, or say what is not a probe."""
+    """Return the sites that probes want, or raise an error that names what is not a probe."""
     if not probes:
         raise ParameterError("attach needs at least one probe")
     for probe in probes:
@@ -156,18 +156,18 @@ def _sites_of(probes: Sequence[Any]) -> set[str]:
             )
         if isinstance(probe.sites, str) or not isinstance(probe.sites, Iterable):
             raise ParameterError(
-                f"the sites of {type(probe).__name__} are a set of names, as in frozenset({{'attention'}}); "
-                f"got {brief(probe.sites)}"
+                f"the sites of {type(probe).__name__} must be a set of names, as in "
+                f"frozenset({{'attention'}}); got {brief(probe.sites)}"
             )
     return {site for probe in probes for site in probe.sites}
 
 
 def _response_mask(given: ArrayLike) -> Tensor:
-    """Return a response mask as truth values `[batch, token]`."""
+    """Return a response mask as a boolean tensor `[batch, token]`."""
     mask = as_mask(given, "response_mask")
     mask = mask[None] if mask.ndim == 1 else mask
     if mask.ndim != 2:
-        raise ParameterError(f"response_mask is [batch, token], got {list(mask.shape)}")
+        raise ParameterError(f"response_mask must be [batch, token], got {list(mask.shape)}")
     return mask
 
 
@@ -203,8 +203,8 @@ class _Run:
         """Return which tokens of a pass are response: those marked, and those after the mask."""
         mask = self._response_mask
         assert mask is not None
-        rows, tokens = batch.input_ids.shape
-        if mask.shape[0] != rows or (cached == 0 and mask.shape[1] != tokens):
+        examples, tokens = batch.input_ids.shape
+        if mask.shape[0] != examples or (cached == 0 and mask.shape[1] != tokens):
             raise ParameterError(
                 f"response_mask is {list(mask.shape)}, but the model was given tokens "
                 f"{list(batch.input_ids.shape)}"
@@ -241,23 +241,22 @@ class _Run:
             probe.abort()
 
     def _check_complete(self) -> None:
-        told = []
+        problems = []
         for site in self._sites:
             at = "" if site == "attention" else f" at {site}"
             silent = [layer for layer in self.layers if self._seen[site, layer] == 0]
             repeated = [layer for layer in self.layers if self._seen[site, layer] > 1]
-            told += [f"layers {silent} were silent{at}"] if silent else []
-            told += [f"layers {repeated} spoke more than once{at}"] if repeated else []
-        if told:
+            problems += [f"layers {silent} were silent{at}"] if silent else []
+            problems += [f"layers {repeated} were seen more than once{at}"] if repeated else []
+        if problems:
             raise IncompleteRunError(
-                f"{' and '.join(told)} in a forward pass of {self.adapter.full_name} through "
-                f"{self.adapter.backend}; each layer must be seen exactly once, so nothing of this pass is "
-                "kept"
+                f"{' and '.join(problems)} in a forward pass of {self.adapter.full_name} through "
+                f"{self.adapter.backend}; each layer must be seen exactly once, so this pass was discarded"
             )
 
 
 def _check_replacement(probe: Probe, site: str, value: Value, given: Any) -> None:
-    """Check that what a probe returned can take a site's place."""
+    """Check that what a probe returned can replace a site's tensor."""
     who = f"{type(probe).__name__} returned"
     if not isinstance(value, Tensor):
         raise InterventionError(
@@ -265,7 +264,7 @@ def _check_replacement(probe: Probe, site: str, value: Value, given: Any) -> Non
         )
     if not isinstance(given, Tensor):
         raise InterventionError(
-            f"{who} a {type(given).__name__} for {site}: a tensor replaces it, None does not"
+            f"{who} a {type(given).__name__} for {site}: return a tensor to replace it, or else None"
         )
     for name in ("shape", "dtype", "device"):
         if getattr(given, name) != getattr(value, name):

@@ -1,8 +1,8 @@
 """Receiver heads by sentence: the variant of Thought Anchors (arXiv 2506.19143).
 
-The token-level variant comes with `HeadStatisticsProbe`; this probe computes the sentence-level one,
-for which the sentences of each response must be known. What is left to others: sentences (sentences),
-the definition (metrics), and ranking heads (heads).
+`HeadStatisticsProbe` computes the token-level variant; this probe computes the sentence-level one, for which
+it must know the sentences of each response. `measure(..., receiver="sentence")` attaches it. What is left to
+others: splitting sentences (sentences), the definition (metrics), and ranking heads (heads).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class SentenceReceiverProbe(Probe):
     """A probe that computes sentence-level receiver kurtosis in the forward passes that it is shown.
 
     Args:
-        sentence_ids: the sentence of each token, from 0 in each response, -1 outside: for the batch
-            of the next pass, aligned with it. Set the attribute anew for another batch.
-        min_distance: pairs of sentences nearer than this are left out.
+        sentence_ids: `[batch, token]`, the sentence of each token in the next pass, numbered from 0 in each
+            response, -1 outside. Set the attribute again for another batch.
+        min_distance: pairs of sentences closer than this are left out.
 
     Raises:
-        ParameterError: ids that are no numbers, or a distance below 1.
+        ParameterError: ids that are not numbers, or a distance below 1.
     """
 
     def __init__(self, sentence_ids: ArrayLike, *, min_distance: IntLike = 4) -> None:
@@ -39,7 +39,7 @@ class SentenceReceiverProbe(Probe):
         self._finished: list[Tensor] = []
 
     def begin(self, batch: TokenBatch) -> None:
-        """Check that the sentences are those of this batch."""
+        """Check that `sentence_ids` has the shape of this batch."""
         self.abort()
         self.sentence_ids = as_tensor(self.sentence_ids, "sentence_ids")
         if self.sentence_ids.shape != batch.input_ids.shape:
@@ -58,7 +58,7 @@ class SentenceReceiverProbe(Probe):
         """Keep the result of a complete pass."""
         layers = [self._layers[layer] for layer in sorted(self._layers)]
         heads = max(layer.shape[1] for layer in layers)
-        # Layers may differ in their number of heads: NaN stands for a head that a layer does not have.
+        # Layers may differ in their number of heads: NaN marks the heads that a layer does not have.
         padded = [
             torch.nn.functional.pad(layer, (0, heads - layer.shape[1]), value=torch.nan) for layer in layers
         ]
@@ -70,11 +70,11 @@ class SentenceReceiverProbe(Probe):
         self._layers = {}
 
     def result(self) -> Float[Tensor, "batch layer head"]:
-        """Return the kurtosis of each response and head, of all complete passes.
+        """Return the kurtosis of each response and head, from all complete passes.
 
         Raises:
             ResultError: no complete pass was observed.
         """
         if not self._finished:
-            raise ResultError("there is no receiver kurtosis yet: no forward pass was observed")
+            raise ResultError("there is no receiver kurtosis yet: no complete forward pass was observed")
         return torch.cat(self._finished)

@@ -1,7 +1,7 @@
-"""The reductions behind the metrics: what a pass adds to WAAD, FAI and kurtosis, for any queries.
+"""The reductions behind the metrics: what a forward pass adds to WAAD, FAI and kurtosis, for any queries.
 
-`metrics` applies them to a whole sequence, `sequence_sums` to each step of a KV cache and adds them up. What
-is left to others: the definitions, with ranges and examples (metrics).
+`metrics` applies them to a whole sequence, `sequence_sums` to each step of a KV cache, whose results it adds
+up. What is left to others: the definitions, with ranges and examples (metrics).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ RECEIVER_HORIZON: Horizon = (10, None)
 """The horizon of receiver kurtosis: near rows are left out."""
 
 WIDEST_BAND = 128
-"""A horizon wider than this is summed by `receive`, whose cost does not grow with it, instead of from a
+"""A horizon wider than this is summed by `receive`, whose cost does not grow with it, rather than from a
 band, whose memory does."""
 
 
 def near_band(
     attention: Attention, window: int, horizon: Horizon
 ) -> Float[Tensor, "batch head query distance"] | None:
-    """Return the one band that serves both WAAD and FAI; None where no band serves both well."""
+    """Return one band for both WAAD and FAI; None where a single band does not suit both."""
     low, high = _distances_within(attention, horizon)
     width = max(min(window, attention.key_count), high + 1)
     return attention.band(width) if _goes_by_band(attention, low, high) and width <= WIDEST_BAND else None
@@ -38,23 +38,24 @@ def windowed_distance_by_row(
     window: int,
     near: Float[Tensor, "batch head query distance"] | None = None,
 ) -> Float[Tensor, "batch head query"]:
-    """Return WAAD (Eq. 9) of each row, for any queries; `near` is the band from distance 0, if at hand.
+    """Return the WAAD of each row (Eq. 9 of arXiv 2510.13554v2).
 
-    A window beyond the first key cuts nothing off: it costs no more than the keys that there are.
+    `near` is the band from distance 0, if known. A window that reaches beyond the first key caps
+    nothing, and costs no more than one that ends there.
     """
     window = min(window, attention.key_count)
     if window == attention.key_count and near is None:
-        # No distance is cut off: the plain mean distance, which needs no band as wide as the text.
+        # No distance is capped: this is the plain mean distance, which needs no band as wide as the text.
         return attention.mean_distance().clamp(min=0.0)
-    # min(t - s, W) is W less what the near keys fall short of it: far keys need no look.
+    # min(t - s, W) is W, less what near keys fall short of it: far keys need not be visited.
     waad = window * attention.row_mass()
-    # A piece at a time, so that memory does not grow with the window.
+    # In pieces, so that memory does not grow with the window.
     for start in range(0, window, WIDEST_BAND):
         stop = min(start + WIDEST_BAND, window)
         piece = attention.band(stop - start, start) if near is None else near[..., start:stop]
         distance = torch.arange(start, stop, device=attention.device, dtype=attention.dtype)
         waad = waad - piece @ (window - distance)
-    # Rounding can leave a first token, which sees itself alone, a hair below 0.
+    # Rounding can leave the first token, which sees only itself, slightly below 0.
     return waad.clamp(min=0.0)
 
 
@@ -64,9 +65,9 @@ def received_by_key(
     horizon: Horizon,
     near: Float[Tensor, "batch head query distance"] | None = None,
 ) -> Float[Tensor, "batch head key"]:
-    """Return what each key is given by the marked rows within the horizon: the numerator of Eq. 10.
+    """Return what each key receives from the marked rows within its horizon.
 
-    `near` is the band from distance 0, if at hand.
+    This is the numerator of Eq. 10 of arXiv 2510.13554v2. `near` is the band from distance 0, if known.
     """
     low, high = _distances_within(attention, horizon)
     weights = rows.to(attention.dtype)
@@ -75,8 +76,8 @@ def received_by_key(
     width = high - low + 1
     band = attention.band(width, low) if near is None else near[..., low : high + 1]
     band = band * weights[:, None, :, None]
-    # Key s is given band[t, j] by the query that stands at s + low + j: a diagonal of the band, which a
-    # stride of one more than a row walks. Rows of zeros stand in for queries before and after.
+    # Key s receives band[t, j] from the query at s + low + j. These entries form a diagonal of the band,
+    # which a stride of width + 1 follows. Zeros stand in for the queries before and after.
     first = low - attention.query_offset
     padding = max(0, -first)
     padded = torch.nn.functional.pad(band, (0, 0, padding, low + width - 1)).contiguous()
@@ -88,7 +89,7 @@ def received_by_key(
 def _distances_within(attention: Attention, horizon: Horizon) -> tuple[int, int]:
     """Return the nearest and the farthest distance of a horizon at which there are keys.
 
-    A horizon that lies beyond all keys gives `(key_count, key_count)`, where nothing is.
+    A horizon that lies beyond all keys gives `(key_count, key_count)`, where there is nothing.
     """
     low, high = horizon
     farthest = attention.key_count - 1
@@ -99,7 +100,7 @@ def _distances_within(attention: Attention, horizon: Horizon) -> tuple[int, int]
 def _goes_by_band(attention: Attention, low: int, high: int) -> bool:
     """Whether a horizon is summed from a band.
 
-    A band pays where there are more rows than distances; a cached step has one row.
+    A band pays off where there are more queries than distances; a cached step has one query.
     """
     width = high - low + 1
     return width <= min(WIDEST_BAND, attention.query_count)
@@ -111,7 +112,7 @@ def influence_of(
     horizon: Horizon,
     segment_ids: Int[Tensor, "batch token"] | None = None,
 ) -> Float[Tensor, "batch head token"]:
-    """Return FAI from what each token was given: Eq. 10 divides by the response rows in its horizon."""
+    """Return FAI from what each token received: Eq. 10 divides it by the response rows in its horizon."""
     count = _rows_in_horizon(response_mask, *horizon, segment_ids)
     defined = response_mask & (count > 0)
     influence = received / count.clamp(min=1)[:, None].to(received.dtype)
@@ -125,7 +126,10 @@ def selectivity_of(
     segment_ids: Int[Tensor, "batch token"] | None = None,
     minimum_rows: int = 10,
 ) -> Float[Tensor, "batch head"]:
-    """Return receiver kurtosis from what each token was given, over the tokens that enough rows speak for."""
+    """Return receiver kurtosis from what each token received.
+
+    Tokens with fewer than `minimum_rows` response rows in their horizon are left out.
+    """
     influence = influence_of(received, response_mask, horizon, segment_ids)
     minimum_rows = min(minimum_rows, response_mask.shape[1] + 1)
     rows = _rows_in_horizon(response_mask, *horizon, segment_ids)
@@ -150,7 +154,7 @@ def kurtosis(values: ArrayLike) -> Float[Tensor, "*axes"]:
     mean = wide.nanmean(-1, keepdim=True)
     deviation = wide - mean
     variance = deviation.square().nanmean(-1)
-    # Equal values can leave a variance of rounding errors, whose kurtosis would be noise.
+    # Equal values can leave a variance of rounding errors alone, whose kurtosis would be noise.
     largest = wide.abs().nan_to_num().amax(-1)
     constant = variance <= (largest * torch.finfo(values.dtype).eps).square()
     result = deviation.pow(4).nanmean(-1) / variance.square() - 3
@@ -162,7 +166,7 @@ def _rows_in_horizon(
 ) -> Int[Tensor, "batch token"]:
     """Count the response rows in each token's horizon, within its own sequence."""
     count = mask.shape[1]
-    # Beyond the text there are no rows, however far beyond.
+    # There are no rows beyond the end of the text.
     low, high = min(low, count), None if high is None else min(high, count)
     before = torch.nn.functional.pad(mask.long().cumsum(-1), (1, 0))
     token = torch.arange(count, device=mask.device).expand(mask.shape)
@@ -171,7 +175,7 @@ def _rows_in_horizon(
         ids = segment_ids.to(mask.device)
         borders = torch.ones_like(mask)
         borders[:, :-1] = ids[:, 1:] != ids[:, :-1]
-        # The last token of each sequence: the nearest border at or after the token.
+        # The last token of each token's sequence: the nearest border at or after it.
         ends = token.masked_fill(~borders, count)
         end = ends.flip(-1).cummin(-1).values.flip(-1)
     first = (token + low).clamp(max=count)

@@ -2,7 +2,8 @@
 
 A peak of WAAD is a preplan token, the onset of a chunk; a peak of FAI is an anchor token, which later
 text keeps reading (Sec. 4.2 of arXiv 2510.13554v2). What the paper leaves open is a documented parameter
-here. What is left to others: scores (scores), pictures (report), and weights for training (rl).
+here. Users, `rl` and the report call `find_rhythm` or the functions below it. What is left to others: scores
+(scores), pictures (report), and weights for training (rl).
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ class Rhythm(Result):
         preplan: peaks of WAAD.
         anchor: peaks of FAI.
         anchor_preplan: for each anchor, the column of the preplan that it follows or coincides with;
-            -1 where there is none within `lookback` tokens, and on tokens that are no anchor.
+            -1 if there is none within `lookback` tokens, and on all other tokens.
         dominated: anchors inside a chunk that a preplan opened just before (Sec. 5.2).
         intro: the tokens that opened the chunks of the dominated anchors.
         delta: the change of WAAD to the next token, `|WAAD[t] - WAAD[t + 1]|`; NaN where undefined.
         quantile, lookback: the parameters.
-        response_mask: the tokens that were looked at; None where that is not known.
+        response_mask: the tokens in which peaks were sought; None where they are not known.
         input_ids, texts: the tokens, as in the batch; None where they are not known.
         provenance: the model, layers, window, horizon and heads that the scores were computed from.
 
     Raises:
-        ResultError: masks whose kinds or shapes differ.
+        ResultError: tensors of other dtypes or shapes than these.
     """
 
     preplan: Bool[Tensor, "batch token"]
@@ -70,10 +71,10 @@ class Rhythm(Result):
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
     def pairs(self, example: IntLike = 0) -> list[tuple[int, int]]:
-        """Return the (preplan, anchor) columns of one response that belong together, in order.
+        """Return the columns of the preplans and anchors of one response that belong together, in order.
 
         Raises:
-            ParameterError: an example that there is not.
+            ParameterError: an example that does not exist.
         """
         count = self.anchor.shape[0]
         example = whole_number(example, "example", minimum=-count, maximum=count - 1)
@@ -84,14 +85,14 @@ class Rhythm(Result):
         return torch.ones_like(self.anchor) if self.response_mask is None else self.response_mask
 
     def at_columns(self, columns: Any) -> Rhythm:
-        """Return the rhythm of some columns only; preplans that lie outside them are forgotten."""
+        """Return the rhythm of some columns only; `anchor_preplan` is -1 if the preplan lies outside."""
         part = super().at_columns(columns)
         first = columns.indices(self.anchor.shape[1])[0]
         inside = (part.anchor_preplan >= first) & (part.anchor_preplan < first + part.anchor.shape[1])
         return replace(part, anchor_preplan=torch.where(inside, part.anchor_preplan - first, -1))
 
     def _table(self, batch: TokenBatch | None = None) -> dict[str, Any]:
-        """Return a line for each token that has a part in the rhythm; a batch adds ids and texts.
+        """Return a line for each token that a mask marks; a batch adds ids and texts.
 
         Raises:
             ResultError: a batch of another shape, or of other tokens.
@@ -121,10 +122,10 @@ _MOST_SHOWN = 20
 
 
 def find_rhythm(scores: TokenScores, *, quantile: FloatLike = 0.4, lookback: IntLike = 3) -> Rhythm:
-    """Find preplans, anchors, and which belongs to which.
+    """Find preplans, anchors, and which anchor follows which preplan.
 
-    In a response with gaps (two turns, a tool's output in between) a chunk ends at the gap: no peak is made
-    there, and no anchor follows a preplan across it.
+    In a response with gaps (two turns with a tool's output in between) a chunk ends at the gap: no peak lies
+    next to it, and no anchor follows a preplan across it.
 
     Args:
         scores: WAAD and FAI of each token.
@@ -132,7 +133,14 @@ def find_rhythm(scores: TokenScores, *, quantile: FloatLike = 0.4, lookback: Int
         lookback: within how many tokens an anchor "immediately follows" a preplan (the paper's k).
 
     Raises:
-        ParameterError: a quantile outside (0, 1], a lookback below 1, packed rows, or no scores.
+        ParameterError: a quantile outside (0, 1], a lookback below 1, packed examples, or something that is
+            not `TokenScores`.
+
+    >>> waad = torch.tensor([[1.0, 4.0, 1.0, 1.0, 1.0]])
+    >>> fai = torch.tensor([[0.1, 0.1, 0.6, 0.1, 0.1]])
+    >>> scores = TokenScores(waad, fai, None, torch.ones(1, 5, dtype=torch.bool))
+    >>> find_rhythm(scores).pairs()
+    [(1, 2)]
     """
     instance(scores, TokenScores, "scores", "score_tokens returns them")
     check_unpacked(scores.segment_ids, "find peaks")
@@ -158,7 +166,7 @@ def find_rhythm(scores: TokenScores, *, quantile: FloatLike = 0.4, lookback: Int
 
 
 def top_quantile(values: ArrayLike, quantile: FloatLike = 0.4) -> Bool[Tensor, "batch token"]:
-    """Mark the `ceil(quantile * n)` largest of the n defined values of each row; ties: the earliest.
+    """Mark the `ceil(quantile * n)` largest of each example's n defined values; ties: the earliest.
 
     Raises:
         ParameterError: a quantile outside (0, 1].
@@ -176,10 +184,10 @@ def top_quantile(values: ArrayLike, quantile: FloatLike = 0.4) -> Bool[Tensor, "
 
 
 def find_peaks(values: ArrayLike, *, quantile: FloatLike = 0.4) -> Bool[Tensor, "batch token"]:
-    """Mark the peaks of each row: strict local maxima among the top quantile of defined values.
+    """Mark the peaks of each example: strict local maxima among the top quantile of defined values.
 
     A plateau that is higher than both its neighbours is one peak, at its first position. The first and
-    the last defined value have one neighbour only and are never a peak, so monotone and constant rows
+    the last defined value have only one neighbour and are never a peak, so monotone and constant values
     have none.
 
     Raises:
@@ -194,7 +202,7 @@ def find_peaks(values: ArrayLike, *, quantile: FloatLike = 0.4) -> Bool[Tensor, 
     peaks = torch.zeros(batch, count, dtype=torch.bool, device=values.device)
     if count < 3:
         return peaks
-    # The value that comes after the plateau that a token stands in, going from the right.
+    # The value after the plateau that a token lies on, found from right to left.
     after = torch.full_like(values, torch.nan)
     for t in range(count - 2, -1, -1):
         following = values[:, t + 1]
@@ -231,13 +239,20 @@ def dominated_anchors(
     """Mark the anchors that a chunk's opening dominates, and the tokens that opened the chunks.
 
     Sec. 5.2 of arXiv 2510.13554v2: an anchor t is dominated if `WAAD[t] <= waad_threshold` and the
-    largest change of WAAD in `t - lookback .. t - 1` is at least `delta_threshold`; its opening is
-    where that change is (ties: the latest). Thresholds default to the response's own medians of WAAD
-    and of its change, over the tokens where each is defined. An anchor with no response token before
-    it is not dominated, and what stands before a gap (an undefined WAAD) is not looked at.
+    largest change of WAAD in `t - lookback .. t - 1` is at least `delta_threshold`; the token where WAAD
+    changes most opened its chunk (ties: the latest). Thresholds default to the response's own medians of
+    WAAD and of its change, over the tokens where each is defined. An anchor with no response token before
+    it is not dominated, and tokens before a gap (an undefined WAAD) are not considered.
+
+    Returns the masks `(dominated, intro)`.
 
     Raises:
         ParameterError: a lookback below 1, or shapes that differ.
+
+    >>> anchor = torch.tensor([[False, False, True, False]])
+    >>> dominated, intro = dominated_anchors(anchor, torch.tensor([[1.0, 5.0, 1.0, 1.0]]))
+    >>> dominated.nonzero().tolist(), intro.nonzero().tolist()
+    ([[0, 2]], [[0, 1]])
     """
     waad = check_values(waad)
     anchor = as_mask(anchor, "anchor", tuple(waad.shape), device=waad.device)
@@ -245,16 +260,16 @@ def dominated_anchors(
     delta = waad_change(waad)
     low = _threshold(waad, waad_threshold)
     high = _threshold(delta, delta_threshold)
-    # before[..., i]: the change at t - 1 - i, so that the first maximum is the latest position.
+    # before[..., i] is the change at t - 1 - i, so that the first maximum is the latest position.
     padded = torch.nn.functional.pad(delta, (lookback, 0), value=torch.nan)
     before = padded.unfold(-1, lookback, 1)[:, : waad.shape[1]].flip(-1)
-    # An undefined change is the end of a chunk at a gap: what lies before it belongs to another one.
+    # An undefined change marks a gap, which ends a chunk: what lies before it belongs to another chunk.
     before = before.masked_fill(before.isnan().cumsum(-1) > 0, torch.nan)
     largest, place = before.nan_to_num(nan=-torch.inf).max(-1)
     dominated = anchor & (waad <= low) & (largest >= high) & (largest > -torch.inf)
     intro = torch.zeros_like(anchor)
-    row, token = dominated.nonzero(as_tuple=True)
-    intro[row, token - 1 - place[row, token]] = True
+    example, token = dominated.nonzero(as_tuple=True)
+    intro[example, token - 1 - place[example, token]] = True
     return dominated, intro
 
 
@@ -269,7 +284,7 @@ def _threshold(values: Float[Tensor, "batch token"], given: FloatLike | None) ->
 def near_preplans(
     preplan: Bool[Tensor, "batch token"], response_mask: Bool[Tensor, "batch token"], lookback: int
 ) -> Bool[Tensor, "batch token"]:
-    """Mark the tokens that coincide with a preplan, or follow one within `lookback` tokens, gaps aside."""
+    """Mark the tokens that coincide with a preplan or follow one within `lookback` tokens and no gap."""
     return _latest_preplan(preplan, response_mask, lookback) >= 0
 
 
@@ -296,14 +311,14 @@ def _latest_preplan(
 
 
 def _quantile_counts(values: Float[Tensor, "batch token"], quantile: float) -> Int[Tensor, " batch"]:
-    """Return `ceil(quantile * n)` of the n defined values of each row."""
-    # 0.1 * 30 is a hair above 3 in binary: it must not become 4.
+    """Return `ceil(quantile * n)` for each example, where n is the number of its defined values."""
+    # 0.1 * 30 is slightly more than 3 in binary: it must not become 4.
     counts = [max(math.ceil(quantile * n - 1e-9), min(n, 1)) for n in (~values.isnan()).sum(-1).tolist()]
     return torch.tensor(counts, device=values.device)
 
 
 def check_quantile(quantile: FloatLike) -> float:
-    """Return the share of tokens that is chosen, in (0, 1], or raise `ParameterError`."""
+    """Return a share of tokens, in (0, 1], or raise `ParameterError`."""
     return real_number(quantile, "quantile", above=0, maximum=1)
 
 
@@ -313,7 +328,7 @@ def check_lookback(lookback: IntLike, minimum: int = 1) -> int:
 
 
 def check_values(values: ArrayLike) -> Float[Tensor, "batch token"]:
-    """Return scores of tokens `[batch, token]`, or raise `ParameterError`."""
+    """Return token values `[batch, token]`, or raise `ParameterError`."""
     values = as_tensor(values, "values")
     if values.ndim != 2 or not values.is_floating_point():
         raise ParameterError(f"values must be floating point [batch, token]; got {brief(values)}")

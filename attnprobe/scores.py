@@ -1,8 +1,8 @@
-"""TokenScores: one number a token, from the statistics of a group of heads.
+"""TokenScores: one number for each token, from the statistics of a group of heads.
 
 WAAD is the mean over local heads, FAI over global heads (Def. 4.1 of arXiv 2510.13554v2): both are
-linear in attention, so this equals the metric of the group's mean map. `score_tokens` is called by users,
-by `rl` and by the command line. What is left to others: peaks and what they mean (rhythm), and weights for
+linear in attention, so this equals the metric of the group's mean map. Users, `rl` and the command line call
+`score_tokens`. What is left to others: peaks and what they mean (rhythm), and weights for
 training (rl).
 """
 
@@ -28,20 +28,20 @@ from attnprobe.validation import choice, instance
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenScores(Result):
-    """Scores of each token; NaN where undefined. It can be built by hand.
+    """The scores of each token; NaN where undefined. Scores can also be built by hand.
 
     Attributes:
         waad: windowed average attention distance of the local heads, in tokens.
-        fai: future attention influence of the global heads.
-        entropy: of the distribution that each token was sampled from, in nats; None if not measured.
+        fai: future attention influence of the global heads, in `[0, 1]`.
+        entropy: that of the distribution that each token was sampled from, in nats; None if not measured.
         response_mask: the tokens that are scored.
-        receiver_fai: future attention influence of the receiver heads; None where they are unknown.
-        segment_ids: in packed rows, which sequence of the row a token belongs to; else None.
+        receiver_fai: future attention influence of the receiver heads; None if they are not known.
+        segment_ids: in packed examples, which sequence each token belongs to; else None.
         input_ids, texts: the tokens, as in the batch; None where they are not known.
         provenance: the model, layers, window, horizon and heads that the scores were computed from.
 
     Raises:
-        ResultError: scores whose kinds or shapes differ.
+        ResultError: tensors of other dtypes or shapes than these.
     """
 
     waad: Float[Tensor, "batch token"]
@@ -57,7 +57,7 @@ class TokenScores(Result):
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
     def _table(self, batch: TokenBatch | None = None) -> dict[str, Any]:
-        """Return a line for each response token; a batch adds ids and texts where they are not known.
+        """Return a line for each response token; a batch adds ids and texts if the scores have none.
 
         Raises:
             ResultError: a batch of another shape, or of other tokens.
@@ -88,7 +88,7 @@ _MOST_SHOWN = 5
 
 
 def _coloured(scores: TokenScores, example: int) -> str:
-    """Return the spans of one example's response."""
+    """Return one example's response as HTML spans."""
     assert scores.texts is not None
     spans = []
     shares = [_shares(values[example]) for values in (scores.waad, scores.fai)]
@@ -97,13 +97,13 @@ def _coloured(scores: TokenScores, example: int) -> str:
         style = (
             f"background:rgba(241,122,34,{0.8 * waad:.2f});border-bottom:3px solid rgba(33,113,181,{fai:.2f})"
         )
-        told = ", ".join(
+        numbers = ", ".join(
             f"{name} {float(values[example, token]):.3g}"
             for name, values in (("WAAD", scores.waad), ("FAI", scores.fai), ("entropy", scores.entropy))
             if values is not None
         )
         text = html.escape(scores.texts[example][token]).replace("\n", "\u21b5<br>")
-        spans.append(f'<span style="{style}" title="column {token}: {told}">{text}</span>')
+        spans.append(f'<span style="{style}" title="column {token}: {numbers}">{text}</span>')
     return "".join(spans)
 
 
@@ -132,7 +132,7 @@ def known_tokens(
 
 
 def check_same_tokens(batch: TokenBatch, result: Any, name: str) -> None:
-    """Check that a result is of the tokens of a batch.
+    """Check that a result describes the tokens of a batch.
 
     Raises:
         ResultError: another shape, or other token ids.
@@ -161,22 +161,28 @@ def score_tokens(
     receiver_heads: HeadsLike | None = None,
     align: Align = "token",
 ) -> TokenScores:
-    """Return the scores of each token: the statistics' means over head groups.
+    """Return the scores of each token: means of the statistics over head groups.
 
     Args:
         statistics: from `measure` or a `HeadStatisticsProbe`.
-        heads: the groups, of this or another batch of the same model; a dictionary of selections by group;
-            or one selection, such as "all", for WAAD and FAI alike.
+        heads: the groups, found on this or another batch of the same model; a dictionary of selections by
+            group; or one selection, such as "all", for both WAAD and FAI.
         local_heads, global_heads, receiver_heads: your own selections, in any form that `HeadSelection.of`
-            knows, with weights if you like; they take the place of those in `heads`. Where layers differ in
-            their number of heads, those that a layer does not have are left out of the mean.
+            accepts, with or without weights; they replace those in `heads`. Where layers differ in their
+            number of heads, those that a layer does not have are left out of the mean.
         align: which token a row of attention describes. "token": row t describes token t, as in the paper.
             "prediction": row t describes token t + 1, which it produced. WAAD moves by one; FAI, which
             belongs to columns, stays.
 
     Raises:
-        ParameterError: heads that do not exist, or a group without any.
-        ResultError: groups of other layers, heads or models than the statistics.
+        ParameterError: heads that do not exist, or a group without heads.
+        ResultError: groups of other layers, another number of heads, or another model than the statistics.
+
+    >>> from attnprobe import TokenBatch, measure
+    >>> from attnprobe.testing.tiny_models import tiny_model
+    >>> batch = TokenBatch.from_ids(torch.arange(1, 17)[None], response_start=4)
+    >>> score_tokens(measure(tiny_model("llama"), batch), "all").waad.shape
+    torch.Size([1, 16])
     """
     instance(statistics, HeadStatistics, "statistics", "measure returns them")
     groups = head_groups(
@@ -218,7 +224,7 @@ def _weights(heads: HeadSelection, statistics: HeadStatistics, group: str) -> Fl
     """Return the weight of each head; 0 where a layer does not have it.
 
     Raises:
-        ParameterError: no layer has any of the heads.
+        ParameterError: none of the heads exists in its layer.
     """
     weights = heads.weights(statistics.layers, statistics.head_count).to(statistics.waad.device)
     inside = statistics.response_mask.to(weights.device)
@@ -233,7 +239,7 @@ def _weights(heads: HeadSelection, statistics: HeadStatistics, group: str) -> Fl
 def _mean_over(
     values: Float[Tensor, "batch layer head token"], weights: Float[Tensor, "layer head"]
 ) -> Float[Tensor, "batch token"]:
-    """Return the mean over the heads that have a weight, by their weights."""
+    """Return the weighted mean over the heads that have a weight."""
     chosen, weight = values[:, weights > 0], weights[weights > 0]  # [batch, chosen head, token]
     if bool((weight == weight[0]).all()):
         return chosen.mean(1)
@@ -244,9 +250,10 @@ def _mean_over(
 def described_by_prediction(
     values: Float[Tensor, "batch token"], response_mask: Bool[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token"]:
-    """Return row values moved to the token that each row produced: one column to the right.
+    """Return each row's value at the token that the row produced: one column to the right.
 
-    NaN for the first token of a response, or of a part of it behind a gap: its row was not measured.
+    NaN for the first token of a response, and for the first after a gap: the row that produced it is not
+    response, and was not measured.
 
     >>> described_by_prediction(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool))
     tensor([[nan, 1.]])
@@ -257,13 +264,13 @@ def described_by_prediction(
 
 
 def aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "batch token"]:
-    """Return WAAD as an alignment wants it, whichever the scores have.
+    """Return WAAD in an alignment, whichever one the scores have.
 
     Raises:
-        ParameterError: an unknown alignment, or "token" wanted of scores that were moved already.
+        ParameterError: an unknown alignment, or "token" for scores that already describe predictions.
     """
     choice(align, "align", get_args(Align))
-    # Half precision has no median, and would tie changes that differ.
+    # Half precision has no median, and its rounding would make different changes equal.
     waad = scores.waad.to(torch.promote_types(scores.waad.dtype, torch.float32))
     waad = waad.masked_fill(~scores.response_mask.to(waad.device), torch.nan)
     if align == scores.provenance.align:

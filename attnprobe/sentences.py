@@ -1,8 +1,9 @@
-r"""Sentences of a response: where a text that reasons, with numbers and LaTeX in it, comes to a stop.
+r"""The sentences of a response, in texts that reason with numbers and LaTeX.
 
-`split_sentences` cuts a text, and `sentence_ids` says of each token which sentence it belongs to. The
+`split_sentences` cuts a text, and `sentence_ids` says which sentence each token belongs to. The
 rules are those that mathematical text needs: "3.14", "e.g.", "1. First", `\boxed{3. 5}` and `$x. y$` are
-not cut; lines are. What is left to others: what sentences give each other (metrics, receivers).
+not cut; the end of a line always cuts. `measure(..., receiver="sentence")` and the analyses of sentences call
+them. What is left to others: the attention between sentences (metrics, receivers).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ _ABBREVIATIONS = frozenset(_NEVER_LAST.split())
 _BEFORE_NUMBERS = frozenset(_NUMBERED.split())
 # A sentence ends here if a capital letter comes next.
 _UNITS_AND_ENDINGS = frozenset(_SOMETIMES_LAST.split())
-# Spans inside which nothing is cut. A dollar sign opens mathematics only where a character follows it
-# and closes it only after one, with no digit behind: "$5 and $10" is money.
+# Spans inside which nothing is cut. A dollar sign opens mathematics only if a character follows it directly,
+# and closes it only directly after one and not before a digit: "$5 and $10" is money.
 _WHOLE = re.compile(
     r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\\begin\{(?P<env>[a-z]+\*?)\}.+?\\end\{(?P=env)\}"
     r"|(?<![\\$])\$(?=[^\s$])[^$\n]*?(?<=[^\s\\])\$(?![\d$])",
@@ -43,11 +44,11 @@ _ENUMERATOR = re.compile(
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
-    r"""Return the sentences of a text as `(start, end)`, which together cover all of it.
+    r"""Return the sentences of a text as `(start, end)` offsets, which together cover all of it.
 
-    A sentence ends after ".", "!", "?" (and closing quotes or brackets) before white space, and at the end
+    A sentence ends after ".", "!" or "?" (and closing quotes or brackets) before white space, and at the end
     of a line. It does not end inside a number, mathematics or a braced LaTeX argument; after an
-    abbreviation, an initial, or what numbers a list ("1.", "a)", "Step 2."); nor before a word in lower
+    abbreviation, an initial, or the number of a list item ("1.", "a)", "Step 2."); nor before a word in lower
     case. Spaces and lines without a letter or digit belong to the sentence before them.
 
     >>> text = r"So x = 3.5, e.g. half of 7. Then \boxed{3.5}."
@@ -80,7 +81,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
 
 
 def _with_leading_marks(text: str, sentences: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join a first piece without a letter or digit to what follows it."""
+    """Join a first piece without a letter or digit to the sentence after it."""
     if len(sentences) > 1 and not any(c.isalnum() for c in text[slice(*sentences[0])]):
         return [(sentences[0][0], sentences[1][1]), *sentences[2:]]
     return sentences
@@ -100,7 +101,7 @@ def _whole_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _ends_sentence(text: str, stop: int, end: int) -> bool:
-    """Say whether the stop at `text[stop:end]` ends a sentence."""
+    """Whether the stop at `text[stop:end]` ends a sentence."""
     mark = text[stop]
     if mark in "。！？":
         return True
@@ -123,9 +124,9 @@ def _ends_sentence(text: str, stop: int, end: int) -> bool:
 
 
 def _is_initial(word: str, before: str) -> bool:
-    """Say whether a capital letter stands for a name: after a name or title, or alone at the start.
+    """Whether a capital letter stands for a name: after a name or title, or alone at the start.
 
-    "Mr. J. Smith" and "John F. Kennedy" go on; "through the point P. Then" has come to its end.
+    "Mr. J. Smith" and "John F. Kennedy" go on; "through the point P." is a complete sentence.
     """
     if len(word) != 1 or not word.isupper() or word == "I":
         return False
@@ -134,37 +135,42 @@ def _is_initial(word: str, before: str) -> bool:
 
 
 def _goes_on(following: str) -> bool:
-    """Say whether text after a full stop starts with a word in lower case; a lone variable may start one."""
+    """Whether text after a full stop goes on in lower case; a lone variable may start a sentence."""
     word = re.match(r"[a-z]+", following)
     return word is not None and (len(word.group()) > 1 or word.group() == "a")
 
 
 def sentence_ids(batch: TokenBatch) -> Int[Tensor, "batch token"]:
-    """Return the sentence of each response token, counted from 0 in each response; -1 elsewhere.
+    """Return the sentence of each response token, numbered from 0 in each response; -1 elsewhere.
 
-    A token belongs to the sentence in which its first character that is not white space lies; one of
-    white space alone, to the sentence of its first character. A gap in the response ends a sentence.
+    A token belongs to the sentence that contains its first character that is not white space or, if it is
+    all white space, its first character. A gap in the response ends a sentence.
 
     Raises:
-        BatchError: a batch without texts, or of packed rows.
+        BatchError: a batch without texts, or with packed examples.
+
+    >>> from dataclasses import replace
+    >>> batch = TokenBatch.from_ids([[5, 6, 7, 8]], response_start=1)
+    >>> sentence_ids(replace(batch, texts=(("Q", "Yes.", " It", " is."),)))
+    tensor([[-1,  0,  1,  1]])
     """
     instance(batch, TokenBatch, "batch")
     if batch.texts is None:
         raise BatchError("sentences need the tokens' texts: build the batch with tokenizer=...")
     if batch.segment_ids is not None:
-        raise BatchError("rows are packed: take batch.sequences()[0], one response a row")
+        raise BatchError("examples are packed: take batch.sequences()[0], with one sequence in each example")
     ids = torch.full(batch.input_ids.shape, -1, dtype=torch.long)
-    for row, mask in enumerate(batch.response_mask):
+    for example, mask in enumerate(batch.response_mask):
         count = 0
         for columns in _runs(mask.nonzero()[:, 0].tolist()):
-            numbers = _sentence_of_each([batch.texts[row][column] for column in columns])
-            ids[row, columns] = torch.tensor(numbers) + count
+            numbers = _sentence_of_each([batch.texts[example][column] for column in columns])
+            ids[example, columns] = torch.tensor(numbers) + count
             count += numbers[-1] + 1
     return ids.to(batch.input_ids.device)
 
 
 def _runs(columns: list[int]) -> list[list[int]]:
-    """Return ascending columns as runs without gaps."""
+    """Split ascending columns into runs without gaps."""
     runs: list[list[int]] = []
     for column in columns:
         if runs and column == runs[-1][-1] + 1:
@@ -175,7 +181,7 @@ def _runs(columns: list[int]) -> list[list[int]]:
 
 
 def _sentence_of_each(pieces: list[str]) -> list[int]:
-    """Return the sentence of each token of a text without gaps, counted from 0."""
+    """Return the sentence of each token of a text without gaps, numbered from 0."""
     ends = [end for _, end in split_sentences("".join(pieces))]
     numbers: list[int] = []
     sentence, begin = 0, 0

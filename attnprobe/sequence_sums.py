@@ -1,10 +1,10 @@
-"""The sums behind head statistics, while a sequence grows step by step under a KV cache.
+"""The sums behind head statistics, while a sequence grows step by step with a KV cache.
 
-Each forward pass adds rows to the attention matrix. What the metrics need of a row can be added up:
-distances to the span, WAAD row by row, and what each token is given to FAI. A whole sequence in one
-pass is the case of one step. A step must continue the last one: the same rows of the batch, in their
-places, with as many columns before it as there have been. What is left to others: the definitions
-(metrics) and the results (head_statistics).
+Each forward pass adds rows to the attention matrix, and what the metrics need from a row can be accumulated:
+its distance for span, its WAAD, and what it gives each token for FAI. A whole sequence in one pass is the
+case of one step. A step must continue the last one: the same examples in the same order, with as many
+columns before it as were observed. `HeadStatisticsProbe` calls `add_rows` for each layer of each pass. What
+is left to others: the definitions (metrics) and the results (head_statistics).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from attnprobe.reductions import Horizon
 
 @dataclass(frozen=True)
 class LayerSums:
-    """What the rows of one layer's attention add up to so far, for all columns so far.
+    """What the rows of one layer's attention add up to so far.
 
     Attributes:
-        distance: sum of mean distances over response rows, if wanted.
-        waad: of each row.
-        received: what each column was given within FAI's horizon.
-        received_far: what each column was given within the horizon of receiver kurtosis, if wanted.
-        fingerprint: of each column's key; None where only patterns are known.
+        distance: the sum of the mean distances of response rows; None if not wanted.
+        waad: the WAAD of each row.
+        received: what each column received within FAI's horizon.
+        received_far: what each column received within the horizon of receiver kurtosis; None if not wanted.
+        fingerprint: a number for each column's key; None where only patterns are known.
     """
 
     distance: Float[Tensor, "batch head"] | None
@@ -55,7 +55,7 @@ def add_rows(
     *,
     span: bool = True,
 ) -> LayerSums:
-    """Return the sums with the rows of one more pass added.
+    """Return the sums with the rows of another pass added.
 
     Raises:
         PatternError: a pass that does not continue the one before.
@@ -63,7 +63,7 @@ def add_rows(
     start = attention.key_start + attention.query_offset
     _check_continues(before, attention, start)
     mask = metrics.check_mask(attention, response_mask)
-    # One product serves WAAD and FAI.
+    # One band serves both WAAD and FAI.
     near = reductions.near_band(attention, window, horizon)
     columns = start + attention.query_count
     distance = None
@@ -72,7 +72,7 @@ def add_rows(
     waad = reductions.windowed_distance_by_row(attention, window, near)
 
     def placed(received: Tensor, earlier: Tensor | None) -> Tensor:
-        """Add what this pass's keys were given to what the columns had before."""
+        """Add what this pass's keys received to what the columns had received before."""
         total = received.new_zeros(*received.shape[:2], columns)
         if earlier is not None:
             total[..., : earlier.shape[-1]] = earlier
@@ -111,24 +111,24 @@ def _check_continues(before: LayerSums | None, attention: Attention, start: int)
         return
     if start != before.column_count or attention.batch_size != before.waad.shape[0]:
         raise PatternError(
-            f"this pass continues a cache of {attention.batch_size} rows and {start} columns, but "
-            f"{before.waad.shape[0]} rows and {before.column_count} columns were observed before it: a "
+            f"this pass continues a cache of {attention.batch_size} examples and {start} columns, but "
+            f"{before.waad.shape[0]} examples and {before.column_count} columns were observed before it: a "
             "cache that is cropped or shared cannot be followed. Measure the finished sequence instead"
         )
     fingerprint = attention.key_fingerprint()
     if fingerprint is None or before.fingerprint is None:
         if attention.batch_size > 1:
             raise PatternError(
-                "a cache of several rows cannot be followed where only attention maps are known, since "
-                "nothing tells whether its rows were reordered: measure the finished sequence instead"
+                "a cache of several examples cannot be followed where only attention maps are known, since "
+                "they do not show whether examples were reordered: measure the finished sequence instead"
             )
         return
-    # Columns that both know: a sliding cache has dropped the first.
+    # Only columns that both have: a sliding cache has dropped the first ones.
     now = fingerprint[:, : start - attention.key_start]
     then = before.fingerprint[:, attention.key_start : start]
     scale = float(then.abs().max()) if then.numel() else 1.0
     if then.numel() and not bool(torch.allclose(now, then, rtol=1e-3, atol=1e-4 * scale)):
         raise PatternError(
-            "the rows of the KV cache were reordered between two passes, as beam search does: what was "
-            "observed before belongs to other rows. Measure the finished sequences instead"
+            "the examples in the KV cache were reordered between two passes, as beam search does: what was "
+            "observed before belongs to other examples. Measure the finished sequences instead"
         )

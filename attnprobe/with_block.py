@@ -1,8 +1,8 @@
 """A context that must be opened by `with`: `attach` and `suppress_attention` return one.
 
-Their arguments are checked when they are called, and nothing is done to the model before the block opens.
-Whoever forgets the `with` would otherwise get no error and no numbers. What is left to others: what
-happens in the block.
+These functions check their arguments when they are called, and do nothing to the model before the block
+opens. A forgotten `with` would otherwise give neither an error nor a number, so it is reported. What is left
+to others: what happens in the block.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Yielded = TypeVar("Yielded")
 
 
 class _NotOpenError(AttnprobeError, AttributeError):
-    """Something was asked of a block that only what `with` gives can answer."""
+    """A block was asked, before it was opened, for something that only an open one has."""
 
 
 class WithBlock(AbstractContextManager[Yielded], Generic[Yielded]):
-    """A context that says so if it is used without `with`.
+    """A context that raises an error or warns if it is used without `with`.
 
     Args:
-        name: the function that made it, for messages.
-        context: what `with` opens, once.
+        name: the function that returned it, for messages.
+        context: what `with` opens; it can be opened once.
 
     >>> from contextlib import nullcontext
     >>> WithBlock("attach", nullcontext()).layers

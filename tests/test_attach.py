@@ -54,7 +54,7 @@ class HasNoSites:
         (("attention",), "got 'attention', a str, which has no begin"),
         ((None,), "got None, a NoneType"),
         ((HasNoSites(),), "a HasNoSites, which has no sites"),
-        ((NamesOneSite(),), "NamesOneSite are a set of names.*got 'attention'"),
+        ((NamesOneSite(),), "NamesOneSite must be a set of names.*got 'attention'"),
     ],
 )
 @pytest.mark.usefixtures("as_users_call")

@@ -134,7 +134,7 @@ def test_beam_search_is_refused() -> None:
     ids, mask = prompt()
     with (
         attnprobe.attach(model, probe_of()),
-        pytest.raises(PatternError, match=r"rows of the KV cache were reordered .* beam search"),
+        pytest.raises(PatternError, match=r"examples in the KV cache were reordered .* beam search"),
     ):
         model.generate(ids, attention_mask=mask, num_beams=4, max_new_tokens=20, pad_token_id=0)
 
@@ -146,12 +146,14 @@ def test_a_cropped_cache_is_refused() -> None:
     with attnprobe.attach(model, probe_of()), torch.no_grad():
         model(ids, past_key_values=past, use_cache=True)
         past.crop(-4)
-        with pytest.raises(PatternError, match="continues a cache of 2 rows and 4 columns, but 2 rows and 8"):
+        with pytest.raises(
+            PatternError, match="continues a cache of 2 examples and 4 columns, but 2 examples"
+        ):
             model(ids[:, 4:], past_key_values=past, use_cache=True)
 
 
 def test_batches_of_dense_families_are_refused() -> None:
-    """Maps alone do not tell whether rows were reordered."""
+    """Maps alone do not tell whether examples were reordered."""
     model = tiny_model("bloom")
     ids, mask = prompt()
     with (
@@ -201,5 +203,5 @@ def test_packed_rows_cannot_be_continued() -> None:
     past = transformers.DynamicCache(config=model.config)
     with attnprobe.attach(model, probe_of()), torch.no_grad():
         model(ids, position_ids=positions, past_key_values=past, use_cache=True)
-        with pytest.raises(attnprobe.ResultError, match="packed rows cannot be continued"):
+        with pytest.raises(attnprobe.ResultError, match="packed examples cannot be continued"):
             model(ids[:, :1], past_key_values=past, use_cache=True)

@@ -293,7 +293,7 @@ def test_a_module_that_runs_twice_is_an_error() -> None:
     layer.forward = twice
     with (
         torch.no_grad(),
-        pytest.raises(IncompleteRunError, match=r"layers \[1\] spoke more than once at mlp_output"),
+        pytest.raises(IncompleteRunError, match=r"layers \[1\] were seen more than once at mlp_output"),
         attnprobe.attach(model, Keep("mlp_output")),
     ):
         model(IDS)

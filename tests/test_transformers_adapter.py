@@ -671,7 +671,7 @@ def test_attach_needs_probes_and_known_sites() -> None:
     with pytest.raises(ParameterError, match="at least one probe"), attnprobe.attach(model):
         pass
     with (
-        pytest.raises(ParameterError, match=r"unknown sites \['residual'\]; there are layer_input"),
+        pytest.raises(ParameterError, match=r"unknown sites \['residual'\]; the sites are layer_input"),
         attnprobe.attach(model, Elsewhere()),
     ):
         pass

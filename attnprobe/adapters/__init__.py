@@ -1,9 +1,10 @@
-"""Backend adapters: one hook interface over the ways in which a model can be run.
+"""Backend adapters: one interface to models in each of the libraries that run them.
 
-`adapter_for` picks the adapter by the names of the object's classes, in the order of inheritance: so no
-backend is imported to find out, and a module that moves within its package is found all the same.
-Adapters of others are added by `register_adapter`, or by an entry point in the group
-`attnprobe.adapters`, whose name is that of the class and whose object is the adapter.
+`adapter_for` picks the adapter by the names of the object's classes, in the order of inheritance: no backend
+is imported to find out, and a class that moves within its package is still found. Every function that takes
+a model calls it. Other adapters can be added by `register_adapter`, or by an entry point in the group
+`attnprobe.adapters`, whose name is that of the class and whose object is the adapter. What is left to others:
+what an adapter offers (base), and the backends (a module for each).
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def register_adapter(model_class: str, adapter: str | AdapterFactory) -> None:
     Args:
         model_class: `"package.ClassName"`: the top-level package that defines the class, and the
             class's name. The package is not imported.
-        adapter: what makes an `Adapter` of such a model: a subclass of `Adapter` or any function, or
-            `"module:name"` to import it when it is first needed.
+        adapter: what makes an `Adapter` from such a model: a subclass of `Adapter`, a function, or
+            `"module:name"` to import either when it is first needed.
 
-    The last registration of a class counts. A package can do the same without being imported, by an
+    The last registration for a class counts. A package can do the same without being imported, by an
     entry point: `[project.entry-points."attnprobe.adapters"]`, `"package.ClassName" = "module:name"`.
 
     Raises:
@@ -51,26 +52,27 @@ def register_adapter(model_class: str, adapter: str | AdapterFactory) -> None:
     package, _, name = model_class.partition(".")
     if not package.isidentifier() or not name.isidentifier():
         raise ParameterError(
-            f'model_class is "package.ClassName", with the top-level package only; got {model_class!r}'
+            f'model_class must be "package.ClassName", with the top-level package only; got {model_class!r}'
         )
     if isinstance(adapter, str):
         module, _, attribute = adapter.partition(":")
         if not module or not attribute.isidentifier():
-            raise ParameterError(f'an adapter given by name is "module:name", got {adapter!r}')
+            raise ParameterError(f'an adapter given by name must be "module:name"; got {adapter!r}')
     elif not callable(adapter):
-        raise ParameterError(f"an adapter is a class, a function or a name, got {adapter!r}")
+        raise ParameterError(f"an adapter must be a class, a function or a name; got {adapter!r}")
     _adapters[model_class] = adapter
 
 
 def adapter_for(model: Any) -> Adapter:
-    """Return the adapter for a model: one of those registered, or an adapter itself, as it is.
+    """Return the adapter for a model; an adapter is returned as it is.
 
     Known without registration: transformers models, `TransformerBridge` of TransformerLens, and the
     wrappers of nnsight.
 
     Raises:
         UnsupportedModelError: an object that no adapter knows, or a model whose attention cannot be
-            read, with the reason.
+            read; the message says why.
+        AttnprobeError: a registered adapter that cannot be imported, or that is not an `Adapter`.
     """
     if isinstance(model, Adapter):
         return model
@@ -93,7 +95,7 @@ def adapter_for(model: Any) -> Adapter:
 
 @lru_cache(maxsize=1)
 def _entry_points() -> dict[str, str | AdapterFactory]:
-    """Return what installed packages offer: names only, nothing is imported."""
+    """Return the adapters that installed packages offer, by name: nothing is imported."""
     return {point.name: point.value for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
 
 

@@ -1,12 +1,13 @@
 """Where the sites of a transformers model are: its layers, and their attention and feed-forward modules.
 
-A layer is found from its attention module: the module that calls the attention function of
-transformers, or, in families without one, that is named like attention. Wrappers that a backend put
-around a module (`_original_component`) are looked through: a layer's attention has an inner module,
-whose forward is the model's own, and an outer one, which the layer calls.
+A layer is found by its attention module: the module that calls the attention function of transformers or,
+in families without one, that is named like attention. Wrappers that a backend has put around a module
+(`_original_component`) are looked through: a layer's attention has an inner module, whose forward is the
+model's own, and an outer one, which the layer calls.
 
-A site is refused where a family's modules do not give what the site means everywhere, rather than
-something else under its name. What is left to others: hooks on these modules (reading).
+If a family's modules cannot give a site its usual meaning, the site is refused rather than given another
+meaning. The transformers adapter calls `architecture_of` when it is made. What is left to others: hooks on
+these modules (reading).
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Layer:
     Attributes:
         block: the layer itself, as the model calls it.
         attention: the attention module, whose forward is the model's own.
-        attention_outer: the attention module as the layer calls it; the same where nothing wraps it.
-        feed_forward: the feed-forward module as the layer calls it; None where there is not one.
+        attention_outer: the attention module as the layer calls it; the same if nothing wraps it.
+        feed_forward: the feed-forward module as the layer calls it; None unless there is exactly one.
     """
 
     block: nn.Module
@@ -118,7 +119,7 @@ def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) ->
             first = root.get_submodule(found[numbers[0]])
             raise UnsupportedModelError(
                 f"layer {numbers[0]} of {type(model).__name__} has more than one attention module "
-                f"({type(first).__name__}, {type(module).__name__}): which to read is not known"
+                f"({type(first).__name__}, {type(module).__name__}): it is not known which one to read"
             )
         found[numbers[0]] = name
     return found
@@ -131,7 +132,7 @@ def _layer(root: nn.Module, attention_name: str, number: int) -> Layer:
     block = root.get_submodule(block_name)
     outer_name = attention_name.removesuffix("." + WRAPPED)
     outer = root.get_submodule(outer_name)
-    # The children of the layer itself, also where a wrapper stands in for it.
+    # The children of the layer itself, even if a wrapper stands in for it.
     inner_name = f"{block_name}.{WRAPPED}" if WRAPPED in block._modules else block_name
     others = [
         child
@@ -143,7 +144,7 @@ def _layer(root: nn.Module, attention_name: str, number: int) -> Layer:
 
 
 def _is_working(module: nn.Module) -> bool:
-    """Whether a layer's child does more than normalise, drop out or activate."""
+    """Whether a layer's child does more than normalise, apply dropout or activate."""
     return "norm" not in type(module).__name__.lower() and any(True for _ in module.parameters())
 
 
@@ -152,7 +153,7 @@ def _refused_sites(family: str, layers: dict[int, Layer]) -> dict[str, str]:
     for layer in layers.values():
         if layer.feed_forward is None:
             refused["mlp_output"] = (
-                f"the layers of {family} have no single feed-forward module, whose output it would be"
+                f"the layers of {family} have no single feed-forward module whose output it would be"
             )
         elif _takes_residual(layer.feed_forward):
             refused["mlp_output"] = (
@@ -166,13 +167,13 @@ def _refused_sites(family: str, layers: dict[int, Layer]) -> dict[str, str]:
 
 
 def _takes_residual(module: nn.Module) -> bool:
-    """Whether a module is given the residual stream, which then comes back in its output."""
+    """Whether a module takes the residual stream, which its output then includes."""
     module = module._modules.get(WRAPPED) or module
     return "residual" in inspect.signature(type(module).forward).parameters
 
 
 def _is_decoder(model: nn.Module) -> bool:
-    """Whether the model is a causal one; some encoder classes can be configured to be."""
+    """Whether the model is causal; some encoder classes can be configured to be."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     config: Any = model.config

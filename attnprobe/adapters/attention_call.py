@@ -1,13 +1,14 @@
-"""The attention call of transformers: seeing it, reading it, and keeping pairs out of it.
+"""The attention call of transformers: seeing it, reading it, and removing pairs from it.
 
-Most causal language models hand query, key and mask to an attention function that is looked up by
-name. While someone watches, that name leads to ours, which calls the model's own implementation, so
-that outputs stay bitwise what they were, and then shows the call. The mask function of the same name is
-registered too: without it a model silently runs unmasked.
+Most causal language models pass query, key and mask to an attention function that they look up by name.
+While a model is observed or suppressed, that name leads to our function, which calls the model's own
+implementation, so that outputs stay bitwise the same, and then shows the call to the readers. The mask
+function of the same name is registered too: without it, a model silently runs unmasked.
 
-`read_attention` makes a `FactoredAttention` of a call, and `check_against_output` compares it with the
-model's own output on sampled rows: an option of some family that is not known here cannot pass as a
-number. What is left to others: forward passes as a whole and the other sites (reading).
+`read_attention` makes a `FactoredAttention` from a call, and `check_against_output` compares it with the
+model's own output on sampled rows, so that an unknown option of some family cannot lead to a wrong number.
+The transformers adapter and its readings call them. What is left to others: forward passes as a whole and
+the other sites (reading).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _PREFIX = "attnprobe_"
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """The inputs of one attention call, as the model's own function gets them, and its output."""
+    """The inputs of an attention call, as the model's own function gets them, and its output."""
 
     module: nn.Module
     query: Tensor
@@ -50,12 +51,12 @@ class AttentionCall:
 
 
 Reader = Callable[[AttentionCall], None]
-"""Is shown each attention call after it was made."""
+"""A function that is shown each attention call after it was made."""
 
 Suppressor = Callable[[AttentionCall], Tensor]
-"""Says which pairs an attention call is to lose: `[batch or 1, head or 1, query, key]`, True where."""
+"""A function that returns which pairs to remove: `[batch or 1, head or 1, query, key]`, True to remove."""
 
-# Who watches an attention module, across nested contexts and threads.
+# The readers and suppressors of each attention module, across nested contexts and threads.
 _readers: weakref.WeakKeyDictionary[nn.Module, list[Reader]] = weakref.WeakKeyDictionary()
 _suppressors: weakref.WeakKeyDictionary[nn.Module, list[Suppressor]] = weakref.WeakKeyDictionary()
 
@@ -75,10 +76,10 @@ _own_modules: ContextVar[frozenset[nn.Module]] = ContextVar("attnprobe_own_modul
 
 @contextmanager
 def own_pass(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Mark the calls of these attention modules as those of a forward pass that attnprobe runs by itself.
+    """Mark the calls of these attention modules as part of one of attnprobe's own forward passes.
 
-    In such a pass the last bits of an output may be given up for speed. Modules are named since hooks of the
-    user's may run another model in the middle of it, whose outputs are not to change by a bit.
+    In such a pass the last bits of an output may change for the sake of speed. The modules are listed because
+    the user's hooks may run another model during the pass, whose outputs must not change at all.
     """
     token = _own_modules.set(frozenset(modules))
     try:
@@ -89,7 +90,7 @@ def own_pass(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def suppresses_calls(module: nn.Module, suppressor: Suppressor) -> Iterator[None]:
-    """Let a suppressor take pairs out of the module's calls while the context is open."""
+    """Let a suppressor remove pairs from the module's calls while the context is open."""
     _suppressors.setdefault(module, []).append(suppressor)
     try:
         yield
@@ -99,18 +100,18 @@ def suppresses_calls(module: nn.Module, suppressor: Suppressor) -> Iterator[None
 
 # ---- the implementation's name ----------------------------------------------------------------
 
-# Per config whose implementation is changed: what it was, and how many contexts need the change.
-# Contexts of several threads may close in any order, so none may put back what it found by itself.
+# For each config whose implementation is changed: what it was, and how many contexts need the change.
+# Contexts in several threads may close in any order, so only the last one restores the old value.
 _changed: dict[int, tuple[Any, str | None, int]] = {}
 _lock = threading.Lock()
 
 
 @contextmanager
 def implementation_changed(model: nn.Module, change: Callable[[str], str]) -> Iterator[None]:
-    """Change the attention implementation in every config of the model, and back again.
+    """Change the attention implementation in every config of the model while the context is open.
 
-    The implementation is set on the configs themselves: `set_attn_implementation` would also check
-    and adjust it, and cannot restore models whose parts have different ones.
+    It is set on the configs themselves: `set_attn_implementation` would also check and adjust it, and
+    cannot restore models whose parts have different implementations.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -138,7 +139,7 @@ def implementation_changed(model: nn.Module, change: Callable[[str], str]) -> It
 
 
 def watched_implementation(implementation: str) -> str:
-    """Register our function over an implementation, with that implementation's masks; return its name."""
+    """Register our function for an implementation, with that implementation's masks; return its name."""
     name = _PREFIX + implementation
     AttentionInterface.register(name, _attention_function)
     if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -155,7 +156,7 @@ def _attention_function(
     *args: Any,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Call the model's own implementation, then show the call to who watches the module."""
+    """Call the model's own implementation, then show the call to the module's readers."""
     config: Any = module.config
     implementation = config._attn_implementation.removeprefix(_PREFIX)
     # The names that the module's own forward would have looked up.
@@ -185,16 +186,16 @@ def _attention_function(
     return output
 
 
-# ---- keeping pairs out ------------------------------------------------------------------------
+# ---- removing pairs ---------------------------------------------------------------------------
 
 
 def _suppressed(
     call: AttentionCall, suppressors: tuple[Suppressor, ...], implementation: str
 ) -> tuple[AttentionCall, Tensor, Bool[Tensor, "#batch #head query"] | None]:
-    """Return the call with pairs taken out, the mask for the implementation, and the blind queries.
+    """Return the call with pairs removed, the mask for the implementation, and the blind queries.
 
-    A blind query has lost every key that it saw. Implementations disagree on what such a row gives (NaN,
-    a uniform row), so they are given its old keys, and its output is set to zero after.
+    A blind query has lost every key that it saw. Implementations disagree on its row (NaN, or uniform), so
+    they are given its old keys, and its output is set to zero afterwards.
     """
     if implementation not in ("eager", "sdpa"):
         raise UnsupportedModelError(
@@ -204,8 +205,8 @@ def _suppressed(
     query_count, key_count = call.query.shape[2], call.key.shape[2]
     mask = call.mask
     if mask is None:
-        # What sdpa does without a mask: one query sees all keys, several start at the first key, also
-        # where a cache of fixed size has room for more.
+        # What sdpa does without a mask: a single query sees all keys, and the first of several sees the
+        # first key only, even if a cache of fixed size has room for more.
         last = torch.arange(query_count, device=call.query.device)[:, None]
         last = last if query_count > 1 else last + key_count - 1
         seen = (torch.arange(key_count, device=call.query.device) <= last)[None, None]
@@ -223,7 +224,7 @@ def _suppressed(
     lowest = torch.finfo(call.query.dtype).min
     if mask is None or mask.dtype == torch.bool:
         shown: Tensor = kept
-        # Eager attention adds its mask to the scores: True would be one more, not "may see".
+        # Eager attention adds its mask to the scores: True would add 1 rather than mean "may see".
         added = torch.zeros(allowed.shape, dtype=call.query.dtype, device=allowed.device)
         given = allowed if implementation == "sdpa" else added.masked_fill(~allowed, lowest)
     else:
@@ -237,7 +238,7 @@ def _suppressed(
 
 
 class MaskMemory:
-    """What the mask of a forward pass says: one serves all layers of its kind."""
+    """Remembers what the last mask says, since all layers of a kind share one mask in a forward pass."""
 
     def __init__(self) -> None:
         self._known: tuple[Tensor, int, CausalMask, Tensor | None] | None = None
@@ -254,17 +255,18 @@ def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cach
     """Return the attention of a call, `cached` columns after the sequence's first.
 
     Raises:
-        UnsupportedModelError: a call that looks at later tokens, or has a mask of an unknown form.
+        UnsupportedModelError: a call that looks at later tokens or at unknown keys, or has a mask of an
+            unknown form.
     """
     options, mask, query = call.options, call.mask, call.query
     end = cached + query.shape[2]
-    # A cache of fixed size holds keys that are still to come, and a sliding one has dropped the first.
+    # A cache of fixed size has room for keys still to come, and a sliding one has dropped the first.
     key = call.key[:, :, :end] if has_cache else call.key
     key_count = key.shape[2]
     if key_count > end or (not has_cache and key_count != query.shape[2]):
         raise UnsupportedModelError(
             f"{type(call.module).__name__} attends to {key_count} keys for {query.shape[2]} tokens without "
-            "a cache of theirs: which tokens the others stand for is not known"
+            "a cache: it is not known which tokens the other keys stand for"
         )
     causal = options.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
@@ -287,7 +289,7 @@ def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cach
         )
     log_sum_exp = mean_position = None
     if call.flash is not None:
-        # A single query's heads may have been packed into rows: in order, they are the same.
+        # The heads of a single query may have been laid out as queries: their order is the same.
         log_sum_exp = call.flash.log_sum_exp.reshape(query.shape[:3])
         if call.flash.mean_position is not None and key_count == call.key.shape[2]:
             mean_position = call.flash.mean_position.reshape(query.shape[:3])
@@ -308,7 +310,7 @@ def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cach
 
 
 def check_against_output(attention: FactoredAttention, call: AttentionCall, where: str) -> None:
-    """Check that sampled rows of what was read give the model's own attention output.
+    """Check that sampled rows of the attention give the model's own attention output.
 
     Raises:
         IncompleteRunError: they do not.
@@ -319,21 +321,21 @@ def check_against_output(attention: FactoredAttention, call: AttentionCall, wher
     rows = attention.rows(sampled)
     value = call.value[:, :, : attention.key_count]
     values = value.detach().to(rows.dtype)
-    # Heads that share a key head go as rows of one product: values are not copied for each head.
+    # Heads that share a key head go into one product, so that values are not copied for each head.
     grouped = rows.unflatten(1, (value.shape[1], -1)).flatten(2, 3)
     expected = (grouped @ values).view(*rows.shape[:3], -1)
     actual = call.output.detach()[:, sampled].transpose(1, 2).to(rows.dtype)
     if actual.shape != expected.shape:
         difference = float("inf")
     else:
-        # A padding query sees nothing; what the model gives for it has no meaning.
+        # A padding query sees nothing, and its output is meaningless.
         seeing = rows.sum(-1, keepdim=True) > 0
         difference = float(((actual - expected) * seeing).abs().max())
     scale = float(values.abs().max())
     tolerance = 64 * torch.finfo(call.output.dtype).eps * max(scale, 1e-3)
     if not difference <= tolerance:
         raise IncompleteRunError(
-            f"{where} does something to its attention that was not understood: its output differs by "
+            f"{where} does something to its attention that attnprobe does not know: its output differs by "
             f"{difference:.3g} from what its query, key and mask give (options of the call: "
-            f"{sorted(call.options)}). Nothing of this pass is kept"
+            f"{sorted(call.options)}), so this pass was discarded"
         )

@@ -1,10 +1,10 @@
 """What a backend adapter offers: the sites of a model's forward pass, under one set of names.
 
-An adapter knows one backend and no metric. It finds the layers that have attention, tells an
-`Observer` what happens at the sites in any forward pass of the model, whoever calls it, and runs
-forward passes of its own over right-padded sequences. It leaves the model exactly as it was found. What is
-left to others: what is done with the values (probes), and counting that all of them came
-(`attnprobe.probe`).
+An adapter knows one backend and no metric. It finds the layers that have attention, shows an `Observer` the
+values at the sites in every forward pass of the model, whoever runs it, and runs forward passes of its own
+over right-padded sequences. It leaves the model exactly as it found it. `attach`, `measure` and
+`suppress_attention` use it. What is left to others: what is done with the values (probes), and the check
+that every layer was seen (`attnprobe.probe`).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ LAYER_SITES = ("layer_input", "attention", "attention_output", "mlp_output", "la
 SITES = (*LAYER_SITES, "logits")
 """The sites that probes can observe:
 
-- `layer_input`, `layer_output`: the residual stream as it goes into a decoder layer and comes out.
+- `layer_input`, `layer_output`: the residual stream as it enters and leaves a decoder layer.
 - `attention`: an `Attention`.
 - `attention_output`, `mlp_output`: what the layer's attention module and feed-forward module return:
-  after their output projection; before a norm, a scale or the sum that the layer applies to them.
-- `logits`: `[batch, token, vocabulary]`, of the last tokens only where the model computes no others;
-  not shown where the caller picks positions by a tensor, since which they are is then not known.
+  after their output projection, and before the layer normalises, scales or adds it.
+- `logits`: `[batch, token, vocabulary]`, of the last tokens only if the model computes no others;
+  not shown if the caller picks positions by a tensor, since it is then not known which they are.
 """
 
 Value = Attention | Tensor
@@ -49,23 +49,23 @@ Layers = Literal["all", "middle"] | IntLike | ArrayLike | AbstractSet[int]
 
 @runtime_checkable
 class Observer(Protocol):
-    """Who is told what happens in the forward passes of a model."""
+    """What an adapter shows the forward passes of a model."""
 
     def begin(self, batch: TokenBatch, cached: int) -> None:
-        """Take note that a forward pass over these tokens starts, `cached` columns of keys before them."""
+        """Prepare for a forward pass over these tokens, which follow `cached` columns of cached keys."""
 
     def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
         """Look at the value at a site, and return a tensor to put in its place, or None.
 
-        `layer` is None where the site belongs to no layer. An attention is shown after it was checked against
-        what the model made of it.
+        `layer` is None if the site belongs to no layer. An attention is shown after it was checked against
+        the model's own output.
         """
 
     def end(self) -> None:
-        """Take note that the forward pass has come to its end."""
+        """Use what was seen: the forward pass is complete."""
 
     def abort(self) -> None:
-        """Take note that the forward pass has failed: what was seen of it is to be forgotten."""
+        """Forget what was seen: the forward pass has failed."""
 
 
 class Adapter(ABC):
@@ -76,15 +76,14 @@ class Adapter(ABC):
         family: the model's class, for messages.
         model_name: what the model calls itself, for messages and metadata.
         layers: the layers with attention that can be read, in order.
-        skipped_layers: the layers without (Mamba, linear attention).
-        refused_sites: the sites that this model cannot give with the meaning that they have
-            everywhere, and why.
-        reads: "factored" (query and key: no map is stored) or "dense" (the model's own maps).
-        head_count: how many heads a layer has; None where that is not known, or layers differ in it.
-        vocabulary_size: ids below it are valid.
-        context_length: how many tokens the model takes, None where there is no limit.
-        device: where the model's embeddings are.
-        activation_bytes: about how much one layer holds at once for each token; 0 where not known.
+        skipped_layers: the layers without it (Mamba, linear attention).
+        refused_sites: the sites whose usual meaning this model cannot give, each with the reason.
+        reads: "factored" (from query and key, without storing a map) or "dense" (the model's own maps).
+        head_count: how many heads a layer has; None if that is not known, or if layers differ.
+        vocabulary_size: token ids below it are valid.
+        context_length: the largest number of tokens that the model takes; None if there is no limit.
+        device: the device of the model's embeddings.
+        activation_bytes: roughly how many bytes a layer holds at once for each token; 0 if not known.
     """
 
     backend: str
@@ -102,14 +101,14 @@ class Adapter(ABC):
 
     @property
     def full_name(self) -> str:
-        """The model's name, with its family where that says more."""
+        """The model's name, with its family unless that is the name."""
         return self.family if self.model_name == self.family else f"{self.model_name} ({self.family})"
 
     @abstractmethod
     def observed(
         self, observer: Observer, sites: Sequence[str], layers: Sequence[int]
     ) -> AbstractContextManager[None]:
-        """Tell the observer of every forward pass of the model while the context is open."""
+        """Show the observer every forward pass of the model while the context is open."""
 
     @abstractmethod
     def forward(
@@ -117,15 +116,15 @@ class Adapter(ABC):
     ) -> Float[Tensor, "batch position vocabulary"] | None:
         """Run the model over right-padded sequences, in evaluation mode and without gradients.
 
-        Returns the logits at some positions; None where none are asked for, and then nothing is
-        computed above the last layer that is observed.
+        Returns the logits at `logits_at`; None without it, and then nothing is computed after the last
+        observed layer.
         """
 
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> AbstractContextManager[None]:
-        """Take attention out of every forward pass of the model while the context is open.
+        """Suppress attention in every forward pass of the model while the context is open.
 
         Raises:
-            UnsupportedModelError: the backend cannot.
+            UnsupportedModelError: this backend cannot suppress attention.
         """
         raise UnsupportedModelError(f"the {self.backend} adapter cannot suppress attention")
 
@@ -133,11 +132,11 @@ class Adapter(ABC):
 def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
     """Return layer numbers for "all", "middle", a number, or several of them in any form, ascending.
 
-    "middle" is the paper's training choice: five layers, evenly spaced from floor(L/3) to floor(2L/3),
-    of the layers that have attention. Numbers come as an int, a range, a list, a set, an array or a tensor.
+    "middle" is the paper's choice for training: of the layers that have attention, five that are evenly
+    spaced from floor(L/3) to floor(2L/3). Numbers may be an int, range, list, set, array or tensor.
 
     Raises:
-        ParameterError: layers that the model does not have, none, or something that is no layer number.
+        ParameterError: layers that the model does not have, no layers, or something else.
     """
     available = adapter.layers
     if isinstance(layers, str):
@@ -148,7 +147,7 @@ def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
             last = min(last, len(available) - 1)
             steps = (first + round(i * (last - first) / 4) for i in range(5))
             return tuple(sorted({available[step] for step in steps}))
-        raise ParameterError(f'layers is "all", "middle" or layer numbers, got {layers!r}')
+        raise ParameterError(f'layers must be "all", "middle" or layer numbers; got {layers!r}')
     chosen = sorted(set(whole_numbers(layers, 'layers (unless "all" or "middle")')))
     wrong = [layer for layer in chosen if layer not in available]
     if wrong:
@@ -165,9 +164,9 @@ def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
 def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put modules into evaluation mode while the context is open, and back into the mode of each.
 
-    Give all of them, as `model.modules()` does: the flags themselves are set, and not `model.eval()`
-    called, since wrappers do more than that in their `train` (merge weights), and since a model may hold
-    parts whose mode differs from its own (a frozen dropout), which `model.train()` would lose.
+    Pass all of a model's modules, as `model.modules()` gives them. The flags are set directly, without
+    `model.eval()`, since the `train` of some wrappers does more than that (it merges weights), and since a
+    part's mode may differ from the model's own (a frozen dropout), which `model.train()` would lose.
 
     >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
     >>> with evaluation_mode(model.modules()):
@@ -189,7 +188,7 @@ def evaluation_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
 def display_name(model: Any) -> str:
     """Return a model's name for messages and results: what its config was loaded from, or its class.
 
-    Of a folder, the last part: its path says where the model lies on this machine, not which model it is.
+    For a folder this is the last part of the path, since the rest only says where the folder is.
 
     >>> display_name(nn.Linear(1, 1))
     'Linear'
@@ -198,7 +197,7 @@ def display_name(model: Any) -> str:
     name = str(getattr(getattr(model, "config", None), "_name_or_path", None) or family)
     path = Path(name)
     if path.is_absolute() or path.is_dir() or name.startswith((".", "~")):
-        # abspath and not resolve: a link is named by the user, its target need not be.
+        # abspath, not resolve: the user named the link, which may say more than its target.
         return Path(os.path.abspath(path)).name or family
     return name
 
@@ -208,10 +207,10 @@ class Suppression:
     """Which pairs of a query and a key are suppressed, in which heads of which layers.
 
     Attributes:
-        heads: by layer, the heads; None for all.
-        pairs: `[pair, 2]`, columns of a query and a key, in every row.
-        queries, keys: `[batch or 1, column]`, True where a column takes part; columns beyond the last
-            do not. None: all queries; no keys.
+        heads: the heads of each layer; None for all of a layer's.
+        pairs: `[pair, 2]`, columns of a query and a key, in every example.
+        queries, keys: `[batch or 1, column]`, True for the chosen columns; later columns than these are not
+            chosen. None: all queries; no keys.
         everything: whether the heads see nothing at all.
     """
 
@@ -229,15 +228,15 @@ class Suppression:
         queries: Int[Tensor, " query"],
         keys: Int[Tensor, " key"],
     ) -> Bool[Tensor, "#batch #head query key"]:
-        """Return True where a query of a layer's attention call is not to see a key.
+        """Return True where a query of a layer's attention call must not see a key.
 
         Args:
             layer: the layer's number.
-            batch_size, head_count: of the call.
-            queries, keys: the columns of the sequence that they stand for.
+            batch_size, head_count: those of the call.
+            queries, keys: the columns of the sequence that the call's queries and keys stand for.
 
         Raises:
-            ParameterError: heads or rows that the call does not have.
+            ParameterError: heads or examples that the call does not have.
         """
         device = queries.device
         removed = torch.zeros(1, len(queries), len(keys), dtype=torch.bool, device=device)
@@ -253,11 +252,11 @@ class Suppression:
             asking = torch.ones(1, len(queries), dtype=torch.bool, device=device)
             if self.queries is not None:
                 asking = _at(self.queries, queries)
-            # A token's attention to itself is left alone: the question is what others read from it.
+            # A token still attends to itself: the question is what others read from it.
             removed = removed | (chosen & asking[..., None] & (queries[:, None] > keys))
         if removed.shape[0] not in (1, batch_size):
             raise ParameterError(
-                f"queries and keys were given for {removed.shape[0]} rows, but the model runs {batch_size}"
+                f"queries and keys are given for {removed.shape[0]} examples, but the model runs {batch_size}"
             )
         heads = self.heads[layer]
         if heads is None:
@@ -270,6 +269,6 @@ class Suppression:
 
 
 def _at(mask: Tensor, columns: Tensor) -> Bool[Tensor, "#batch column"]:
-    """Return a mask at columns, some of which may lie beyond its end, where it is False."""
+    """Return a mask at some columns; it is False beyond its end."""
     inside = columns < mask.shape[1]
     return mask.to(columns.device)[:, columns.clamp(max=mask.shape[1] - 1)] & inside

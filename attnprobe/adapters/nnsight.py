@@ -1,15 +1,15 @@
 """The adapter for nnsight: models inside `NNsight`, `TransformersModel` or `LanguageModel`.
 
-nnsight runs the wrapped transformers model in the user's own thread, with its interventions served
-from inside the modules' forward calls. So the sites are read where the transformers adapter reads them,
-in any trace of the user's as in ours: what a probe sees at a module's output is what the trace's
-interventions left there, and what a probe puts in its place is what the next module gets. Reading the
-inputs of the attention call by `attn.source` was rejected: it works only inside a trace that attnprobe
-itself writes, and rewrites the modules' forwards for good.
+nnsight runs the wrapped transformers model in the user's own thread, and serves its interventions from
+inside the modules' forward calls. So the sites are read where the transformers adapter reads them, in the
+user's traces as in our own passes: a probe sees a module's output as the trace's interventions left it, and
+the next module gets what the probe puts in its place. Reading the inputs of the attention call through
+`attn.source` was rejected: it works only inside a trace that attnprobe itself writes, and it permanently
+rewrites the modules' forwards.
 
-Forward passes of ours go through the wrapper's own untraced call, so that edits stored by
-`wrapper.edit()` apply. What is left to others: everything inside the forward pass (transformers,
-reading).
+Our own forward passes go through the wrapper's untraced call, so that edits stored by `wrapper.edit()`
+apply. `adapter_for` makes the adapter. What is left to others: everything inside the forward pass
+(transformers, reading).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class NNsightAdapter(TransformersAdapter):
 
     Raises:
         UnsupportedModelError: a wrapper around anything else, around a model that is not loaded yet,
-            or around one that cannot be read.
+            or around a model that cannot be read; or another version of nnsight.
     """
 
     backend = "nnsight"
@@ -38,7 +38,7 @@ class NNsightAdapter(TransformersAdapter):
     def __init__(self, wrapper: Any) -> None:
         version = importlib.metadata.version("nnsight")
         if not version.startswith("0.8."):
-            raise UnsupportedModelError(f"this wrapper is of nnsight {version}: attnprobe needs {_NEEDED}")
+            raise UnsupportedModelError(f"this wrapper is from nnsight {version}: attnprobe needs {_NEEDED}")
         self._wrapper = wrapper
         model = wrapper._module
         if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
@@ -48,7 +48,7 @@ class NNsightAdapter(TransformersAdapter):
             )
         if any(parameter.is_meta for parameter in model.parameters()):
             raise UnsupportedModelError(
-                "the wrapped model is not loaded yet: make the wrapper with dispatch=True, or call "
+                "the wrapped model is not loaded yet: create the wrapper with dispatch=True, or call "
                 "wrapper.dispatch() first"
             )
         super().__init__(model)

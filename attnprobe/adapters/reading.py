@@ -1,11 +1,11 @@
 """Reading the sites of a transformers model in its forward passes, whoever runs them.
 
-`ForwardWatch` tells when a forward pass begins, ends or fails; `Reading` shows an observer what happens
-at the sites in between, and puts back what the observer returns. Both hang on hooks of the model's own
-modules, so that it makes no difference whether the pass was started by the user's call, by `generate`,
-through a wrapper of another library, or by an adapter. What is left to others: where the modules are
-(architecture), what an attention call says (attention_call), and what observers do with it
-(`attnprobe.probe`).
+`ForwardWatch` notices when a forward pass begins, ends or fails; `Reading` shows an observer the values at
+the sites in between, and replaces them with what the observer returns. Both use hooks on the model's own
+modules, so it makes no difference whether the pass was started by the user's call, by `generate`, through a
+wrapper of another library, or by an adapter. The adapters make a `Reading` for each `observed` context. What
+is left to others: where the modules are (architecture), what an attention call says (attention_call), and
+what observers do with it (`attnprobe.probe`).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModel
 
 
 class _PassEnded(Exception):
-    """Ends a forward pass of ours once all that a reading wants of it has been seen."""
+    """Ends one of our own forward passes once a reading has seen all it needs."""
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
 
 
 class ForwardWatch:
-    """Tells when a forward pass of a model begins, ends or fails. Subclass it and override those three.
+    """Notices when a forward pass of a model begins, ends or fails: subclasses override those three methods.
 
     Attributes:
         cached: how many columns of cached keys come before the tokens of the pass under way.
@@ -58,21 +58,21 @@ class ForwardWatch:
         self.has_cache = False
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
-        """Take note that a pass begins, with these arguments; return arguments to add."""
+        """Prepare for a pass with these arguments, and return arguments to add."""
         return {}
 
     def ended(self, output: Any) -> Any:
-        """Take note that a pass has ended, and return what is to take the output's place, or None.
+        """Finish a pass, and return what is to replace its output, or None.
 
-        `output` is None where the pass was cut off on purpose.
+        `output` is None if the pass was deliberately ended early.
         """
 
     def failed(self) -> None:
-        """Take note that a pass has failed."""
+        """Forget a pass that has failed."""
 
     @property
     def is_running(self) -> bool:
-        """Whether a forward pass is under way: gradient checkpointing runs layers again outside of one."""
+        """Whether a forward pass is under way: gradient checkpointing recomputes layers outside of one."""
         return self._depth > 0
 
     @contextmanager
@@ -94,10 +94,10 @@ class ForwardWatch:
         if self._thread is not None and self._thread != thread:
             raise AttnprobeError(
                 f"{self._name} runs in two threads while probes are attached: their layers would be "
-                "mixed. Use one model for each thread, or take turns, each with a block of its own"
+                "mixed. Use a model for each thread, or take turns, each with a block of its own"
             )
         if self._depth and module is self._model:
-            # The last pass was interrupted (Ctrl-C), which runs no hooks: it will not come back.
+            # The last pass was interrupted (Ctrl-C), which runs no hooks: it will not end any more.
             self._depth = 0
             self.failed()
         self._depth += 1
@@ -126,10 +126,10 @@ class ForwardWatch:
         return None
 
     def cut_off(self) -> None:
-        """Take the pass under way for ended: nothing more of it is of interest.
+        """Treat the pass under way as ended, since nothing more of it is needed.
 
-        By now and not by the hook after the pass, which runs while the exception that ends it is under
-        way: an error that is raised there is dropped by torch.
+        This is done before the exception that ends the pass, not in the hook after it: torch drops errors
+        that are raised in a hook while another exception is under way.
         """
         self._depth = 0
         self.ended(None)
@@ -156,7 +156,7 @@ class Reading(ForwardWatch):
 
     @contextmanager
     def attached(self, layers: Sequence[int], maps_by_hook: bool) -> Iterator[None]:
-        """Watch the sites of these layers; `maps_by_hook` takes maps off what attention returns."""
+        """Watch the sites of these layers; `maps_by_hook` takes maps from what attention returns."""
         self._maps_by_hook = maps_by_hook and "attention" in self._sites
         self._last_layer = max(layers)
         with ExitStack() as stack:
@@ -184,10 +184,10 @@ class Reading(ForwardWatch):
 
     @contextmanager
     def ending_early(self) -> Iterator[None]:
-        """Let a pass that is run inside end after the last layer's attention, if nothing else is looked at.
+        """End a pass inside this context after the last layer's attention, if nothing else is observed.
 
-        It ends by an exception, and the observer is told that it is complete. Others who watch the model (an
-        outer `attach` of the user's) see a pass that failed, which is what it is to them.
+        It ends by an exception, and the observer is told that it is complete. Any other observer of the model
+        (an outer `attach` of the user's) sees a pass that failed, which for it is true.
         """
         self._ends_early = self._sites == {"attention"}
         try:
@@ -201,7 +201,7 @@ class Reading(ForwardWatch):
     # ---- the forward pass as a whole ----------------------------------------------------------
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
-        """Tell the observer, and ask for maps where there is no other way."""
+        """Tell the observer, and ask for maps if there is no other way to read attention."""
         self._logits_are_last = not isinstance(given.get("logits_to_keep"), Tensor)
         self._batch = batch
         self._observer.begin(batch, self.cached)
@@ -211,7 +211,7 @@ class Reading(ForwardWatch):
         return {}
 
     def ended(self, output: Any) -> Any:
-        """Show the logits, tell the observer, and take off maps that the user did not ask for."""
+        """Show the logits, tell the observer, and remove maps that the user did not ask for."""
         self._masks = MaskMemory()
         logits = getattr(output, "logits", None)
         changed = None
@@ -233,7 +233,7 @@ class Reading(ForwardWatch):
 
     def _read_call(self, call: AttentionCall) -> None:
         """Read the inputs of an attention call, check them against its output, and show what was read."""
-        # Outside a forward pass the call is a recomputation of gradient checkpointing, seen already.
+        # Outside a forward pass, the call is a recomputation by gradient checkpointing, and was seen before.
         if not self.is_running:
             return
         layer = self._layer_of[id(call.module)]
@@ -250,14 +250,14 @@ class Reading(ForwardWatch):
             return
         assert self._batch is not None
         real = self._batch.attention_mask[:, None, :, None]
-        # The rows of padding queries, which may see nothing, are spread over all keys by eager masks.
+        # Eager masks spread the rows of padding queries, which may see nothing, over all keys.
         with torch.no_grad():
             pattern = pattern.detach()[..., : self.cached + pattern.shape[2]].masked_fill(~real, 0.0)
             start = self.cached + pattern.shape[2] - pattern.shape[3]
             self._show(layer, DenseAttention(pattern, key_start=start))
 
     def _read_map(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Read the map that an eager attention module returns, and take it off its output."""
+        """Read the map that an eager attention module returns, and remove it from the output."""
         if not self.is_running:
             return None
         layer = self._layer_of[id(module)]
@@ -276,7 +276,7 @@ class Reading(ForwardWatch):
         return (*entries[:place], None, *entries[place + 1 :]) if self._asked_for_maps else None
 
     def _show(self, layer: int, attention: Attention) -> None:
-        """Show a layer's attention to the observer, and end the pass if this was all that is wanted of it."""
+        """Show a layer's attention to the observer, and end the pass if nothing more is needed."""
         self._observer.observe("attention", layer, attention)
         if self._ends_early and layer == self._last_layer:
             self.cut_off()
@@ -289,7 +289,7 @@ class Reading(ForwardWatch):
             value = output[0] if isinstance(output, tuple) else output
             output_shape = value.shape
             if len(output_shape) == 2 and self.is_running:
-                # Mixtures of experts look at tokens one by one, and some return them in one row.
+                # Mixtures of experts treat tokens one by one, and some return them without a batch axis.
                 assert self._batch is not None
                 value = value.unflatten(0, self._batch.input_ids.shape)
             replaced = self._observe_tensor(site, layer, value)
@@ -311,7 +311,7 @@ class Reading(ForwardWatch):
         return hook
 
     def _observe_tensor(self, site: str, layer: int | None, value: Any) -> Tensor | None:
-        """Show a tensor to the observer, and return what it puts in the tensor's place, or None."""
+        """Show a tensor to the observer, and return its replacement, or None."""
         if not self.is_running and site != "logits":
             return None
         assert self._batch is not None
@@ -321,25 +321,23 @@ class Reading(ForwardWatch):
         if not fits or (site != "logits" and value.shape[1] != tokens[1]):
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UnsupportedModelError(f"{where} should be [batch, token, d_model], but is {found}")
-        # Some families go on to add to this very tensor in place (Falcon), which would change what a
-        # probe keeps; logits are large, and the end of the model.
+        # Some families later add to this very tensor in place (Falcon), which would change what a probe
+        # keeps. Logits are not copied: they are large, and the model does nothing more with them.
         shown = value if site == "logits" else value.clone()
         version = None if shown.is_inference() else shown._version
         replaced = self._observer.observe(site, layer, shown)
         if version is not None and shown._version != version:
-            raise InterventionError(
-                f"a probe changed {where} in place: return a new tensor instead, which replaces it"
-            )
+            raise InterventionError(f"a probe changed {where} in place: return a new tensor to replace it")
         if replaced is not None and computes_layers_again(self._model):
             raise InterventionError(
-                f"{where} cannot be replaced under gradient checkpointing: the backward pass computes the "
-                "layers again, without probes. Call model.gradient_checkpointing_disable() first"
+                f"{where} cannot be replaced under gradient checkpointing: the backward pass recomputes the "
+                "layers without probes. Call model.gradient_checkpointing_disable() first"
             )
         return replaced
 
 
 def computes_layers_again(model: nn.Module) -> bool:
-    """Whether the backward pass will compute layers again: gradient checkpointing."""
+    """Whether the backward pass will recompute layers: gradient checkpointing."""
     return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
@@ -354,13 +352,13 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a forward call by name."""
-    # Of the class: a wrapper may have put another callable into the instance.
+    # From the class: a wrapper may have put another callable into the instance.
     bound = _signature(type(module).forward).bind_partial(*args, **kwargs).arguments
     return {**bound, **bound.get("kwargs", {})}
 
 
 def _cached_columns(given: dict[str, Any]) -> tuple[int, bool]:
-    """Return how many columns a call's cache holds already, and whether it has a cache."""
+    """Return how many columns a call's cache already holds, and whether it has a cache."""
     cache = given.get("past_key_values")
     if cache is None:
         return 0, False
@@ -372,7 +370,7 @@ def _cached_columns(given: dict[str, Any]) -> tuple[int, bool]:
 
 
 def _batch_of_call(given: dict[str, Any]) -> TokenBatch:
-    """Return the tokens that a forward call of the user's is about."""
+    """Return the tokens of a forward call."""
     ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
     if ids is None:
         if embeddings is None:
@@ -396,14 +394,14 @@ def _with_logits(output: Any, logits: Tensor) -> Any:
     """Return a model's output with other logits."""
     if getattr(output, "loss", None) is not None:
         raise InterventionError(
-            "the logits cannot be replaced where the model computes the loss itself, which is of the old "
+            "the logits cannot be replaced if the model computes the loss itself, since it uses the old "
             "ones: call it without labels"
         )
     return type(output)(**{**output, "logits": logits})
 
 
 def _without_maps(output: Any) -> Any:
-    """Return a model's output without its attentions, whose maps were taken off on the way."""
+    """Return a model's output without its attentions, whose maps were removed on the way."""
     if isinstance(output, tuple):
         return tuple(e for e in output if not (isinstance(e, tuple) and set(e) == {None}))
     return type(output)(**{name: value for name, value in output.items() if name != "attentions"})

@@ -1,17 +1,18 @@
 """The adapter for TransformerLens: models inside a `TransformerBridge`.
 
-A bridge computes attention itself, with a map for every head, whatever the model's implementation
-says. While probes look at attention, each attention module of the bridge hands its call to the
-transformers module inside it, so that query and key are seen and no map is stored; that module is then
-run with `sdpa`, since a bridge asks for eager attention only to have maps. The bridge's hooks at the
-ends of the module (`hook_in`, `hook_out`) and in its projections fire as ever.
+A bridge computes attention itself, with a map for every head, whatever the model's implementation. While
+probes observe attention, each attention module of the bridge hands its call over to the transformers module
+inside it, so that query and key are seen and no map is stored; that module is then run with `sdpa`, since a
+bridge asks for eager attention only to have maps. The bridge's hooks at the ends of the module (`hook_in`,
+`hook_out`) and in its projections fire as usual.
 
-Where the hand-over would change what the user sees, the bridge's own attention runs, and its
-`hook_pattern` is read: when a hook sits where only the bridge's attention fires it (`hook_pattern`,
-`hook_attn_scores`, `hook_rot_q` ..., as in `run_with_cache`), and when its query, key and value weights
-are no longer those of the module inside.
+If the hand-over would change what the user sees, the bridge's own attention runs, and its `hook_pattern` is
+read: that is, if a hook sits where only the bridge's attention fires it (`hook_pattern`, `hook_attn_scores`,
+`hook_rot_q` ..., as in `run_with_cache`), or if its query, key and value weights are no longer those of the
+module inside.
 
-What is left to others: everything inside the forward pass (transformers, reading).
+`adapter_for` makes the adapter. What is left to others: everything inside the forward pass (transformers,
+reading).
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class TransformerLensAdapter(TransformersAdapter):
     """A `TransformerBridge` over a transformers model.
 
     Raises:
-        UnsupportedModelError: a bridge over anything else, or a model that cannot be read.
+        UnsupportedModelError: a bridge over anything else, a model that cannot be read, or another version of
+            TransformerLens.
     """
 
     backend = "transformer_lens"
@@ -73,11 +75,11 @@ class TransformerLensAdapter(TransformersAdapter):
 
     @contextmanager
     def _ready(self, reading: Reading | None, layers: Sequence[int]) -> Iterator[None]:
-        """Let the attention modules of the bridge hand over to the modules inside them."""
+        """Let the bridge's attention modules hand their calls over to the modules inside them."""
         with ExitStack() as stack:
             if self.reads == "factored":
                 stack.enter_context(implementation_changed(self.model, self._implementation))
-            # Every layer, so that what a layer computes does not depend on which are watched.
+            # Every layer, so that what a layer computes does not depend on which are observed.
             for number, layer in self._architecture.layers.items():
                 outer, inner = layer.attention_outer, layer.attention
                 if outer is inner:
@@ -94,7 +96,7 @@ class TransformerLensAdapter(TransformersAdapter):
 
 
 class _Handover:
-    """What an attention module of a bridge does while it is watched."""
+    """What an attention module of a bridge does while attention is observed or suppressed."""
 
     def __init__(
         self, number: int, outer: nn.Module, inner: nn.Module, reading: Reading | None, *, delegates: bool
@@ -105,7 +107,7 @@ class _Handover:
         self._reading = reading
         inside = set(inner.modules())
         ends = {self._outer.hook_in, self._outer.hook_out}
-        # The hooks that fire in the bridge's own attention only.
+        # The hooks that fire only in the bridge's own attention.
         self._own_hooks: list[Any] = [
             module
             for module in self._outer.modules()
@@ -121,7 +123,7 @@ class _Handover:
         attributes = self._outer.__dict__
         before = self._before = attributes.get("forward")
         if before is not None and not isinstance(getattr(before, "__self__", None), _Handover):
-            # Someone else stands in for the module already, and is not to be passed over.
+            # Something else already stands in for the module, and must not be bypassed.
             self._delegates = False
         attributes["forward"] = self._forward
         try:
@@ -152,8 +154,8 @@ class _Handover:
     def _read_pattern(self, *args: Any, **kwargs: Any) -> Any:
         """Run the bridge's own attention, and read the pattern at its hook.
 
-        Some bridges call the transformers module all the same, and show its map at the hook: then the
-        attention has been read from the call already.
+        Some bridges nevertheless call the transformers module, and show its map at the hook: then the
+        attention has already been read from the call.
         """
         calls: list[AttentionCall] = []
         handles = []
@@ -165,7 +167,7 @@ class _Handover:
                     "the attention modules"
                 )
 
-            # Registered last, so that the pattern comes with what the user's hooks made of it.
+            # Registered last, so that the pattern is seen as the user's hooks left it.
             def read(module: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> None:
                 if not calls:
                     reading.read_pattern(self._number, pattern)
@@ -180,7 +182,7 @@ class _Handover:
                 handle.remove()
 
     def _forward_before(self, outer: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward, or who stands in for it: an outer block, which reads it too."""
+        """Run the module's own forward, or what stands in for it: an outer block, which reads it too."""
         if self._before is None:
             return type(outer).forward(outer, *args, **kwargs)
         return self._before(*args, **kwargs)
@@ -189,12 +191,12 @@ class _Handover:
 def _has_weights_of(outer: Any, inner: nn.Module) -> bool:
     """Whether the query, key and value weights of a bridge's module are those of the module inside.
 
-    Where a model has them in one matrix, the bridge keeps split copies, which a user may have edited.
+    If a model has them in one matrix, the bridge keeps split copies, which a user may have edited.
     """
     split = getattr(outer, "split_qkv_matrix", None)
     if split is None:
         return True
-    # Splitting makes new linear layers, whose initial values draw from the generator of the user.
+    # Splitting makes new linear layers, whose initial values are drawn from the user's generator.
     with torch.random.fork_rng(devices=[]):
         parts = split(inner)
     for name, part in zip("qkv", parts, strict=True):
@@ -210,7 +212,7 @@ def _has_weights_of(outer: Any, inner: nn.Module) -> bool:
 
 
 def _drops_attention(inner: nn.Module) -> bool:
-    """Whether a transformers attention module drops out probabilities in training."""
+    """Whether a transformers attention module applies dropout to probabilities in training."""
     if any(isinstance(part, nn.Dropout) and part.p > 0 for part in inner.children()):
         return True
     rates = (getattr(inner, name, 0.0) for name in ("attention_dropout", "dropout"))
@@ -224,7 +226,7 @@ def refuse_hooked_transformer(model: Any) -> Adapter:
         UnsupportedModelError: always.
     """
     raise UnsupportedModelError(
-        f"{type(model).__name__} is of a TransformerLens before 4.0, which attnprobe does not read: install "
+        f"{type(model).__name__} is from TransformerLens before 4.0, which attnprobe does not read: install "
         f"{_NEEDED} and use TransformerBridge.boot_transformers(name)"
     )
 
@@ -233,5 +235,5 @@ def _check_version() -> None:
     version = importlib.metadata.version("transformer-lens")
     if version.partition(".")[0] != "4":
         raise UnsupportedModelError(
-            f"this TransformerBridge is of transformer-lens {version}: attnprobe needs {_NEEDED}"
+            f"this TransformerBridge is from transformer-lens {version}: attnprobe needs {_NEEDED}"
         )

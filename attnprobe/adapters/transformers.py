@@ -1,12 +1,13 @@
 """The adapter for Hugging Face transformers models, and what the other backends share with it.
 
-TransformerLens and nnsight run a transformers model too, module by module, so their adapters are this
-one with another way in: they find the model, make it ready, and start its forward passes. What happens
-inside is read by the same code, which is why the backends agree.
+TransformerLens and nnsight also run a transformers model, module by module, so their adapters are this one
+with another entry: they find the model, prepare it, and start its forward passes. The same code reads what
+happens inside, which is why the backends agree.
 
 Families that do not look up an attention function (Bloom, Falcon, GPT-J) are read densely, from the
-maps that their eager attention returns. What is left to others: reading (reading, attention_call),
-finding modules (architecture), and the check that every layer was seen (`attnprobe.probe`).
+maps that their eager attention returns. `adapter_for` makes the adapter. What is left to others: reading
+(reading, attention_call), finding modules (architecture), and the check that every layer was seen
+(`attnprobe.probe`).
 """
 
 from __future__ import annotations
@@ -69,15 +70,15 @@ class TransformersAdapter(Adapter):
         self.activation_bytes = _activation_width(text_config) * next(embedding.parameters()).element_size()
         self._innermost: Reading | None = None
 
-    # ---- what other backends do otherwise -----------------------------------------------------
+    # ---- what other backends override ---------------------------------------------------------
 
     def _all_modules(self) -> Iterator[nn.Module]:
-        """Yield every module whose training mode is switched for our own passes."""
+        """Return every module that is put into evaluation mode for our own passes."""
         return self.model.modules()  # type: ignore[no-any-return]
 
     @contextmanager
     def _ready(self, reading: Reading | None, layers: Sequence[int]) -> Iterator[None]:
-        """Make the model's attention visible: to a reading, or to a suppression if there is none."""
+        """Make the model's attention visible: to a reading or, if there is none, to a suppression."""
         if any(layer.attention_outer is not layer.attention for layer in self._architecture.layers.values()):
             raise UnsupportedModelError(
                 f"this {self.family} is inside a TransformerBridge, which computes its attention: pass the "
@@ -93,7 +94,7 @@ class TransformersAdapter(Adapter):
 
     @property
     def _maps_by_hook(self) -> bool:
-        """Whether maps are taken off what the attention modules return."""
+        """Whether maps are taken from what the attention modules return."""
         return self.reads == "dense"
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor:
@@ -105,7 +106,7 @@ class TransformersAdapter(Adapter):
 
     @contextmanager
     def observed(self, observer: Observer, sites: Sequence[str], layers: Sequence[int]) -> Iterator[None]:
-        """Tell the observer of every forward pass while the context is open."""
+        """Show the observer every forward pass while the context is open."""
         reading = Reading(self.model, self._architecture, self.full_name, observer, sites)
         before = self._innermost
         with ExitStack() as stack:
@@ -125,8 +126,8 @@ class TransformersAdapter(Adapter):
         """Run the model over right-padded sequences, in evaluation mode and without gradients."""
         accepted = inspect.signature(type(self.model).forward).parameters
         ids = batch.input_ids.to(self.device)
-        # Right-padded sequences of a causal model need no mask: no real token can see the padding behind
-        # it. Positions are passed all the same: some families would else guess them.
+        # Right-padded sequences need no mask in a causal model: no real token can see the padding after it.
+        # Positions are passed nevertheless, since some families would otherwise guess them.
         arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if "position_ids" in accepted:
             arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -146,7 +147,7 @@ class TransformersAdapter(Adapter):
 
     @contextmanager
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> Iterator[None]:
-        """Take attention out of every forward pass while the context is open."""
+        """Suppress attention in every forward pass while the context is open."""
         if self.reads == "dense":
             raise UnsupportedModelError(
                 f"{self.family} does not look up its attention function: its attention can be read, but "
@@ -163,10 +164,10 @@ class TransformersAdapter(Adapter):
 
 
 def _activation_width(config: Any) -> int:
-    """Return about how many numbers a layer holds at once for each token.
+    """Return roughly how many numbers a layer holds at once for each token.
 
-    The residual stream, its norm, query, key, value and output (some eight times the model's width),
-    and the feed-forward layer's three intermediates. A guide for the size of batches, not a promise.
+    These are the residual stream, its norm, query, key, value and output (about eight times the model's
+    width), and the feed-forward layer's three intermediates. An estimate, not a limit.
     """
     width = int(config.hidden_size)
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
@@ -175,7 +176,7 @@ def _activation_width(config: Any) -> int:
 
 
 class _Suppressing(ForwardWatch):
-    """Takes pairs out of the attention calls of a model's layers, and checks that none was left out."""
+    """Removes pairs from the attention calls of a model's layers, and checks that no layer was missed."""
 
     def __init__(self, model: Any, name: str, suppression: Suppression, layers: Sequence[int]) -> None:
         super().__init__(model, name)
@@ -184,7 +185,7 @@ class _Suppressing(ForwardWatch):
         self._applied: set[int] = set()
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
-        """Refuse what would go wrong in silence: layers that are computed again without suppression."""
+        """Refuse gradient checkpointing, which would silently recompute layers without suppression."""
         if computes_layers_again(self._model):
             raise InterventionError(
                 f"the attention of {self._name} cannot be suppressed under gradient checkpointing: call "
@@ -195,17 +196,17 @@ class _Suppressing(ForwardWatch):
 
     def ended(self, output: Any) -> Any:
         """Check that every layer's attention was suppressed."""
-        left_out = sorted(set(self._layers) - self._applied)
-        if left_out:
+        missed = sorted(set(self._layers) - self._applied)
+        if missed:
             raise IncompleteRunError(
-                f"the attention of layers {left_out} of {self._name} was not suppressed: the model did not "
+                f"the attention of layers {missed} of {self._name} was not suppressed: the model did not "
                 "make their attention call in this pass"
             )
 
     def removed_pairs(self, layer: int, call: AttentionCall) -> Bool[Tensor, "#batch #head query key"]:
-        """Return what a layer's queries are not to see."""
+        """Return which keys a layer's queries must not see."""
         if not self.is_running:
-            raise AttnprobeError(f"a layer of {self._name} was called outside of a forward pass of the model")
+            raise AttnprobeError(f"a layer of {self._name} was called outside a forward pass of the model")
         self._applied.add(layer)
         query_count, key_count = call.query.shape[2], call.key.shape[2]
         # A sliding cache has dropped the first keys; one of fixed size has room for later ones.

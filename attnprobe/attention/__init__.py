@@ -1,9 +1,9 @@
 """The operator core: a layer's attention as a linear operator on token features.
 
-Adapters make attentions, metrics question them; nothing here knows a model or a metric. `operator` holds the
-contract and the dense oracle, `factored` the answers from query and key. Below it, `block_scores` has the
-scores of a block of pairs, `row_sums` what a row sums to, `masks` which keys a query may see, `tiles` which
-blocks answer a question, and `kernels` what a model's own kernel computes along the way.
+Adapters make attentions, and metrics ask them questions; nothing here knows a model or a metric. `operator`
+holds the contract and the dense oracle, `factored` the answers from query and key. Below it, `block_scores`
+holds the scores of a block of pairs, `row_sums` what each row sums to, `masks` which keys a query may see,
+`tiles` which blocks answer a question, and `kernels` what a model's own kernel computes along the way.
 """
 
 from attnprobe.attention.factored import FactoredAttention

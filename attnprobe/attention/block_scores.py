@@ -1,9 +1,9 @@
 """The scores of an attention call, block by block: query, key, scaling, soft cap, bias and mask.
 
-`BlockScores.of_call` takes the inputs of the model's attention call, checks that they fit, and then gives
-the scores of any block of queries and keys, of a band of diagonals, or, where scores are plain products,
-in the form in which exponentials are cheap. `row_sums` and `FactoredAttention` ask for them. What is left
-to others: what a row's scores sum to (row_sums), and which blocks answer a question (tiles, factored).
+`BlockScores.of_call` takes the inputs of the model's attention call and checks that they fit together. The
+result gives the scores of any block of queries and keys, of a band of diagonals or, where scores are plain
+products, in a form whose exponentials are cheap. `row_sums` and `FactoredAttention` ask for them. What is
+left to others: what a row's scores sum to (row_sums), and which blocks answer a question (tiles, factored).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from attnprobe.attention.operator import reduction_dtype
 from attnprobe.errors import PatternError
 
 BAND_QUERIES = 32
-"""Queries that share one product of a band. Each is multiplied with all keys near any of them, so few are
-better; fewer than this, and the products are too small."""
+"""How many queries share one product of a band. Each is multiplied with all keys near any of them, so fewer
+is better, until the products become too small."""
 
 LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True, eq=False)
 class BlockScores:
-    """The scores `cap(scaling * q @ k.T) + bias` of the pairs that a mask lets see.
+    """The scores `cap(scaling * q @ k.T) + bias` of the visible pairs of an attention call.
 
-    Scores are computed in float32, or in float64 when the inputs are.
+    Scores are computed in float32, or in float64 if the inputs are.
 
     Attributes:
-        query, key: as the call had them; `head` is a multiple of `key_head`.
-        scaling: what products are multiplied with.
-        softcap: the cap, None where there is none.
-        bias: what is added to the scores, None where nothing is.
+        query, key: those of the call; `head` is a multiple of `key_head`.
+        scaling: the factor of the products.
+        softcap: the cap; None if there is none.
+        bias: what is added to the scores; None if nothing is.
         mask: which keys a query may see.
     """
 
@@ -60,7 +60,7 @@ class BlockScores:
         softcap: float | None,
         bias: Tensor | None,
     ) -> BlockScores:
-        """Return the scores of an attention call, whose arguments are those of `FactoredAttention`.
+        """Return the scores of an attention call; the arguments are those of `FactoredAttention`.
 
         Raises:
             PatternError: shapes that do not fit, or a mask that is not causal.
@@ -81,7 +81,7 @@ class BlockScores:
             mask = _causal_mask(query, key, window, key_mask)
         elif mask.first.shape[1] != pairs[2] or mask.first.shape[0] not in (1, pairs[0]):
             raise PatternError(
-                f"the mask is of [batch, query] = {list(mask.first.shape)}, the query of {list(query.shape)}"
+                f"the mask is [batch, query] = {list(mask.first.shape)}, but the query is {list(query.shape)}"
             )
         scaling = query.shape[3] ** -0.5 if scaling is None else float(scaling)
         softcap = None if softcap is None else float(softcap)
@@ -99,13 +99,13 @@ class BlockScores:
 
     @property
     def are_products(self) -> bool:
-        """Whether scores are products of query and key and nothing else, the mask aside."""
+        """Whether scores are nothing but scaled products of query and key, the mask aside."""
         return self.softcap is None and self.bias is None
 
     def block(self, queries: slice | Tensor, keys: slice) -> Float[Tensor, "batch head query key"]:
         """Return the scores of one block, minus infinity where a key may not be seen."""
         query, key = self.query[:, :, queries].to(self.dtype), self.key[:, :, keys].to(self.dtype)
-        # Queries that share a key head are rows of one product, so that keys are never expanded.
+        # Queries that share a key head go into one product, so that keys are never expanded.
         query = rearrange(query, "b (k g) t d -> b k (g t) d", g=self.group_size)
         product = query @ key.mT  # [batch, key_head, group * query, key]
         score = rearrange(product, "b k (g t) s -> b (k g) t s", g=self.group_size)
@@ -117,28 +117,28 @@ class BlockScores:
     def band(self, queries: slice, width: int, start: int) -> Float[Tensor, "batch head query distance"]:
         """Return the scores of the keys `start, ..., start + width - 1` before each query.
 
-        All in one product: blocks of queries meet the keys near any of them, and the band is read off each
-        block along its diagonals, which a stride of one more than a row does.
+        This is one product: blocks of queries meet the keys near any of them, and the band is read from each
+        block along its diagonals, by a stride that is one larger than the block is wide.
         """
-        count, rows = queries.stop - queries.start, BAND_QUERIES
-        blocks = -(-count // rows)
+        count, size = queries.stop - queries.start, BAND_QUERIES
+        blocks = -(-count // size)
         query = self.query[:, :, queries].to(self.dtype)
-        query = torch.nn.functional.pad(query, (0, 0, 0, blocks * rows - count))
-        query = rearrange(query, "b (k g) (n r) d -> b k n (g r) d", g=self.group_size, r=rows)
-        # Row r of the first block meets its farthest key in column r.
+        query = torch.nn.functional.pad(query, (0, 0, 0, blocks * size - count))
+        query = rearrange(query, "b (k g) (n r) d -> b k n (g r) d", g=self.group_size, r=size)
+        # Query r of the first block meets its farthest key in column r.
         key_count, offset = self.key.shape[2], self.key.shape[2] - self.query.shape[2]
         first = queries.start + offset - (start + width - 1)
-        stop = first + blocks * rows + width - 1
+        stop = first + blocks * size + width - 1
         inside = slice(min(max(first, 0), key_count), min(max(stop, 0), key_count))
         key = self.key[:, :, inside].to(self.dtype)
         key = torch.nn.functional.pad(key, (0, 0, inside.start - first, stop - inside.stop))
-        columns = rows + width - 1
-        near = key.unfold(2, columns, rows)  # [batch, key_head, block, d, column]
-        # [batch, key_head, block, group, row, column]
-        score = (query @ near).unflatten(3, (self.group_size, rows))
+        columns = size + width - 1
+        near = key.unfold(2, columns, size)  # [batch, key_head, block, d, column]
+        # [batch, key_head, block, group, query, column]
+        score = (query @ near).unflatten(3, (self.group_size, size))
         strides = (*score.stride()[:4], columns + 1, 1)
         diagonal = score.as_strided((*score.shape[:5], width), strides)
-        # Farthest key first on the diagonal, nearest first in a band.
+        # A diagonal starts with the farthest key, a band with the nearest.
         band = rearrange(diagonal.flip(-1), "b k n g r j -> b (k g) (n r) j")[:, :, :count]
         band = self._capped(band.mul_(self.scaling))
         own = torch.arange(queries.start, queries.stop, device=self.key.device) + offset
@@ -150,10 +150,10 @@ class BlockScores:
         return band.masked_fill_(~self.mask.diagonals(queries, keys), -torch.inf)
 
     def scaled_keys(self, keys: slice) -> Float[Tensor, "batch_head key d"]:
-        """Return keys once for each head, scaled so that `exp2` of products is `exp` of scores.
+        """Return the keys for each head, scaled so that `exp2` of products is `exp` of scores.
 
-        Copies, so that all heads are one product: it is a seventh faster than one for each key head. And
-        exp goes through a library that is slow on some processors: exp2 takes a third of its time there.
+        They are copied so that all heads form one product, which is a seventh faster than one for each key
+        head. And `exp` is slow on some processors, where `exp2` takes a third of its time.
         """
         key = self.key[:, :, keys].to(self.dtype) * (self.scaling * LOG2_E)
         return key.repeat_interleave(self.group_size, dim=1).flatten(0, 1)
@@ -161,7 +161,7 @@ class BlockScores:
     def products(
         self, queries: slice, scaled_keys: Float[Tensor, "batch_head key d"]
     ) -> Float[Tensor, "batch head query key"]:
-        """Return a block's scores in powers of 2, from `scaled_keys`, as if its queries saw all its keys."""
+        """Return a block's scores for `exp2`, from `scaled_keys`, as if its queries saw all its keys."""
         query = self.query[:, :, queries].to(self.dtype)
         product = torch.bmm(query.flatten(0, 1), scaled_keys.mT)  # [batch * head, query, key]
         return product.view(*query.shape[:3], -1)
@@ -173,10 +173,10 @@ class BlockScores:
 
 
 def _check_fit(query: Tensor, key: Tensor) -> None:
-    """Check that query and key belong together."""
+    """Check that query and key fit together."""
     both = f"query {list(query.shape)} and key {list(key.shape)} do not fit"
     if key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
-        raise PatternError(f"{both}: batch and head size must be equal")
+        raise PatternError(f"{both}: their batch and head sizes must be equal")
     if query.shape[1] % key.shape[1] or key.shape[2] < query.shape[2]:
         raise PatternError(
             f"{both}: the query heads must be a multiple of the key heads, and there must be at least as "
@@ -185,7 +185,7 @@ def _check_fit(query: Tensor, key: Tensor) -> None:
 
 
 def _check_pairs(tensor: Tensor, pairs: tuple[int, ...], name: str) -> None:
-    """Check that a tensor over query-key pairs can be broadcast against the scores."""
+    """Check that a tensor over query-key pairs can be broadcast to the scores."""
     fits = tensor.ndim == 4 and tensor.shape[2:] == pairs[2:]
     if not fits or any(tensor.shape[i] not in (1, pairs[i]) for i in (0, 1)):
         raise PatternError(
@@ -198,7 +198,7 @@ def _causal_mask(query: Tensor, key: Tensor, window: int | None, key_mask: Tenso
     """Return the causal mask with a window and padding."""
     query_count, key_count = query.shape[2], key.shape[2]
     if window is not None and window < 1:
-        raise PatternError(f"a sliding window holds at least one key, got {window}")
+        raise PatternError(f"a sliding window must hold at least one key, got {window}")
     if key_mask is not None and key_mask.shape != (key.shape[0], key_count):
         raise PatternError(
             f"expected key_mask [batch={key.shape[0]}, key={key_count}], got {list(key_mask.shape)}"

@@ -1,16 +1,17 @@
 """Attention given by the inputs of the model's attention call: exact statistics, never a T x T map.
 
-Adapters make a `FactoredAttention` of the query (after rotary), the key (not expanded over query groups), and
-what the model does to the scores: scaling, soft cap, bias, mask, window, sinks. It answers the four questions
-of `attnprobe.attention.Attention` in memory linear in T:
+Adapters make a `FactoredAttention` from the query (after rotary), the key (not expanded over query groups),
+and what the model does to the scores: scaling, soft cap, bias, mask, window, sinks. It answers the four
+questions of `attnprobe.attention.Attention` in memory linear in T:
 
-- `attend` and `receive` walk over tiles that fit a processor's cache: `exp(score - log_sum_exp)`.
+- `attend` and `receive` go through tiles of `exp(score - log_sum_exp)` that fit a processor's cache.
 - `band` multiplies blocks of queries with the few keys near them, all blocks in one product.
-- `rows` computes what it is asked for.
+- `rows` computes the chosen rows.
 
-The sums of the rows are known when it is made, and nothing is remembered later: neither the answer nor the
-cost of a question depends on what was asked before. What is left to others: the scores of a block
-(block_scores), the sums (row_sums), which blocks to visit (tiles), reading the inputs off a model (adapters).
+The sums of the rows are computed when it is made, and nothing is stored later: neither the answer nor the
+cost of a question depends on earlier questions. What is left to others: the scores of a block
+(block_scores), the sums (row_sums), which blocks to visit (tiles), and reading the inputs of a call
+(adapters).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from attnprobe.attention.operator import Attention
 from attnprobe.attention.row_sums import sum_rows
 from attnprobe.attention.tiles import TILE_KEYS, TILE_QUERIES, Tile, plan_tiles, query_slices
 
-# What the products of a band may hold at a time; several copies of them are made.
+# The largest size of the products of a band at a time; several copies of them are made.
 _BAND_BYTES = 4 * 2**20
 
 
@@ -38,19 +39,19 @@ class FactoredAttention(Attention):
     Args:
         query: `[batch, head, query, d]`, after rotary and normalisation.
         key: `[batch, key_head, key, d]`; `head` is a multiple of `key_head` (GQA, MQA).
-        scaling: what scores are multiplied with; default `d ** -0.5`.
-        mask: `[batch or 1, head or 1, query, key]`, boolean (True: may see) or additive, or what such a mask
-            was found to say (the same mask serves all layers). It says all there is to say, so `window` and
-            `key_mask` are not applied on top. None: causal.
+        scaling: the factor of the products; default `d ** -0.5`.
+        mask: `[batch or 1, head or 1, query, key]`, boolean (True: may see) or additive, or the `CausalMask`
+            made from one, which all layers can share. The mask is complete: `window` and `key_mask` are not
+            applied on top of it. None: causal.
         key_mask: `[batch, key]`, False where a key is padding.
-        window: how many keys a query sees at most, its own included (sliding window).
+        window: the largest number of keys that a query sees, its own included (sliding window).
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
         sinks: `[head]` logits in the softmax's denominator that belong to no key (gpt-oss).
         bias: `[batch or 1, head or 1, query, key]`, added to the scores (ALiBi, relative position).
-        log_sum_exp: `[batch, head, query]`, of each row's scores without sinks, where a kernel has
-            computed it already.
-        mean_position: `[batch, head, query]`, what each query reads when keys carry `key_positions`, without
-            sinks, where a kernel has computed it already.
+        log_sum_exp: `[batch, head, query]`, of each row's scores without sinks, if a kernel has computed it
+            already.
+        mean_position: `[batch, head, query]`, what each query reads when the keys carry `key_positions`,
+            without sinks, if a kernel has computed it already.
         key_start: the column of the sequence that the first key stands for.
 
     Raises:
@@ -94,7 +95,7 @@ class FactoredAttention(Attention):
         self.dtype, self.device = self._scores.dtype, query.device
 
     def key_fingerprint(self) -> Float[Tensor, "batch key"]:
-        """Return the sum of each key's numbers: the same again while its cache row stays in place."""
+        """Return the sum of each key's entries: the same in every pass while the cache is not reordered."""
         return self._scores.key.to(self.dtype).sum((1, 3))
 
     # ---- what is known from the start ---------------------------------------------------------
@@ -104,11 +105,11 @@ class FactoredAttention(Attention):
         return self._sums.mass
 
     def log_sum_exp(self) -> Float[Tensor, "batch head query"]:
-        """Return each row's log of the softmax's denominator, sinks included; 0 where nothing is seen."""
+        """Return the log of each row's softmax denominator, sinks included; 0 where nothing is seen."""
         return self._sums.log_sum_exp
 
     def mean_position(self) -> Float[Tensor, "batch head query"]:
-        """Return what each query reads when keys carry `key_positions`: known where a kernel said it."""
+        """Return what each query reads when the keys carry `key_positions`: known if a kernel computed it."""
         known = self._sums.mean_position
         return super().mean_position() if known is None else known
 
@@ -134,10 +135,10 @@ class FactoredAttention(Attention):
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
         start, stop = self._check_distances(start, stop)
         weights = self._check_features(weights, "query", self.query_count)
-        # Features before keys: a tile's part is then added along its rows.
+        # Features before keys, so that a tile's part is added to contiguous memory.
         shape = (self.batch_size, self.head_count, weights.shape[-1], self.key_count)
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        # Rows of a prompt, as a rule, give nothing.
+        # Queries of the prompt usually have no weight.
         counted = (weights != 0).any(-1).any(0)
         for tile, probability in self._tiles(start, stop, counted):
             # [batch, 1, feature, query] @ [batch, head, query, key]
@@ -149,7 +150,7 @@ class FactoredAttention(Attention):
         width, start = self._check_band(width, start)
         shape = (self.batch_size, self.head_count, self.query_count, width)
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        # At the distances from `key_count` on there is no key.
+        # At distances of `key_count` or more there is no key.
         width = min(width, self.key_count - start)
         if width < 1:
             return answer
@@ -168,9 +169,9 @@ class FactoredAttention(Attention):
     def _tiles(
         self, start: int = 0, stop: int | None = None, counted: Bool[Tensor, " query"] | None = None
     ) -> Iterator[tuple[Tile, Float[Tensor, "batch head query key"]]]:
-        """Yield tiles with their part of `A` that hold all pairs at those distances.
+        """Yield the tiles that hold all pairs at these distances, with their part of `A`.
 
-        Blocks of queries of which none is counted are left out.
+        Blocks of queries without a counted one are left out.
         """
         reaches = self._scores.mask.reaches(TILE_QUERIES, self.query_offset)
         if counted is not None:
@@ -186,7 +187,7 @@ class FactoredAttention(Attention):
     def _probability(
         self, tile: Tile, first_key: int, scaled: Float[Tensor, "batch_head block_key d"] | None
     ) -> Float[Tensor, "batch head query key"]:
-        """Return the part of `A` in a tile; `scaled` are the keys from `first_key` on, where they serve."""
+        """Return the part of `A` in a tile; `scaled` holds the scaled keys from `first_key` on, if usable."""
         log_sum_exp = self._sums.log_sum_exp[:, :, tile.queries, None]
         if scaled is None:
             part = self._scores.block(tile.queries, tile.keys).sub_(log_sum_exp).exp_()

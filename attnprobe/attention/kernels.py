@@ -1,15 +1,15 @@
 """The flash kernel of scaled dot product attention, with what it computes along the way.
 
-A flash kernel knows the log-sum-exp of every row, and PyTorch's `scaled_dot_product_attention` throws it
-away. Calling the kernel itself returns it at no cost, with an output that is bitwise the same. `listen` does
+A flash kernel knows the log-sum-exp of every row, but PyTorch's `scaled_dot_product_attention` discards it.
+Calling the kernel directly returns it at no cost, with bitwise the same output. Adapters open `listen` to do
 so inside a model's own attention function: whatever that function does around the call stays as it is.
 
 The keys' positions can be attended to along the way, as one more column of the value, for a few percent of
 the time: then each query's mean position, and so its mean distance, is known too. The output may change in
-its last bits, so this is done only in forward passes of attnprobe's own, while `carries_positions` is open:
-`measure` opens it when it is asked for span.
+its last bits, so this is done only in attnprobe's own forward passes, while `carries_positions` is open:
+`measure` opens it if span is wanted.
 
-The alternative, a second pass for the statistics, doubles the cost of attention. What is left to others:
+The alternative, a second pass for the statistics, would double the cost of attention. What is left to others:
 deciding when to listen (adapters), and what the log-sum-exp is for (row_sums).
 """
 
@@ -34,10 +34,10 @@ _carries_positions: ContextVar[bool] = ContextVar("attnprobe_carries_positions",
 
 @contextmanager
 def carries_positions() -> Iterator[None]:
-    """Let the kernel read the keys' positions along the way, in passes of our own, while the context is open.
+    """Let the kernel attend to the keys' positions too, in our own passes, while the context is open.
 
-    A context and not an argument: between `measure`, which knows that distances will be asked for, and the
-    kernel lie a probe, an observer and a backend that need not know.
+    This is a context and not an argument because a probe, an observer and a backend lie between `measure`,
+    which knows that distances will be needed, and the kernel, and none of them needs to know.
     """
     token = _carries_positions.set(True)
     try:
@@ -52,8 +52,8 @@ class FlashResult:
 
     Attributes:
         output: the attention's output.
-        log_sum_exp: of each row's scores, without sinks; its value has no meaning where nothing is seen.
-        mean_position: what each query reads of `key_positions`; None where they were not carried along.
+        log_sum_exp: of each row's scores, without sinks; meaningless where nothing is seen.
+        mean_position: what each query reads from `key_positions`; None if the keys did not carry them.
     """
 
     output: Float[Tensor, "batch head query d"]
@@ -71,17 +71,17 @@ def flash_attention(
     scaling: float | None = None,
     positions: bool = False,
 ) -> FlashResult:
-    """Run the CPU flash kernel, which maps query heads onto key heads by itself.
+    """Run the CPU flash kernel, which itself maps query heads to key heads.
 
-    With `positions`, the keys' positions are attended to as one more column of the value. The kernel wants
-    query, key and value of one width, so query and key get a column of zeros.
+    With `positions`, the keys' positions are attended to as one more column of the value. The kernel needs
+    query, key and value of the same width, so query and key get a column of zeros.
 
     >>> q = torch.zeros(1, 1, 2, 8)
     >>> flash_attention(q, q, q, causal=True).log_sum_exp
     tensor([[[0.0000, 0.6931]]])
     """
     width = query.shape[-1]
-    # The kernel's own default would be that of the widened query.
+    # The kernel would take its default from the widened query.
     scale = width**-0.5 if scaling is None else scaling
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
@@ -100,14 +100,14 @@ def flash_attention(
 
 
 class listen(TorchFunctionMode):  # noqa: N801
-    """A context in which the one call of `scaled_dot_product_attention` is answered by `flash_attention`.
+    """A context in which a call of `scaled_dot_product_attention` is answered by `flash_attention`.
 
-    Only where PyTorch would choose this very kernel, and no gradient is asked for: there the output is
-    bitwise the same. `result` is what the kernel returned, None where it was not used.
+    This happens only if PyTorch would choose this very kernel and no gradient is needed, so that the output
+    is bitwise the same. `result` is what the kernel returned; None if it was not used.
 
     Args:
-        own_pass: whether the call is part of a forward pass of attnprobe's own. Only there positions are
-            carried along, while `carries_positions` is open.
+        own_pass: whether the call is part of one of attnprobe's own forward passes. Only there do keys
+            carry positions, while `carries_positions` is open.
     """
 
     def __init__(self, *, own_pass: bool = False) -> None:
@@ -123,13 +123,13 @@ class listen(TorchFunctionMode):  # noqa: N801
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Pass every function on but the one that is listened to."""
+        """Call every function as it is, except `scaled_dot_product_attention`."""
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
         self._calls += 1
         if self._calls > 1:
-            # An attention function that calls twice does something that one log-sum-exp cannot say.
+            # One log-sum-exp does not describe an attention function that makes two calls.
             self.result = None
             return func(*args, **kwargs)
         self.result = _by_flash(self._positions, *args, **kwargs)
@@ -147,7 +147,7 @@ def _by_flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> FlashResult | None:
-    """Answer a call of `scaled_dot_product_attention`; None where PyTorch would not choose this kernel."""
+    """Answer a call of `scaled_dot_product_attention`; None if PyTorch would not choose this kernel."""
     if query.device.type != "cpu" or dropout_p > 0 or query.shape[-1] != value.shape[-1]:
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
@@ -157,7 +157,7 @@ def _by_flash(
     )
     if chosen != SDPBackend.FLASH_ATTENTION.value:
         return None
-    # In a narrower dtype the column of positions would be rounded as the values are.
+    # In a narrower dtype the positions would be rounded too much.
     positions = positions and value.dtype in (torch.float32, torch.float64)
     return flash_attention(
         query, key, value, causal=is_causal, mask=attn_mask, scaling=scale, positions=positions

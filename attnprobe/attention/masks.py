@@ -1,9 +1,9 @@
 """Which keys each query may see: nearly always one interval, else any mask.
 
 Causal, left-padded, windowed, chunked and packed masks all let a query see one run of keys. `CausalMask`
-finds it, so that a block of queries meets only the keys that it can see; a mask of any other form is kept
-as it is. Adapters make one of a model's own mask, once for all layers that share it; `FactoredAttention`
-makes one of what it is given. What is left to others: the scores of the pairs that are seen (block_scores).
+finds it, so that a block of queries meets only the keys it can see; a mask of any other form is kept
+as it is. Adapters make one from a model's own mask, once for all layers that share it; `FactoredAttention`
+makes one from its arguments. What is left to others: the scores of the pairs that are seen (block_scores).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 from attnprobe.attention.tiles import Reach
 from attnprobe.errors import PatternError
 
-# Later than any key. Padding goes through a double, which holds a power of 2 as it is.
+# Later than any key. A power of 2, since padding converts it to a double, which holds it exactly.
 _BEYOND = 2**62
 
 
 @dataclass(frozen=True)
 class CausalMask:
-    """Which keys each query may see: an interval per query, less masked keys, or any mask.
+    """Which keys each query may see: an interval per query, or any mask.
 
     `first` and `last` are inclusive and `[batch or 1, query]`; `last < first` where nothing is seen.
-    `exact` is `[batch or 1, head or 1, query, key]` and is set only when no interval says the same.
+    `exact` is `[batch or 1, head or 1, query, key]` and is set only if no interval says the same.
     `plain` says that every query sees all keys up to its own.
     """
 
@@ -37,7 +37,7 @@ class CausalMask:
 
     @staticmethod
     def causal(query_count: int, key_count: int, window: int | None, device: torch.device) -> CausalMask:
-        """Return the causal mask in which a query sees `window` keys at most."""
+        """Return the causal mask in which a query sees at most `window` keys."""
         last = torch.arange(query_count, device=device)[None] + (key_count - query_count)
         plain = window is None or window >= key_count
         first = torch.zeros_like(last) if plain or window is None else (last - window + 1).clamp(min=0)
@@ -45,7 +45,7 @@ class CausalMask:
 
     @staticmethod
     def from_mask(mask: Bool[Tensor, "#batch #head query key"]) -> CausalMask:
-        """Return what a boolean mask (True: may see) says.
+        """Return the `CausalMask` of a boolean mask (True: may see).
 
         Raises:
             PatternError: a mask that lets a query see later keys.
@@ -57,8 +57,8 @@ class CausalMask:
         if mask.shape[1] == 1:
             flat = mask[:, 0]
             count = flat.sum(-1)
-            # argmax of a boolean finds the first True; converting costs a byte per pair, once a
-            # forward pass, which the mask itself has cost already.
+            # argmax finds the first True. Converting to bytes takes a byte per pair once per forward pass,
+            # no more than the mask itself.
             first = flat.byte().argmax(-1)
             last = first + count - 1
             spread = key_count - 1 - flat.flip(-1).byte().argmax(-1)
@@ -78,7 +78,7 @@ class CausalMask:
     def from_key_mask(
         kept: Bool[Tensor, "batch key"], query_count: int, window: int | None = None
     ) -> CausalMask:
-        """Return the causal mask that skips keys (False: padding)."""
+        """Return the causal mask without the keys that are not kept (False: padding)."""
         key_count = kept.shape[1]
         causal = CausalMask.causal(query_count, key_count, window, kept.device)
         start = kept.byte().argmax(-1, keepdim=True)
@@ -101,7 +101,7 @@ class CausalMask:
     def diagonals(
         self, queries: slice, keys: Int[Tensor, "query distance"]
     ) -> Bool[Tensor, "#batch #head query distance"]:
-        """Return the mask of chosen keys of each query; an index below 0 is no key."""
+        """Return the mask of chosen keys of each query; an index below 0 is not a key."""
         if self.exact is not None:
             part = self.exact[:, :, queries]
             index = keys.clamp(min=0).expand(*part.shape[:2], -1, -1)
@@ -110,7 +110,7 @@ class CausalMask:
         return ((keys >= first[..., None]) & (keys <= last[..., None]))[:, None]
 
     def sees_none(self) -> Bool[Tensor, "#batch #head query"]:
-        """Return which queries may see no key at all: those of padding."""
+        """Return which queries may see no key at all: usually padding."""
         if self.exact is not None:
             return ~self.exact.any(-1)
         return (self.last < self.first)[:, None]
@@ -118,15 +118,15 @@ class CausalMask:
     def reaches(self, size: int, query_offset: int) -> list[Reach]:
         """Return which keys the queries see, in blocks of `size` queries.
 
-        `query_offset` is the key at which the first query stands.
+        `query_offset` is the key index of the first query.
         """
         count = self.first.shape[1]
         own = torch.arange(count, device=self.first.device) + query_offset
         seeing = self.last >= self.first
-        # Which keys anyone sees: queries that see none have no say.
+        # The keys that any query sees; queries that see none are left out.
         first = self.first.masked_fill(~seeing, _BEYOND).amin(0)
         stop = (self.last + 1).masked_fill(~seeing, 0).amax(0)
-        # Which keys all see, later ones aside: up to its own, a query has nothing that needs a mask.
+        # The keys that all queries see, later ones aside: a query that sees up to its own key needs no mask.
         common_stop = (self.last + 1).masked_fill(self.last == own, _BEYOND).masked_fill(~seeing, 0).amin(0)
         common_first = self.first.amax(0)
         if self.exact is not None:
@@ -137,7 +137,7 @@ class CausalMask:
             padded = torch.nn.functional.pad(values, (0, blocks * size - count), value=fill)
             return padded.view(blocks, size)
 
-        # One transfer for all numbers of all blocks, which come from an accelerator one by one otherwise.
+        # One transfer from the accelerator for the numbers of all blocks, rather than one for each.
         numbers = torch.stack(
             [
                 by_block(first, _BEYOND).amin(-1),
@@ -152,10 +152,10 @@ class CausalMask:
 
 
 def split_mask(mask: Tensor) -> tuple[Bool[Tensor, "..."], Tensor | None]:
-    """Split a boolean or additive mask into what may be seen and a bias, None where it is 0.
+    """Split a boolean or additive mask into what may be seen and a bias; None if the bias is 0 throughout.
 
     Frameworks write "may not see" as minus infinity or as the lowest number of the mask's dtype, and
-    sums of two masks reach half of it: everything at or below a quarter of it counts as unseen.
+    masks that are combined may reach half of it: anything at or below a quarter of it counts as unseen.
 
     Raises:
         PatternError: a mask of whole numbers.
@@ -163,7 +163,7 @@ def split_mask(mask: Tensor) -> tuple[Bool[Tensor, "..."], Tensor | None]:
     if mask.dtype == torch.bool:
         return mask, None
     if not mask.is_floating_point():
-        raise PatternError(f"a mask is boolean or additive (floating point), got {mask.dtype}")
+        raise PatternError(f"a mask must be boolean or additive (floating point), got {mask.dtype}")
     seen = mask > torch.finfo(mask.dtype).min / 4
     bias = mask.masked_fill(~seen, 0.0)
     return seen, (bias if bool((bias != 0).any()) else None)

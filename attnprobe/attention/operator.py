@@ -1,14 +1,14 @@
 """Attention as a linear operator on token features: the protocol, and its dense implementation.
 
-A layer's attention, for one batch, is a matrix `A` per head: row `t` says how query `t` spreads its
-attention over the keys `s <= t`. Everything that attnprobe computes is one of four questions to that
+A layer's attention, for one batch, is a matrix `A` for each head: row `t` says how query `t` spreads its
+attention over the keys `s <= t`. Everything that attnprobe computes comes from four questions about that
 matrix: `attend` (`A @ F`), `receive` (`A.T @ G`), `band` (the diagonals near the main one) and `rows`
-(chosen rows, for pictures). Metrics are written once, against these questions.
+(chosen rows, for pictures). Metrics are written once, in terms of these questions.
 
-`DenseAttention` answers them from a pattern that is already there; it is short, obvious, and the
-oracle for `attnprobe.attention.factored.FactoredAttention`, which answers them from the query and key without
-ever storing a map. What is left to others: where the pattern or the inputs come from (adapters), and
-what the answers mean (metrics).
+`DenseAttention` answers them from an existing pattern; it is short and obvious, and the oracle for
+`attnprobe.attention.factored.FactoredAttention`, which answers them from query and key without ever storing a
+map. What is left to others: where the pattern or the inputs come from (adapters), and what the answers mean
+(metrics).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from attnprobe.errors import ParameterError, PatternError
 from attnprobe.validation import ArrayLike, as_tensor, brief, whole_number
 
 NARROW_BAND = 1024
-"""A band may reach beyond the first key, as far as this: wider ones may not be wider than there are keys."""
+"""A band of up to this width may reach beyond the first key; a wider one only to the first key."""
 
 
 class Attention(ABC):
@@ -31,14 +31,14 @@ class Attention(ABC):
 
     The contract, the same for every implementation:
 
-    - Answers are in float32, or in float64 when the inputs are; whatever the model's dtype.
-    - Query `t` stands at key index `t + query_offset`, and sees no later key. In a whole forward
-      pass `query_offset` is 0; it is the cache length when keys are cached.
+    - Answers are in float32, whatever the model's dtype, or in float64 if the inputs are.
+    - Query `t` is the token at key index `t + query_offset`, and sees no later key. `query_offset` is 0
+      in a whole forward pass, and the length of the cache when keys are cached.
     - A key that a query may not see (padding, window, another packed sequence) has probability 0. A
-      query that may see nothing (a padding row) has a row of zeros. Rows sum to at most 1: less than
-      1 where the model's softmax has a sink that is not a key.
+      query that may see nothing (padding) has a row of zeros. Rows sum to at most 1: to less than 1 if
+      the model's softmax has a sink that is not a key.
     - Inputs are never modified, and nothing here carries gradients.
-    - Key index `s` stands for column `s + key_start` of the sequence: not 0 where a sliding cache has
+    - Key index `s` is column `s + key_start` of the sequence; `key_start` is not 0 if a sliding cache has
       dropped the first keys.
     """
 
@@ -56,10 +56,9 @@ class Attention(ABC):
         return self.key_count - self.query_count
 
     def key_fingerprint(self) -> Float[Tensor, "batch key"] | None:
-        """Return a number for each key that a later pass over the same cache gives again.
+        """Return a number for each key, the same in every later pass over the same cache.
 
-        It tells whether a cache was reordered in between (beam search). None where only the pattern is
-        known.
+        It shows whether a cache was reordered in between (beam search). None if only the pattern is known.
         """
         return None
 
@@ -76,34 +75,34 @@ class Attention(ABC):
         start: int = 0,
         stop: int | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
-        """Return `A.T @ weights`: what each key is given by the queries, weighted.
+        """Return `A.T @ weights`: what each key receives from the queries, weighted.
 
-        Only pairs at a distance `start <= t - s < stop` count (`stop=None`: to the end). The limits
-        belong to the question: a sum over all rows less the near ones would cancel.
+        Only pairs at a distance `start <= t - s < stop` count (`stop=None`: no limit). The limits are part
+        of the question, since subtracting the near pairs from a sum over all of them would lose precision.
         """
 
     @abstractmethod
     def band(self, width: int, start: int = 0) -> Float[Tensor, "batch head query distance"]:
         """Return `A[t, t - j]` for `start <= j < start + width`; 0 where `t - j` is no key.
 
-        At distances from `key_count` on there is nothing but zeros: a band wider than that and than
-        `NARROW_BAND` raises `ParameterError`, rather than fill the memory with them.
+        All entries at distances of `key_count` or more are zeros: a band wider than both `key_count` and
+        `NARROW_BAND` raises `ParameterError` rather than fill the memory with them.
         """
 
     @abstractmethod
     def rows(self, queries: Int[Tensor, " row"]) -> Float[Tensor, "batch head row key"]:
-        """Return chosen rows of `A`, dense: for pictures and checks, since each is as long as T."""
+        """Return chosen rows of `A`, dense: for pictures and checks, since each holds every key."""
 
     @abstractmethod
     def row_mass(self) -> Float[Tensor, "batch head query"]:
-        """Return the sum of each row: 1, less under an attention sink, 0 where nothing is seen."""
+        """Return the sum of each row: 1, less with an attention sink, 0 where nothing is seen."""
 
     def key_positions(self) -> Float[Tensor, " key"]:
-        """Return the position of each key, centred: rounding is relative to the size of a feature."""
+        """Return the position of each key, centred, since rounding errors grow with the size of a feature."""
         return key_positions(self.key_count, self.dtype, self.device)
 
     def mean_position(self) -> Float[Tensor, "batch head query"]:
-        """Return what each query reads when keys carry `key_positions`."""
+        """Return what each query reads when the keys carry `key_positions`."""
         features = self.key_positions()[None, :, None].expand(self.batch_size, -1, -1)
         return self.attend(features)[..., 0]
 
@@ -123,23 +122,23 @@ class Attention(ABC):
         return features.to(device=self.device, dtype=self.dtype)
 
     def _check_band(self, width: int, start: int) -> tuple[int, int]:
-        """Return a band's width and start, which is cut to where no key is left."""
+        """Return a band's width and its start, which is at most `key_count`: there are no keys beyond."""
         width, start = whole_number(width, "width", minimum=1), whole_number(start, "start")
         if width > max(self.key_count, NARROW_BAND):
             raise ParameterError(
-                f"a band of {width} distances is wider than there are keys ({self.key_count}): ask for "
+                f"a band of {width} distances is wider than the number of keys ({self.key_count}): ask for "
                 f"{self.key_count} at most, since no key lies farther back"
             )
         return width, min(start, self.key_count)
 
     def _check_distances(self, start: int, stop: int | None) -> tuple[int, int | None]:
-        """Return limits of distances, cut to those at which there are keys."""
+        """Return the limits of a range of distances, cut to those at which there are keys."""
         start = whole_number(start, "start")
         if stop is None:
             return min(start, self.key_count), None
         stop = whole_number(stop, "stop")
         if stop <= start:
-            raise ParameterError(f"distances need 0 <= start < stop, got start={start}, stop={stop}")
+            raise ParameterError(f"distances need 0 <= start < stop; got start={start}, stop={stop}")
         return min(start, self.key_count), None if stop >= self.key_count else stop
 
     def _check_rows(self, queries: Tensor) -> Tensor:
@@ -164,7 +163,7 @@ def key_positions(count: int, dtype: torch.dtype, device: torch.device) -> Float
 
 
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that statistics of `dtype` inputs are kept in: float32, or float64.
+    """Return the dtype in which statistics of `dtype` inputs are kept: float32, or float64 for float64.
 
     >>> reduction_dtype(torch.bfloat16)
     torch.float32
@@ -192,14 +191,14 @@ class DenseAttention(Attention):
             pattern = pattern[None, None]
         if pattern.ndim != 4:
             raise PatternError(
-                f"a pattern is [batch, head, query, key] (or [query, key]), got {list(pattern.shape)}"
+                f"a pattern must be [batch, head, query, key] (or [query, key]), got {list(pattern.shape)}"
             )
         if not pattern.is_floating_point():
-            raise PatternError(f"a pattern holds probabilities, got dtype {pattern.dtype}")
+            raise PatternError(f"a pattern must hold floating-point probabilities, got dtype {pattern.dtype}")
         self.batch_size, self.head_count, self.query_count, self.key_count = pattern.shape
         if pattern.numel() == 0 or self.key_count < self.query_count:
             raise PatternError(
-                f"a causal pattern has at least as many keys as queries and at least one query, "
+                f"a causal pattern must have at least as many keys as queries and at least one query, "
                 f"got {self.query_count} queries and {self.key_count} keys"
             )
         self.dtype = reduction_dtype(pattern.dtype)

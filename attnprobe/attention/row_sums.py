@@ -1,9 +1,9 @@
 """What each row of an attention sums to: the log of the softmax's denominator, and the row's mass.
 
-`FactoredAttention` computes them once, when it is made. Where the model's own kernel has returned each row's
-log-sum-exp, they are known already; else the CPU flash kernel gives them where it computes exactly this
-attention, and with them what each query reads of the keys' positions; else they come from blocks of scores.
-What is left to others: the scores (block_scores), and when a model's kernel is listened to (kernels).
+`FactoredAttention` computes them once, when it is made. If the model's own kernel has returned each row's
+log-sum-exp, they are known already. Otherwise the CPU flash kernel gives them if it computes exactly this
+attention, together with what each query reads from the keys' positions; if not, they come from blocks of
+scores. What is left to others: the scores (block_scores), and listening to a model's kernel (kernels).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnprobe.attention.operator import key_positions
 from attnprobe.attention.tiles import query_slices
 from attnprobe.errors import PatternError
 
-# What one block of scores over all keys may hold: far below one layer's activations.
+# The largest size of a block of scores over all keys: far below one layer's activations.
 _BLOCK_BYTES = 32 * 2**20
 
 
@@ -29,10 +29,10 @@ class RowSums:
     """What each row sums to.
 
     Attributes:
-        log_sum_exp: of the row's scores, sinks included; 0 where nothing is seen. Zero and not minus
+        log_sum_exp: of the row's scores, sinks included; 0 where nothing is seen, rather than minus
             infinity, so that `exp(score - log_sum_exp)` of an unseen key is 0.
-        mass: the sum of the row's probabilities: 1, less under a sink, 0 where nothing is seen.
-        mean_position: what the query reads when keys carry `key_positions`; None where no kernel said so.
+        mass: the sum of the row's probabilities: 1, less with a sink, 0 where nothing is seen.
+        mean_position: what the query reads when keys carry `key_positions`; None if no kernel computed it.
     """
 
     log_sum_exp: Float[Tensor, "batch head query"]
@@ -51,8 +51,8 @@ def sum_rows(
     Args:
         scores: the scores.
         sinks: `[head]` logits in the denominator that belong to no key.
-        log_sum_exp: of each row's scores without sinks, where a kernel has computed it already.
-        mean_position: what each query reads of the keys' positions, without sinks, where a kernel has
+        log_sum_exp: of each row's scores without sinks, if a kernel has computed it already.
+        mean_position: what each query reads from the keys' positions, without sinks, if a kernel has
             computed it already.
 
     Raises:
@@ -62,7 +62,7 @@ def sum_rows(
     if sinks is not None and sinks.shape != (head_count,):
         raise PatternError(f"expected one sink for each of {head_count} heads, got {list(sinks.shape)}")
     if log_sum_exp is not None or _flash_computes(scores):
-        # A kernel's maximum passes over NaN: a NaN score would come out as a finite number.
+        # A kernel's maximum ignores NaN: a NaN score would come out as a finite number.
         for name, tensor in (("query", scores.query), ("key", scores.key)):
             _check_finite(tensor.sum(-1), f"the {name}", "token")
     if log_sum_exp is None and _flash_computes(scores):
@@ -86,7 +86,7 @@ def _flash_computes(scores: BlockScores) -> bool:
 def _flash_over_positions(scores: BlockScores) -> FlashResult:
     """Run the flash kernel over values that hold the keys' positions.
 
-    The kernel wants values as wide as the key: one column counts, the others are zero.
+    The kernel needs values as wide as the key: one column holds the positions, the others zeros.
     """
     query, key = scores.query.to(scores.dtype), scores.key.to(scores.dtype)
     position = key_positions(key.shape[2], scores.dtype, key.device)[:, None]

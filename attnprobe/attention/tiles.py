@@ -1,10 +1,10 @@
 """Which blocks of query-key pairs answer a question: planned in whole numbers, before anything is computed.
 
-`FactoredAttention` asks for a plan and walks over it: `plan_tiles` covers every pair that may be seen and
-lies within the distances asked for, once, and nothing that is far from both. `query_slices` cuts queries
-so that what is computed of them at a time stays within bounds. Nothing here touches a tensor, so that the
-plan can be tested by counting pairs. What is left to others: which keys queries see (masks), and what is
-computed in a tile (factored).
+`FactoredAttention` asks for a plan and follows it: `plan_tiles` covers every visible pair within the wanted
+distances exactly once, and leaves out blocks that hold none. `query_slices` splits the queries so that what
+is computed at a time stays within a limit of memory. Nothing here touches a tensor, so the plan can be tested
+by counting pairs. What is left to others: which keys queries see (masks), and what is computed in a tile
+(factored).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TILE_QUERIES, TILE_KEYS = 128, 512
-"""How many queries and keys a tile holds at most: its scores stay in a processor's cache (measured: 2.4 times
-the flash kernel's time over whole rows, 0.6 times over such tiles)."""
+"""The largest numbers of queries and keys in a tile, so that its scores stay in a processor's cache
+(measured: 2.4 times the flash kernel's time over whole rows, 0.6 times over such tiles)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Reach:
 
     Attributes:
         queries: the block.
-        first, stop: no query of the block sees a key before `first`, or from `stop` on.
+        first, stop: no query of the block sees a key before `first`, or at `stop` or later.
         common_first, common_stop: every query of the block sees all keys from `common_first` up to
             `common_stop`, except those later than itself.
     """
@@ -40,11 +40,11 @@ class Tile:
     """A block of pairs to compute.
 
     Attributes:
-        queries, keys: the block's.
-        key_block: the number of the block of `TILE_KEYS` keys that it lies in.
+        queries, keys: the block's queries and keys.
+        key_block: the number of the block of `TILE_KEYS` keys in which it lies.
         needs_mask: whether the block holds pairs that may not be seen, later keys aside.
-        first_diagonal, last_diagonal: which of the block's diagonals (column less row, as `triu` and `tril`
-            count them) count; None where all do.
+        first_diagonal, last_diagonal: which of the block's diagonals count (numbered as by `triu` and `tril`:
+            key index less query index); None if all do.
     """
 
     queries: slice
@@ -58,14 +58,14 @@ class Tile:
 def plan_tiles(
     reaches: Sequence[Reach], query_offset: int, start: int = 0, stop: int | None = None
 ) -> list[Tile]:
-    """Return tiles that cover every visible pair at a distance `start <= t - s < stop` once.
+    """Return tiles that cover every visible pair at a distance `start <= t - s < stop` exactly once.
 
-    Keys outside, queries inside: what a block of keys needs is then done once for all its tiles.
+    All tiles of a block of keys come one after another, so that the keys are prepared once for all of them.
 
     Args:
         reaches: the blocks of queries.
-        query_offset: the key at which the first query stands.
-        start, stop: distances from a query back to a key; `stop=None`: to the first key.
+        query_offset: the key index of the first query.
+        start, stop: limits of the distance from a query back to a key; `stop=None`: back to the first key.
 
     >>> plan_tiles([Reach(slice(0, 3), 0, 3, 0, 3)], query_offset=0, start=1)
     [Tile(queries=slice(0, 3, None), keys=slice(0, 2, None), key_block=0, needs_mask=False, \
@@ -73,7 +73,7 @@ first_diagonal=None, last_diagonal=-1)]
     """
     met = []
     for reach in reaches:
-        # Only keys at a distance that counts from some query of the block.
+        # Only keys at a wanted distance from some query of the block.
         last = min(reach.stop, reach.queries.stop + query_offset - start)
         first = reach.first
         if stop is not None:
@@ -91,7 +91,7 @@ first_diagonal=None, last_diagonal=-1)]
 
 
 def _tile(reach: Reach, keys: slice, query_offset: int, start: int, stop: int | None) -> Tile:
-    # The pair in row i and column j of the block is at distance `corner + i - j`.
+    # The pair of the block's query i and key j is at distance `corner + i - j`.
     corner = reach.queries.start + query_offset - keys.start
     nearest = corner - (keys.stop - keys.start - 1)
     farthest = corner + (reach.queries.stop - reach.queries.start - 1)
@@ -106,7 +106,7 @@ def _tile(reach: Reach, keys: slice, query_offset: int, start: int, stop: int | 
 
 
 def query_slices(query_count: int, bytes_per_query: int, most_bytes: int, multiple: int = 1) -> list[slice]:
-    """Return slices of queries, a multiple of `multiple` in each but the last, within so many bytes.
+    """Return slices of queries within `most_bytes`; all but the last hold a multiple of `multiple` queries.
 
     >>> query_slices(10, bytes_per_query=8, most_bytes=40, multiple=2)
     [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]

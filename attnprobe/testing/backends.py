@@ -1,6 +1,7 @@
-"""The backends around a transformers model that is there already, without a tokenizer or a network.
+"""The backends around an existing transformers model, without a tokenizer or a network.
 
-What is left to others: which models (tiny_models), and what is done with them (conformance, families).
+The tests and the table of families use them. What is left to others: which models (tiny_models), and what is
+done with them (conformance, families).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def in_transformer_lens(model: Any) -> Any:
     """Return a TransformerBridge around the model, which it changes.
 
     Raises:
-        UnsupportedModelError: TransformerLens does not know the family.
+        UnsupportedModelError: TransformerLens does not know this family.
     """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -34,14 +35,14 @@ def in_transformer_lens(model: Any) -> Any:
 
 def in_nnsight(model: Any) -> Any:
     """Return an NNsight wrapper around the model."""
-    # Late: importing nnsight puts an attribute on every object.
+    # Imported late, since importing nnsight puts an attribute on every object.
     import nnsight
 
     return nnsight.NNsight(model)
 
 
 def run_in_trace(wrapper: Any, input_ids: Tensor, **arguments: Any) -> None:
-    """Run an nnsight wrapper as its users do: in a trace."""
+    """Run an nnsight wrapper as its users do, in a trace."""
     with wrapper.trace(input_ids, **arguments):
         pass
 
@@ -51,4 +52,4 @@ BACKENDS: dict[str, Callable[[Any], Any]] = {
     "transformer_lens": in_transformer_lens,
     "nnsight": in_nnsight,
 }
-"""By the adapter's name, what puts a transformers model into the backend."""
+"""The function that puts a transformers model into each backend, by the adapter's name."""

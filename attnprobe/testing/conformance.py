@@ -4,10 +4,10 @@
 
     test_my_backend = conformance_test(MyWrapper)
 
-gives a test for every family, side of padding and dtype: the same weights, read plainly through
-transformers, say what the wrapped model must show. The oracle of attention is the maps that eager
-attention returns; that of the other sites is the transformers adapter, whose own tests hold it against
-hooks on named modules. What is left to others: what is particular to a backend.
+gives a test for every family, side of padding and dtype: the same weights, read directly through
+transformers, determine what the wrapped model must show. The oracle for attention is the maps that eager
+attention returns; that for the other sites is the transformers adapter, whose own tests compare it with
+hooks on named modules. What is left to others: tests of what is particular to a backend.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def run_directly(model: Any, input_ids: Tensor, **arguments: Any) -> Any:
 def conformance_test(
     wrap: Wrap, *, run: Run = run_directly, families: Iterable[str] = tuple(FAMILIES)
 ) -> Callable[..., None]:
-    """Return a pytest test that holds an adapter to what every adapter must do.
+    """Return a pytest test of what every adapter must do.
 
     Args:
-        wrap: makes the backend's model of a transformers model; an adapter must be registered for it.
+        wrap: makes the backend's model from a transformers model; an adapter must be registered for it.
         run: `run(wrapped, input_ids, **arguments)`, how a user of the backend runs a forward pass, with
             `attention_mask` and, where the family has them, `position_ids`; default: calling it.
-        families: of `attnprobe.testing.tiny_models`.
+        families: names from `attnprobe.testing.tiny_models.FAMILIES`.
 
     A family that `wrap` or the adapter refuses with `UnsupportedModelError` is skipped, with its reason.
     """
@@ -87,7 +87,7 @@ def check_conformance(
     """Check an adapter on a tiny random model of one family, padded on one side.
 
     Raises:
-        AssertionError: something is not as it must be.
+        AssertionError: the adapter does not do what it must.
         UnsupportedModelError: the family is refused.
     """
     _check(_prepared(wrap, family, side, dtype, run))
@@ -98,9 +98,9 @@ def check_conformance(
 
 @dataclass(frozen=True)
 class _Case:
-    """A wrapped model, the same weights unwrapped, and a padded call of two rows.
+    """A wrapped model, the same weights unwrapped, and a padded call of two examples.
 
-    `eager` are those weights again, for maps; `whole` says whether all checks are made.
+    `eager` has those weights too, and gives maps; `whole` says whether all checks are made.
     """
 
     wrapped: Any
@@ -117,9 +117,9 @@ class _Case:
         """The transformers model inside the wrapped one, or the wrapped one itself."""
         return getattr(adapter_for(self.wrapped), "model", self.wrapped)
 
-    def call_wrapped(self, rows: slice = slice(None), columns: Tensor | None = None) -> None:
+    def call_wrapped(self, examples: slice = slice(None), columns: Tensor | None = None) -> None:
         with torch.no_grad():
-            arguments = {name: value[rows] for name, value in self.arguments.items()}
+            arguments = {name: value[examples] for name, value in self.arguments.items()}
             if columns is not None:
                 arguments = {name: value[:, columns] for name, value in arguments.items()}
             self.run(self.wrapped, arguments.pop("input_ids"), **arguments)
@@ -130,7 +130,7 @@ class _Case:
 
 
 def _prepared(wrap: Wrap, family: str, side: str, dtype: torch.dtype, run: Run) -> _Case:
-    """Return a case; two sequences, the first padded on a side, as a careful user would pass them."""
+    """Return a case of two sequences, the first padded on a side, as a careful user would pass them."""
     reference, eager = _references(family, dtype)
     wrapped = wrap(tiny_model(family).to(dtype))
     adapter_for(wrapped)
@@ -154,7 +154,7 @@ def _eager(model: Any, **arguments: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the maps that the layers with attention return under eager attention, and the logits."""
     with torch.no_grad():
         output = model(**arguments, output_attentions=True)
-    # Some hybrids return something for their other layers too, some return nothing.
+    # Some hybrids return something for their other layers too; others return nothing.
     layers = adapter_for(model).layers
     if len(output.attentions) > len(layers):
         return [output.attentions[layer] for layer in layers], output.logits
@@ -162,7 +162,7 @@ def _eager(model: Any, **arguments: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 class _Collect(Probe):
-    """Keeps what comes to some sites, patterns whole, and may put something else in its place."""
+    """Keeps the values at some sites, with whole patterns, and may replace them."""
 
     def __init__(self, *sites: str, change: Callable[[Tensor], Tensor] | None = None) -> None:
         self.sites = frozenset(sites)
@@ -181,12 +181,12 @@ class _Collect(Probe):
 
 
 def _check(case: _Case) -> None:
-    # Some backends add hooks of their own when a model first runs.
+    # Some backends add hooks of their own when a model runs for the first time.
     case.call_wrapped()
     before = model_state(case.plain_of_wrapped)
     _check_layers(case)
     _check_patterns(case)
-    _check_rows_alone(case)
+    _check_examples_alone(case)
     _check_measure(case)
     if case.whole:
         _check_tensor_sites(case)
@@ -209,40 +209,40 @@ def _check_patterns(case: _Case) -> None:
         case.call_wrapped()
     assert len(maps) == len(attached.layers) == len(probe.values)
     for layer, expected in zip(attached.layers, maps, strict=True):
-        rows = case.real[:, None, :, None]
-        found = probe.values["attention", layer] * rows
+        real = case.real[:, None, :, None]
+        found = probe.values["attention", layer] * real
         if case.precise:
-            torch.testing.assert_close(found, expected.float() * rows, rtol=0, atol=2e-5)
+            torch.testing.assert_close(found, expected.float() * real, rtol=0, atol=2e-5)
         elif layer == attached.layers[0] == 0:
             # Later layers drift with the rounding of activations, which differs between implementations.
-            torch.testing.assert_close(found, expected.float() * rows, rtol=0, atol=3e-2)
+            torch.testing.assert_close(found, expected.float() * real, rtol=0, atol=3e-2)
         assert float(found.sum(-1).max()) < 1 + 1e-2
 
 
-def _statistics(case: _Case, rows: slice, columns: Tensor | None, start: Tensor) -> HeadStatistics:
+def _statistics(case: _Case, examples: slice, columns: Tensor | None, start: Tensor) -> HeadStatistics:
     probe = HeadStatisticsProbe(window=4, horizon=(2, 6), receiver=True, entropy=False)
     width = case.real.shape[1] if columns is None else len(columns)
-    response = torch.arange(width) >= start[rows, None]
+    response = torch.arange(width) >= start[examples, None]
     with attach(case.wrapped, probe, response_mask=response):
-        case.call_wrapped(rows, columns)
+        case.call_wrapped(examples, columns)
     return probe.result()
 
 
-def _check_rows_alone(case: _Case) -> None:
-    """Each row of the padded batch gives what it gives alone, in the user's own calls."""
+def _check_examples_alone(case: _Case) -> None:
+    """Each example of the padded batch gives what it gives alone, in the user's own calls."""
     first = case.real.int().argmax(-1)
     together = _statistics(case, slice(None), None, first + _RESPONSE)
     precise = case.precise
-    # In bfloat16 the sums of a larger batch round otherwise, and later layers drift.
+    # In bfloat16 the sums of a larger batch round differently, and later layers drift.
     layers = slice(None) if precise else slice(0, 1)
     tolerance = 2e-4 if precise else 0.3
-    for row in range(case.real.shape[0]):
-        kept = case.real[row].nonzero()[:, 0]
-        alone = _statistics(case, slice(row, row + 1), kept, torch.full_like(first, _RESPONSE))
+    for example in range(case.real.shape[0]):
+        kept = case.real[example].nonzero()[:, 0]
+        alone = _statistics(case, slice(example, example + 1), kept, torch.full_like(first, _RESPONSE))
         for name in ("span", "waad", "fai", "receiver_kurtosis") if precise else ("span", "waad", "fai"):
-            found, expected = getattr(together, name)[row, layers], getattr(alone, name)[0, layers]
+            found, expected = getattr(together, name)[example, layers], getattr(alone, name)[0, layers]
             if name in ("waad", "fai"):
-                padding = (~case.real[row]).nonzero()[:, 0]
+                padding = (~case.real[example]).nonzero()[:, 0]
                 assert bool(found[..., padding].isnan().all()), name
                 found = found[..., kept]
             torch.testing.assert_close(found, expected, equal_nan=True, rtol=tolerance, atol=tolerance)
@@ -298,13 +298,13 @@ def _check_tensor_sites(case: _Case) -> None:
     for site, reason in adapter.refused_sites.items():
         try:
             with attach(case.wrapped, _Collect(site)):
-                raise AssertionError(f"{site} is refused ({reason}), but was attached")
+                raise AssertionError(f"{site} should be refused ({reason}), but was attached")
         except UnsupportedModelError as refusal:
-            assert reason in str(refusal)  # noqa: PT017 - not a test of pytest's, but a check
+            assert reason in str(refusal)  # noqa: PT017 - a check, not a pytest test
 
 
 def _check_suppression(case: _Case) -> None:
-    """Suppressed attention has the same effect on the logits, or is refused."""
+    """Suppressing attention has the same effect on the logits as in transformers, or is refused."""
     adapter = adapter_for(case.wrapped)
     if adapter.reads == "dense":
         return
@@ -333,17 +333,17 @@ def _check_suppression(case: _Case) -> None:
 
 
 def _check_failing_probe(case: _Case) -> None:
-    """An error inside a probe comes through, and the next pass works."""
+    """An error inside a probe reaches the caller, and the next pass works."""
 
     class Failing(Probe):
         def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
-            raise KeyError("of the probe's own")
+            raise KeyError("an error of the probe")
 
     try:
         with attach(case.wrapped, Failing()):
             case.call_wrapped()
     except KeyError as error:
-        assert "of the probe's own" in str(error)  # noqa: PT017 - as above
+        assert "an error of the probe" in str(error)  # noqa: PT017 - as above
     else:
         raise AssertionError("an error inside a probe was swallowed")
     case.call_wrapped()
@@ -388,7 +388,7 @@ def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
     """Check that two results of `model_state` are equal.
 
     Raises:
-        AssertionError: they are not, with what differs.
+        AssertionError: they are not; the message names what differs.
     """
     for name in before:
         assert before[name].keys() == after[name].keys() if isinstance(before[name], dict) else True, name

@@ -1,11 +1,11 @@
-"""The table of families and backends: what is read where, found out by reading tiny models.
+"""The table of families and backends: how each backend reads each family, tried on tiny models.
 
     python -m attnprobe.testing.families                  # the table, as Markdown
-    python -m attnprobe.testing.families docs/backends.md # the same, put into a file between its marks
+    python -m attnprobe.testing.families docs/backends.md # the same, put between the marks of a file
     python -m attnprobe.testing.families --differences    # the largest difference between two backends
 
-Every cell is tried: a model of the family is put into the backend and measured, and what came to the
-attention site is noted. What is left to others: whether the numbers are right (conformance).
+Every cell is tried: a model of the family is put into the backend and run, and the kind of attention that is
+observed is recorded. What is left to others: whether the numbers are right (conformance).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TITLES = {"transformers": "transformers", "transformer_lens": "TransformerLens"
 
 
 class _Kinds(Probe):
-    """Notes how the attention of each layer was read."""
+    """Records how the attention of each layer was read."""
 
     def __init__(self) -> None:
         self.kinds: set[str] = set()
@@ -50,7 +50,7 @@ def _batch() -> TokenBatch:
 
 
 def _cell(family: str, backend: str) -> str:
-    """Return how a backend's attention is read in a family, or why it is not."""
+    """Return how a family's attention is read in a backend, or why it is not."""
     try:
         model = BACKENDS[backend](tiny_model(family))
         adapter = adapter_for(model)
@@ -84,11 +84,11 @@ def _reason(family: str) -> str:
             measure(tiny_model(family), _batch())
     except (UnsupportedModelError, IncompleteRunError) as refusal:
         return str(refusal)
-    raise AssertionError(f"{family} was to be refused, but is read")
+    raise AssertionError(f"{family} should be refused, but is read")
 
 
 def families_table() -> str:
-    """Return the table as Markdown, a line for each family, and after it those that are refused."""
+    """Return the table as Markdown, with a line for each family, and after it the refused families."""
     titles = (
         "family",
         "what is particular",
@@ -106,7 +106,7 @@ def families_table() -> str:
 def largest_differences() -> dict[str, tuple[float, str]]:
     """Return, for each statistic, the largest difference between two backends, and its family.
 
-    Over all families, in float32; differences of span and WAAD are in tokens.
+    Over all families, in float32; differences in span and WAAD are in tokens.
     """
     largest = dict.fromkeys(("span", "waad", "fai", "entropy"), (0.0, "-"))
     for family in FAMILIES:
@@ -133,7 +133,7 @@ def _quietly() -> None:
 
 
 def main() -> None:
-    """Print the table, put it into a file, or print differences."""
+    """Print the table, put it into a file, or print the differences."""
     parser = argparse.ArgumentParser(description=families_table.__doc__)
     parser.add_argument("file", nargs="?", type=Path, help="put the table into this file, between its marks")
     parser.add_argument("--differences", action="store_true", help="print the largest differences instead")

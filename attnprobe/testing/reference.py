@@ -1,7 +1,7 @@
 """The slow and obvious pattern of an attention call, in float64: the oracle of the operator's tests.
 
-Every option is applied where a model applies it, one after the other, on the full T x T scores. What
-is left to others: drawing inputs (strategies) and comparing (tests).
+Every option is applied where a model applies it, one after the other, to the full T x T scores. Tests of the
+operator call it. What is left to others: drawing inputs (strategies) and comparing results (tests).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Hypothesis strategies for attention: inputs of attention calls with any options, and patterns.
 
-What is left to others: the pattern that the inputs stand for (reference).
+Tests of the operator and of metrics draw from them. What is left to others: the pattern that the inputs
+stand for (reference).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-# Not hypothesis' own DrawFn: a protocol that cannot be checked at run time.
+# Not hypothesis' own DrawFn, which is a protocol that cannot be checked at run time.
 Draw = Callable[..., Any]
 
 
@@ -85,7 +86,7 @@ def call_inputs(draw: Draw, *, max_tokens: int = 24, cached: bool = True) -> Cal
         if form == "additive":
             lowest = torch.finfo(torch.float32).min
             options["mask"] = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, lowest)
-            # An additive mask keeps its own dtype, which says what its lowest number is.
+            # An additive mask keeps its own dtype, which determines its lowest number.
             options["mask"] = options["mask"].float()
         else:
             options["mask"] = seen

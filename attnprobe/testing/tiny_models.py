@@ -1,7 +1,8 @@
 """Tiny random causal language models of many families, built from transformers' config classes.
 
-Each is a few layers of a few heads with random weights: enough to run every code path of a family in
-milliseconds, without a download. What is left to others: real weights and what is tested.
+Each has a few layers of a few heads with random weights: enough to run every code path of a family in
+milliseconds, without a download. Tests and the examples in docstrings call `tiny_model`. What is left to
+others: real weights, and what is tested.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
     },
 }
-"""Families, by their transformers `model_type`, and what makes them tiny."""
+"""The families, by their transformers `model_type`, with the settings that make them tiny."""
 
 REFUSED: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
@@ -154,7 +155,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "is_decoder": False,
     },
 }
-"""Families that cannot be read, for the reasons that the errors give."""
+"""Families that cannot be read; the errors say why."""
 
 TRAITS: dict[str, str] = {
     "llama": "rotary, grouped queries",
@@ -200,8 +201,8 @@ def tiny_model(family: str, *, implementation: str | None = None, seed: int = 0,
     """Return a tiny random model of a family, in float32 and evaluation mode.
 
     `implementation` is the attention implementation ("eager", "sdpa"; default: the family's own), and
-    `changes` go to the config. Weights are spread out more than a new model's, so that attention is
-    far from uniform.
+    `changes` go to the config. Weights are larger than a new model's, so that attention is far from
+    uniform.
 
     >>> type(tiny_model("llama")).__name__
     'LlamaForCausalLM'

@@ -1,7 +1,8 @@
 """Tiny TRL trainers on tiny random models: whole training steps in a fraction of a second.
 
-They generate, score and update as big ones do, on prompts of different lengths, with a reward that
-varies within a group. What is left to others: models (tiny_models) and what is tested.
+They generate, score and update as large ones do, on prompts of different lengths, with a reward that
+varies within a completion group. Tests of the trainers call `tiny_trainer`. What is left to others: models
+(tiny_models), and what is tested.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def tiny_trainer(
     options: dict[str, Any] | None = None,
     **config: Any,
 ) -> Any:
-    """Return a trainer of a TRL class on a tiny model, on the CPU, which logs and saves nothing.
+    """Return a trainer of a TRL class for a tiny model on the CPU; it logs and saves nothing.
 
     `config` goes to the class's own config, `options` to the trainer. By default a step is a batch of 4
-    completions of up to 12 tokens, in groups of 2.
+    completions of up to 12 tokens, in completion groups of 2.
     """
     from datasets import Dataset
     from transformers import set_seed
@@ -81,7 +82,7 @@ def tiny_trainer(
 
 
 def _config_of(trainer_class: Any) -> Any:
-    """Return the config class that stands beside a trainer class or beside one of its bases."""
+    """Return the config class that is defined beside a trainer class or one of its bases."""
     for base in trainer_class.__mro__:
         package = sys.modules.get(base.__module__.rpartition(".")[0])
         config = getattr(package, base.__name__.replace("Trainer", "Config"), None)
