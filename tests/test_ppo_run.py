@@ -634,7 +634,7 @@ def test_what_train_refuses(tmp_path, as_users_call) -> None:
         with pytest.raises(ParameterError, match=r"must be True or False"):
             ppo_of(folder=tmp_path / "run").train(**options)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResultError, match="cannot create .*file"):
+    with pytest.raises(ResultError, match=r"cannot create .*file"):
         ppo_of(folder=tmp_path / "file").train()
 
 

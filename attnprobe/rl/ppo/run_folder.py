@@ -105,7 +105,7 @@ class RunFolder:
             self._board.flush()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint; `state` has an entry "step", and `torch.load(weights_only=True)` takes it."""
+        """Replace the checkpoint; `state` has an entry "step" and only what `weights_only=True` loads."""
         if self._folder is not None:
             _replace(self._checkpoint, lambda path: torch.save(state, path))
 
@@ -118,7 +118,7 @@ class RunFolder:
 
 
 def check_folder(folder: Any) -> str | Path | None:
-    """Return a folder's path, or None where nothing is to be written.
+    """Return a folder's path, or None if nothing is to be written.
 
     Raises:
         ParameterError: something else.
