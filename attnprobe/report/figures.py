@@ -314,7 +314,7 @@ def _head_texts(heads: HeadGroups, span: list[list[float]]) -> list[list[str]]:
 
 
 def _group_markers(heads: HeadGroups, labels: list[str], cell: int) -> list[Any]:
-    """Return the marks of the groups, which differ in shape, so that they can be told apart without colour."""
+    """Return the marks of the groups, with a shape for each, so that they differ without colour."""
     plotly = import_plotly()
     looks = {
         "local": (heads.local_heads, "triangle-down", "#ffffff", 0.38),
