@@ -7,8 +7,8 @@
     rhythm = attnprobe.find_rhythm(scores)
     attnprobe.Report(batch, stats, heads, scores, rhythm).save("report.html")
 
-This module is the public face. Nothing heavy is loaded with it: backends, plotting and trainers load
-when they are used.
+This module is the public interface. Nothing heavy is loaded with it: backends, plotting and trainers are
+loaded on first use.
 """
 
 import importlib
@@ -113,7 +113,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load the packages that not everyone needs when they are first asked for."""
+    """Load the packages that not everyone needs on first use."""
     if name in ("models", "rl", "testing"):
         return importlib.import_module(f"attnprobe.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The named axes of results: read off annotations, and what selecting, joining and comparing need of them.
+"""The named axes of results: reading them from annotations, and what selecting, joining and comparing need.
 
 `Result` calls these for every result class. What is left to others: what a result can do (results).
 """
@@ -22,7 +22,7 @@ PADDED_AXES = ("token", "query", "key")
 
 @dataclass(frozen=True)
 class TensorField:
-    """A field of a result that holds a tensor: its name, kind and axes, and whether it may be None."""
+    """A tensor field of a result: its name, kind of numbers and axes, and whether it may be None."""
 
     name: str
     kind: str
@@ -31,7 +31,7 @@ class TensorField:
 
 
 def tensor_fields(kind: Any) -> tuple[TensorField, ...]:
-    """Return the tensor fields of a result's class, as their annotations say."""
+    """Return the tensor fields of a result class, according to their annotations."""
     found = []
     for each in dataclasses.fields(kind):
         match = re.match(r"(Float|Int|Bool)\[Tensor, [\"']([^\"']*)[\"']\]( \| None)?$", str(each.type))
@@ -41,7 +41,7 @@ def tensor_fields(kind: Any) -> tuple[TensorField, ...]:
 
 
 def setting_names(kind: Any) -> tuple[str, ...]:
-    """Return the names of a result's fields that are no tensors."""
+    """Return the names of a result's fields that are not tensors."""
     tensors = {each.name for each in tensor_fields(kind)}
     return tuple(each.name for each in dataclasses.fields(kind) if each.name not in tensors)
 
@@ -53,7 +53,7 @@ def setting_types(kind: Any) -> dict[str, Any]:
 
 
 def example_indices(examples: Any, count: int) -> list[int]:
-    """Return the numbers of the examples that a number, list, slice or mask chooses out of `count`.
+    """Return the numbers of the examples that a number, list, slice or mask selects from `count`.
 
     >>> example_indices(slice(1, None), 3), example_indices([True, False, True], 3), example_indices(-1, 3)
     ([1, 2], [0, 2], [2])
@@ -82,7 +82,7 @@ def example_indices(examples: Any, count: int) -> list[int]:
     if numbers.dtype == torch.bool:
         if numbers.shape != (count,) or not bool(numbers.any()):
             raise ParameterError(
-                f"a mask of examples must be [{count}] and choose some; got {brief(examples)}"
+                f"a mask of examples must be [{count}] and choose at least one; got {brief(examples)}"
             )
         return numbers.nonzero()[:, 0].tolist()
     listed = numbers.reshape(-1).tolist()
@@ -93,10 +93,10 @@ def example_indices(examples: Any, count: int) -> list[int]:
 
 
 def check_columns(columns: Any, count: int) -> None:
-    """Refuse what is no slice of neighbouring columns, or chooses none of `count`.
+    """Check that columns are a slice of neighbouring ones that chooses some of `count`.
 
     Raises:
-        ParameterError: one of these.
+        ParameterError: they are not.
     """
     expected = "columns must be a slice without step, such as slice(8, None)"
     if not isinstance(columns, slice):
@@ -121,7 +121,7 @@ def is_kind(value: Tensor, kind: str) -> bool:
 
 
 def padded(value: Tensor, axis: int, width: int, fill: Any) -> Tensor:
-    """Return a tensor with one axis filled up to a width, on the right."""
+    """Return a tensor with one axis padded to a width, on the right."""
     missing = width - value.shape[axis]
     if missing == 0:
         return value
@@ -136,7 +136,7 @@ def fixed_sizes(each: TensorField, value: Tensor) -> dict[str, int]:
 
 
 def equal_tensors(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    """Return whether two tensors hold the same, wherever they lie; NaN equals NaN."""
+    """Return whether two tensors hold the same values, on any device; NaN equals NaN."""
     if ours is None or theirs is None:
         return ours is theirs
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:

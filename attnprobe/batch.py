@@ -1,10 +1,10 @@
 """TokenBatch: token ids, which of them are real, which are response, and how examples are laid out.
 
-Callers hand in what they have: texts, chats, a tokenizer's output, ids padded on either side or packed,
-a trainer's rollouts. The batch keeps that layout, and results come back aligned with it. For the forward
-pass `TokenBatch.sequences` gives the same tokens as right-padded sequences, one to an example: then a
-causal model needs no mask at all, positions start at 0, and neither padding nor a packed neighbour can
-leak into a statistic.
+Users pass in what they have: texts, chats, a tokenizer's output, ids padded on either side or packed, a
+trainer's rollouts. The batch keeps that layout, and results are aligned with it. For the forward pass,
+`TokenBatch.sequences` returns the same tokens as right-padded sequences, one per example: a causal model
+then needs no mask at all, positions start at 0, and neither padding nor a packed neighbour can leak into a
+statistic.
 
 What is left to others: running a model (adapters) and the meaning of a response mask (metrics).
 """
@@ -37,16 +37,16 @@ class TokenBatch(Result):
     """Token ids with their masks, in the caller's layout; build it with one of the `from_` methods.
 
     Attributes:
-        input_ids: the tokens, int64; padding holds any valid id.
-        attention_mask: True where a token is real. One run per example: left or right padding only.
+        input_ids: the tokens, int64; any valid id on padding.
+        attention_mask: True where a token is real; one unbroken run per example, padded left or right.
         response_mask: True where a token belongs to a response; metrics describe these tokens. It may have
             gaps, such as a tool's output between two turns.
         segment_ids: in packed examples, which sequence a token belongs to; -1 on padding.
-            None where each example is one sequence.
-        texts: the text of each token, for pictures; None where no tokenizer was given.
+            None if each example is one sequence.
+        texts: the text of each token, for display; None if no tokenizer was given.
 
     Raises:
-        BatchError: ids that are negative or no whole numbers, or masks and texts that do not fit them.
+        BatchError: ids that are negative or not whole numbers, or masks and texts that do not match them.
     """
 
     input_ids: Int[Tensor, "batch token"]
@@ -58,7 +58,7 @@ class TokenBatch(Result):
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
     def __post_init__(self) -> None:
-        """Check the parts, and make ids int64, which every model takes."""
+        """Check the parts, and convert ids to int64, which every model accepts."""
         self._check(BatchError)
         object.__setattr__(self, "input_ids", as_ids(self.input_ids, "input_ids"))
         if self.segment_ids is not None:
@@ -77,14 +77,14 @@ class TokenBatch(Result):
 
     @property
     def token_count(self) -> int:
-        """The number of the caller's columns."""
+        """The number of positions, padding included."""
         return self.input_ids.shape[1]
 
     def _used(self) -> Tensor:
         return self.attention_mask
 
     def _table(self) -> dict[str, Any]:
-        """Return example, position, token_id, text and whether a token is response, of each real token."""
+        """Return columns with example, position, token_id, text and response, a line for each real token."""
         place = self.attention_mask.nonzero()
         columns = token_columns(place, self.input_ids, self.texts)
         columns["response"] = table_column(self.response_mask, place)
@@ -94,7 +94,7 @@ class TokenBatch(Result):
 
     @staticmethod
     def of(value: BatchLike) -> TokenBatch:
-        """Return a batch from whatever stands for one; every function that takes a batch calls this.
+        """Return a batch from anything that describes one; every function that takes a batch calls this.
 
         A `TokenBatch` is returned as it is. A tokenizer's output, or a dictionary like it, has `input_ids`
         and may have `attention_mask`, `position_ids`, and `response_mask`, `labels` (-100 outside the
@@ -135,16 +135,16 @@ class TokenBatch(Result):
             attention_mask: `[batch, token]`, 1 where a token is real; default: all are.
             response_mask: `[batch, token]`, 1 where a token belongs to the response; it may have gaps.
             response_start: instead of `response_mask`, the column where the response starts, one for
-                all examples or `[batch]`; it runs to the last real token. With neither, every real token
-                counts as response.
-            position_ids: `[batch, token]`; give it for packed examples, in which several sequences stand one
-                behind the other and positions restart at each. Each sequence is then measured on its own.
-            tokenizer: gives the tokens their texts, for pictures.
+                all examples or `[batch]`; it runs to the last real token. Without either, every real token
+                is response.
+            position_ids: `[batch, token]`; needed for packed examples, in which several sequences follow one
+                another and positions restart with each. Each sequence is then measured on its own.
+            tokenizer: provides the texts of the tokens, for display.
 
         Tensors, numpy arrays and lists are accepted; masks hold 0 and 1.
 
         Raises:
-            BatchError: shapes that do not fit, masks with other values, an attention mask with holes,
+            BatchError: shapes that do not match, masks with other values, an attention mask with holes,
                 empty examples or responses.
 
         >>> batch = TokenBatch.from_ids([[5, 6, 7, 8], [5, 6, 7]], response_start=2)
@@ -191,20 +191,20 @@ class TokenBatch(Result):
             )
         texts = None
         if tokenizer is not None:
-            texts = tuple(token_texts(tokenizer, row) for row in ids.tolist())
+            texts = tuple(token_texts(tokenizer, example) for example in ids.tolist())
         return TokenBatch(ids, real, response, segments, texts)
 
     @staticmethod
     def from_text(
         tokenizer: Any, prompts: Sequence[str] | str, responses: Sequence[str] | str | None = None
     ) -> TokenBatch:
-        """Build a batch from prompts and responses as text; without responses all of each text is response.
+        """Build a batch from prompts and responses as text; without responses, each whole text is response.
 
-        Prompt and response are tokenized apart, the way a response is generated, so that no token
-        straddles their border; only the prompt gets the tokenizer's special tokens.
+        Prompt and response are tokenized separately, as when a response is generated, so that no token
+        straddles their boundary; only the prompt gets the tokenizer's special tokens.
 
         Raises:
-            BatchError: something that is no tokenizer, different numbers of prompts and responses, or an
+            BatchError: something that is not a tokenizer, different numbers of prompts and responses, or an
                 empty response.
         """
         prompts = as_texts(prompts, "prompts")
@@ -220,12 +220,12 @@ class TokenBatch(Result):
         messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]],
         responses: Sequence[str] | str,
     ) -> TokenBatch:
-        """Build a batch from chats, by the tokenizer's own chat template, and responses as text.
+        """Build a batch from chats, using the tokenizer's chat template, and responses as text.
 
         `messages` is one conversation or several; each ends where the assistant is to speak.
 
         Raises:
-            BatchError: a tokenizer without a chat template, messages that it does not take, different
+            BatchError: a tokenizer without a chat template, messages that the template rejects, different
                 numbers of conversations and responses, or an empty response.
         """
         if getattr(tokenizer, "chat_template", None) is None:
@@ -249,11 +249,11 @@ class TokenBatch(Result):
     ) -> TokenBatch:
         """Build a batch from a trainer's rollout: prompts padded left, completions padded right.
 
-        The columns are those of the prompts followed by those of the completions. `response_mask`
-        `[batch, completion]` marks what the policy wrote itself, where a tool wrote the rest; default: all.
+        The columns are those of the prompts followed by those of the completions. `response_mask`, shaped
+        like `completion_ids`, marks what the policy wrote itself if a tool wrote the rest; default: all.
 
         Raises:
-            BatchError: shapes or masks that do not fit.
+            BatchError: shapes or masks that do not match.
         """
         prompt, completion = as_ids(prompt_ids, "prompt_ids"), as_ids(completion_ids, "completion_ids")
         if prompt.ndim != 2 or completion.ndim != 2:
@@ -280,9 +280,9 @@ class TokenBatch(Result):
     # ---- layout -------------------------------------------------------------------------------
 
     def sequences(self) -> tuple[TokenBatch, SequenceLayout]:
-        """Return the same tokens as right-padded sequences, one to an example, and the way back.
+        """Return the same tokens as right-padded sequences, one per example, and the way back.
 
-        A packed example becomes as many as it has sequences with a response in them.
+        A packed example becomes one example for each of its sequences that has a response.
 
         Raises:
             BatchError: an attention mask with holes, or no response at all.
@@ -305,7 +305,7 @@ class TokenBatch(Result):
         real = torch.zeros(len(spans), width, dtype=torch.bool, device=ids.device)
         response = torch.zeros_like(real)
         for i, (example, start, length) in enumerate(spans):
-            # Padding repeats a token of the example, which is in the vocabulary whatever that is.
+            # Padding repeats a token of the example, which is certain to be in the vocabulary.
             ids[i] = self.input_ids[example, start]
             ids[i, :length] = self.input_ids[example, start : start + length]
             real[i, :length] = True
@@ -326,7 +326,7 @@ def token_columns(
     input_ids: Int[Tensor, "batch token"] | None,
     texts: tuple[tuple[str, ...], ...] | None,
 ) -> dict[str, Any]:
-    """Return the columns by which tables of tokens are joined: example, position, and token_id and text."""
+    """Return the columns by which tables of tokens are joined: example, position, token_id and text."""
     columns: dict[str, Any] = {
         "example": place[:, 0].cpu().numpy(),
         "position": place[:, 1].cpu().numpy(),
@@ -339,14 +339,14 @@ def token_columns(
 
 
 def check_unpacked(segment_ids: Tensor | None, action: str) -> None:
-    """Refuse packed examples where the tokens of one response would be ranked among those of another.
+    """Refuse packed examples, where the tokens of one response would be ranked against those of another.
 
     Raises:
         ParameterError: examples are packed.
     """
     if segment_ids is not None:
         raise ParameterError(
-            f"cannot {action} in packed examples, which hold several sequences each: take them apart, "
+            f"cannot {action} in packed examples, which hold several sequences each: separate them with "
             "batch.sequences()[0]"
         )
 
@@ -368,10 +368,10 @@ def _join(tokenizer: Any, heads: list[list[int]], tails: list[list[int]]) -> Tok
 
 
 def _of_mapping(value: Mapping[str, Any]) -> TokenBatch:
-    """Return the batch that a tokenizer's output, or a dictionary like it, describes."""
+    """Return the batch described by a tokenizer's output, or a dictionary like it."""
     responses = ("response_mask", "assistant_masks", "labels")
     known = {"input_ids", "attention_mask", "position_ids", *responses}
-    # What tokenizers add of their own accord, and causal models do not need.
+    # What tokenizers add by default, and causal models do not need.
     unused = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "texts"}
     if "input_ids" not in value:
         raise BatchError(f"a batch needs input_ids; got a mapping with {sorted(map(str, value))}")
@@ -383,7 +383,7 @@ def _of_mapping(value: Mapping[str, Any]) -> TokenBatch:
         )
     given = [name for name in responses if value.get(name) is not None]
     if len(given) > 1:
-        raise BatchError(f"{' and '.join(given)} all say what is response: pass one of them")
+        raise BatchError(f"{' and '.join(given)} each say what is response: pass only one of them")
     response = value[given[0]] if given else None
     if given == ["labels"]:
         response = labelled(response)

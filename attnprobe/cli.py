@@ -1,6 +1,6 @@
 """The command line: `attnprobe report`, `attnprobe heads`, `attnprobe score`, `attnprobe doctor`.
 
-A thin face over the library: it loads, calls and prints. Exit codes: 0 done, 1 something that the message
+A thin layer over the library: it loads, calls and prints. Exit codes: 0 done, 1 an error that the message
 explains, 2 wrong usage, 130 interrupted. What is left to others: everything that computes something.
 """
 
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,10 +54,10 @@ ChatOption = Annotated[
     typer.Option("--chat/--no-chat", help="Use the chat template.", show_default="if there is one"),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="The longest answer to generate.")]
-TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Of sampling; 0 is greedy.")]
-SeedOption = Annotated[int, typer.Option(help="Of sampling.")]
+TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of sampling.")]
 LayersOption = Annotated[str, typer.Option(help='"all", "middle", or numbers such as 0,4,8-11.')]
-QuantileOption = Annotated[float, typer.Option(help="The share of heads that is local, and that is global.")]
+QuantileOption = Annotated[float, typer.Option(help="The share of heads in the local and the global group.")]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _read(
     if response is not None and not response.strip():
         raise BatchError("the response is empty: there is no token to describe")
     err.print("Loading libraries ...")
-    # One set of progress bars, ours; tqdm looks for this when it is first imported.
+    # Only our own progress bars; tqdm reads this when it is first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers
 
@@ -103,7 +104,7 @@ def _read(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     loaded = models.load_model(model, progress=True)
-    # Whatever is wrong with the model or the layers is told before an answer is waited for.
+    # Report anything wrong with the model or the layers before generating an answer.
     resolve_layers(chosen, attnprobe.adapter_for(loaded.model))
     ids = models.prompt_ids(loaded, prompt, system=system, chat=chat)
     if response is None:
@@ -139,7 +140,7 @@ def report(
         "attnprobe-report.html"
     ),
 ) -> None:
-    """Write a page that shows the reasoning rhythm of an answer; a built-in demo with no options."""
+    """Write a page that shows the reasoning rhythm of an answer; without options, a built-in demo."""
     from attnprobe.report.document import check_dependencies
     from attnprobe.storage import check_writable
 
@@ -209,7 +210,7 @@ def score(
     ] = Path("attnprobe-scores.csv"),
     groups: Annotated[
         Path | None,
-        typer.Option(help="Head groups that `heads -o` saved; default: those of this answer."),
+        typer.Option(help="Head groups saved by `heads -o`; default: those of this answer."),
     ] = None,
     model: ModelOption = None,
     prompt: PromptOption = DEMO_PROMPT,
@@ -240,7 +241,7 @@ def score(
 
 @app.command()
 def doctor() -> None:
-    """Show versions, which backends import, and which attention implementations run here."""
+    """Show versions, which optional packages import, and which attention implementations run here."""
     from attnprobe import doctor as checks
 
     out.print(checks.version_table())
@@ -292,13 +293,13 @@ def _typical_heads(groups: Any, top: int = 10) -> Table:
             number = float(getattr(groups, value)[groups.layers.index(layer), head])
             cells.append((f"L{layer} H{head}", f"{number:.1f}"))
         columns.append(cells)
-    for row in range(max(len(cells) for cells in columns)):
-        table.add_row(*(text for cells in columns for text in (cells[row] if row < len(cells) else ("", ""))))
+    for line in zip_longest(*columns, fillvalue=("", "")):
+        table.add_row(*(text for cell in line for text in cell))
     return table
 
 
 def _pairs(batch: Any, scores: Any, rhythm: Any, most: int = 12) -> Table:
-    """The strongest anchors with their preplans, in the order of the text."""
+    """Return a table of the strongest anchors with their preplans, in the order of the text."""
     pairs = rhythm.pairs()
     strongest = sorted(sorted(pairs, key=lambda pair: -float(scores.fai[0, pair[1]]))[:most])
     anchors, preplans = int(rhythm.anchor.sum()), int(rhythm.preplan.sum())
@@ -322,7 +323,7 @@ def _pairs(batch: Any, scores: Any, rhythm: Any, most: int = 12) -> Table:
 
 
 def _check_table_path(output: Path) -> None:
-    """Check that a result can be written there, before the work that makes it."""
+    """Check that a result can be written there, before doing the work."""
     from attnprobe.storage import check_writable, import_pandas
 
     if output.suffix not in (".csv", ".json", ".safetensors"):
@@ -333,7 +334,7 @@ def _check_table_path(output: Path) -> None:
 
 
 def _write_table(result: Any, table: Callable[[], Any], output: Path) -> None:
-    """Write a result: as it is for attnprobe to load, or as a table for others."""
+    """Write a result: in full, for attnprobe to load, or as a table, for other programs."""
     from attnprobe.storage import write_atomically
 
     if output.suffix == ".safetensors":
@@ -345,7 +346,7 @@ def _write_table(result: Any, table: Callable[[], Any], output: Path) -> None:
 
 
 def main() -> None:
-    """Run the command line; errors that a person can act on are one line, without a traceback."""
+    """Run the command line; errors that the user can act on are one line, without a traceback."""
     try:
         app()
     except AttnprobeError as error:

@@ -1,7 +1,8 @@
 """What `attnprobe doctor` finds out: versions, backends, and which attention implementations can be read.
 
 The command line prints these tables. Everything is tried, not looked up: a backend is imported, and an
-attention implementation runs a tiny model whose statistics are compared with the eager ones.
+attention implementation runs a tiny model whose statistics are compared with those of eager attention. What
+is left to others: printing, and the exit code (cli).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def implementation_table() -> tuple[Table, bool]:
 
 
 def _difference_from_eager(implementation: str) -> float:
-    """Return the largest difference of statistics under an implementation from those of eager maps."""
+    """Return the largest difference between an implementation's WAAD and that of eager maps."""
     from attnprobe import metrics
     from attnprobe.batch import TokenBatch
     from attnprobe.measurement import measure

@@ -1,8 +1,8 @@
 """The errors that attnprobe raises: one base, and one subclass for each thing that a caller can fix.
 
-A message says what was wrong, with the actual shapes or names, and what to do about it. Bad input
-never yields a wrong number in silence. What is left to others: a bug inside attnprobe surfaces as
-the plain Python exception that it is.
+A message says what was wrong, with the actual shapes or names, and what to do about it. Bad input never
+silently yields a wrong number. What is left to others: a bug inside attnprobe surfaces as a plain Python
+exception.
 """
 
 
@@ -11,7 +11,7 @@ class AttnprobeError(Exception):
 
 
 class BatchError(AttnprobeError, ValueError):
-    """Token ids, masks or texts that do not make a valid batch."""
+    """Token ids, masks or texts that do not form a valid batch."""
 
 
 class PatternError(AttnprobeError, ValueError):
@@ -23,7 +23,7 @@ class ParameterError(AttnprobeError, ValueError):
 
 
 class UnsupportedModelError(AttnprobeError, TypeError):
-    """A model whose attention cannot be read, with the reason."""
+    """A model whose attention cannot be read; the message gives the reason."""
 
 
 class ModelLoadError(AttnprobeError, OSError):
@@ -31,7 +31,7 @@ class ModelLoadError(AttnprobeError, OSError):
 
 
 class IncompleteRunError(AttnprobeError, RuntimeError):
-    """A forward pass in which a layer was not seen exactly once, or read differently."""
+    """A forward pass in which a layer was not seen exactly once, or could not be read as before."""
 
 
 class InterventionError(AttnprobeError, ValueError):
@@ -43,8 +43,8 @@ class ResultError(AttnprobeError, ValueError):
 
 
 class MissingDependencyError(AttnprobeError, ImportError):
-    """An optional package that the requested feature needs."""
+    """A missing optional package that the requested feature needs."""
 
 
 class TrainerError(AttnprobeError, RuntimeError):
-    """A trainer that credit cannot be attached to, or detached from, with the reason."""
+    """A trainer that credit cannot be attached to or detached from; the message gives the reason."""

@@ -1,4 +1,4 @@
-"""Token ids as they are handed in: tensors, arrays, lists of any lengths, labels, starts of responses.
+"""Token ids as users pass them in: tensors, arrays, lists of any lengths, labels, starts of responses.
 
 `TokenBatch.from_ids` and `TokenBatch.of` call these. What is left to others: masks (batch) and layout.
 """
@@ -16,10 +16,10 @@ from attnprobe.validation import as_tensor, brief, is_array
 
 
 def labelled(labels: Any) -> Any:
-    """Return which labels are not -100, in the form in which the labels come."""
+    """Return which labels are not -100, in the same form as the labels."""
     labels = as_lists(labels)
-    if isinstance(labels, list) and labels and all(isinstance(row, list | tuple) for row in labels):
-        return [labelled(row) for row in labels]
+    if isinstance(labels, list) and labels and all(isinstance(each, list | tuple) for each in labels):
+        return [labelled(each) for each in labels]
     numbers = as_tensor(labels, "labels", BatchError)
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise BatchError(f"labels must be whole numbers; got {brief(numbers)}")
@@ -28,42 +28,44 @@ def labelled(labels: Any) -> Any:
 
 
 def as_lists(value: Any) -> Any:
-    """Return tensors or arrays that come in a list, one for each example, as lists of numbers."""
+    """Return a list of tensors, arrays or ranges, one for each example, as a list of lists."""
     if not isinstance(value, list | tuple):
         return value
-    rows = []
-    for row in value:
-        is_row = isinstance(row, Tensor) or is_array(row)
-        rows.append(row.tolist() if is_row else list(row) if isinstance(row, range) else row)
-    return rows
+    examples = []
+    for each in value:
+        is_numbers = isinstance(each, Tensor) or is_array(each)
+        examples.append(each.tolist() if is_numbers else list(each) if isinstance(each, range) else each)
+    return examples
 
 
 def ragged_lengths(ids: Any) -> list[int] | None:
-    """Return the lengths of lists of ids that differ in length; None where ids are a rectangle."""
-    if not isinstance(ids, list | tuple) or not ids or not all(isinstance(row, list | tuple) for row in ids):
+    """Return the lengths of lists of ids that differ in length; None if they do not."""
+    if not isinstance(ids, list | tuple) or not ids:
         return None
-    lengths = [len(row) for row in ids]
+    if not all(isinstance(example, list | tuple) for example in ids):
+        return None
+    lengths = [len(example) for example in ids]
     if min(lengths) == 0:
         raise BatchError(f"example {lengths.index(0)} is empty: every example needs at least one token")
     return lengths if len(set(lengths)) > 1 else None
 
 
 def rectangle(value: Any, name: str, lengths: list[int] | None) -> Any:
-    """Return ragged lists as a rectangle: ids are padded with the row's first, masks with 0."""
+    """Return lists of different lengths as a rectangle: ids are padded with their first, masks with 0."""
     if lengths is None or not isinstance(value, list | tuple):
         return value
-    if [len(row) if isinstance(row, list | tuple) else None for row in value] != lengths:
+    if [len(example) if isinstance(example, list | tuple) else None for example in value] != lengths:
         raise BatchError(f"{name} must be lists of {lengths} like the token ids; got {brief(value)}")
     width = max(lengths)
-    padding = [row[0] if name == "input_ids" else 0 for row in value]
-    return [[*row, *[pad] * (width - len(row))] for row, pad in zip(value, padding, strict=True)]
+    padding = [example[0] if name == "input_ids" else 0 for example in value]
+    return [[*example, *[pad] * (width - len(example))] for example, pad in zip(value, padding, strict=True)]
 
 
 def as_ids(ids: Any, name: str) -> Int[Tensor, "..."]:
     """Return token ids as int64.
 
     Raises:
-        BatchError: something else than whole numbers from 0, or none.
+        BatchError: anything but whole numbers from 0, or no numbers at all.
     """
     tensor = as_tensor(ids, name, BatchError)
     if tensor.numel() == 0:
@@ -82,7 +84,7 @@ def response_starts(response_start: Any, ids: Tensor) -> Int[Tensor, "batch_or_1
     is_whole = not (starts.is_floating_point() or starts.is_complex() or starts.dtype == torch.bool)
     if not is_whole or bool((starts.long() < 0).any()):
         raise BatchError(
-            f"response_start is a column, a whole number from 0; got {starts.flatten().tolist()}"
+            f"response_start must be a column, a whole number from 0; got {starts.flatten().tolist()}"
         )
     starts = starts.long()
     if starts.shape[0] not in (1, ids.shape[0]):

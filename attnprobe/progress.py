@@ -1,6 +1,6 @@
-"""Progress bars for long work, drawn by rich on standard error; nothing is drawn unless asked for.
+"""Progress bars for long work, drawn by rich on standard error, and only on request.
 
-What is left to others: deciding what counts as a step.
+Functions with an argument `progress` call this. What is left to others: what counts as a step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Advance = Callable[[], None]
 
 @contextmanager
 def progress_bar(label: str, total: int | None, *, shown: bool) -> Iterator[Advance]:
-    """Yield a function that moves the bar by one step; with `total=None` the end is not known.
+    """Yield a function that advances the bar by one step; with `total=None` the end is unknown.
 
     >>> with progress_bar("measuring", 2, shown=False) as advance:
     ...     advance()

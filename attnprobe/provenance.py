@@ -1,4 +1,4 @@
-"""Provenance: what the scores of tokens were computed from, which they and all that is made of them keep.
+"""Provenance: what token scores were computed from; they carry it, and so do all results made from them.
 
 `score_tokens` and `group_maps` make it; rhythm, couplings, perturbations and the report compare it. What is
 left to others: the results that carry it (results).
@@ -15,14 +15,14 @@ Align = Literal["token", "prediction"]
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the scores of tokens were computed from.
+    """What token scores were computed from.
 
     Attributes:
-        model_name: the model, as it calls itself.
+        model_name: the model's own name.
         layers: the layers that were measured.
         window, horizon: the parameters of WAAD and FAI.
-        heads: of each group ("local", "global", "receiver"): the heads as (layer, head, weight).
-        align: which token a row of attention describes: "token", its own; "prediction", the next one.
+        heads: the heads of each group ("local", "global", "receiver"), as (layer, head, weight).
+        align: which token a row of the pattern describes: its own ("token") or the next one ("prediction").
     """
 
     model_name: str = ""
@@ -46,7 +46,7 @@ class Provenance:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Return ascending whole numbers in short.
+    """Return ascending whole numbers in short form.
 
     >>> ranges([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'

@@ -1,10 +1,10 @@
 """Result: what every result of the library can do.
 
-A result is a frozen dataclass of tensors with named axes and of settings. Which axes a tensor has stands in
-its annotation (`Float[Tensor, "batch layer head"]`), and everything here follows from that: results are
-checked when they are made, selected and joined along their examples, moved, compared, shown, saved, loaded
-and turned into tables by one piece of code. TokenBatch, HeadStatistics, HeadGroups, TokenScores, Rhythm,
-GroupMaps and Couplings are results; their modules say what the numbers mean.
+A result is a frozen dataclass of settings and of tensors with named axes. A tensor's annotation names its
+axes (`Float[Tensor, "batch layer head"]`), and everything here follows from that: the same code checks
+results when they are made, selects and joins them along their examples, moves, compares, shows, saves and
+loads them, and turns them into tables. TokenBatch, HeadStatistics, HeadGroups, TokenScores, Rhythm, GroupMaps
+and Couplings are results. What is left to others: what the numbers mean (their own modules).
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ _KINDS = {"Float": "floating point", "Int": "whole numbers", "Bool": "bool"}
 class Result:
     """Base of all results; subclass it as a frozen dataclass with `eq=False, repr=False`.
 
-    The tensors of a result share the sizes of their named axes, and lie on one device. `batch` is the axis of
-    examples; results without it (head groups) cannot be selected from or joined.
+    Axes of the same name have the same size in all tensors of a result, and the tensors are on one device.
+    `batch` is the axis of examples; results without it (head groups) cannot be selected from or joined.
     """
 
     _FILL: ClassVar[dict[str, Any]] = {}
-    """What pads a field in `concatenate`, where it is not NaN, False or -1."""
+    """What `concatenate` pads a field with, if not with NaN, False or -1."""
     _PER_EXAMPLE: ClassVar[tuple[str, ...]] = ("texts",)
-    """The settings that have an entry for each example, in the order of the batch axis."""
+    """The settings with an entry for each example, in the order of the batch axis."""
 
     def __post_init__(self) -> None:
-        """Check that tensors are of the right kind and that their shapes agree."""
+        """Check that tensors have the right dtype and that their shapes agree."""
         self._check()
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
@@ -88,7 +88,7 @@ class Result:
                 if size != known:
                     shapes = {f.name: list(t.shape) for f, t in self._tensors()}
                     raise error(
-                        f"{type(self).__name__} must have one size for its axis {axis}, but {owner} has "
+                        f"{type(self).__name__} must have a single size for its axis {axis}, but {owner} has "
                         f"{known} and {each.name} has {size}: {shapes}"
                     )
         if "provenance" in setting_names(type(self)):
@@ -106,27 +106,28 @@ class Result:
         if lengths is None or len(lengths) != examples or any(length != tokens for length in lengths):
             found = brief(entries) if lengths is None else f"{len(lengths)} of {sorted(set(lengths))}"
             raise error(
-                f"{name} of {type(self).__name__} must be a tuple for each of {examples} examples, each of "
+                f"{name} of {type(self).__name__} must hold a tuple for each of {examples} examples, each of "
                 f"{tokens} tokens; got {found}"
             )
 
     def _tensors(self) -> list[tuple[TensorField, Tensor]]:
-        """Return the tensor fields that are not None, with their values."""
+        """Return the tensor fields that are not None, each with its value."""
         pairs = ((each, getattr(self, each.name, None)) for each in tensor_fields(type(self)))
         return [(each, value) for each, value in pairs if isinstance(value, Tensor)]
 
     # ---- selecting, joining, moving, comparing --------------------------------------------------
 
     def select(self: ResultT, examples: Any, *, trim: bool = False) -> ResultT:
-        """Return some of the examples, in the order given; the batch axis stays.
+        """Return some of the examples, in the order given; the batch axis is kept.
 
         Args:
             examples: a number, a list of numbers, a slice, or a mask `[batch]` of True and False.
-            trim: whether to drop the columns behind the last one that an example uses; without it columns
-                stay where they are, so that parts selected alike fit together.
+            trim: whether to drop the columns after the last one that any selected example uses; without it,
+                columns stay where they are, so that the same selection from several results still fits
+                together.
 
         Raises:
-            ParameterError: examples that are not there, or something that chooses none.
+            ParameterError: examples that do not exist, or a selection of none.
         """
         sizes = {axis: size for f, t in self._tensors() for axis, size in zip(f.axes, t.shape, strict=True)}
         if "batch" not in sizes:
@@ -147,10 +148,10 @@ class Result:
         return selected.at_columns(slice(0, int(used.max()) + 1 if len(used) else 1))
 
     def at_columns(self: ResultT, columns: Any) -> ResultT:
-        """Return the result with some of its columns: `at_columns(slice(8, None))` without the first 8.
+        """Return the result with some of its columns: `at_columns(slice(8, None))` drops the first 8.
 
         Raises:
-            ParameterError: no slice, one with a step, or one that chooses no column.
+            ParameterError: anything but a slice, a slice with a step, or one that chooses no column.
         """
         count = max(
             (t.shape[i] for f, t in self._tensors() for i, a in enumerate(f.axes) if a in PADDED_AXES),
@@ -167,7 +168,7 @@ class Result:
         return dataclasses.replace(self, **changed)
 
     def _used(self) -> Tensor:
-        """Return the columns that each example uses, `[batch, token]`."""
+        """Return which columns each example uses, `[batch, token]`."""
         mask: Tensor = getattr(self, "response_mask")  # noqa: B009
         return mask
 
@@ -176,7 +177,7 @@ class Result:
         """Join results along their examples; shorter ones are padded on the right.
 
         Raises:
-            ResultError: nothing to join, or parts of other models, layers or settings.
+            ResultError: nothing to join, or parts whose models, layers or settings differ.
         """
         parts = list(parts) if isinstance(parts, Iterable) else [parts]
         if not parts:
@@ -206,7 +207,7 @@ class Result:
     def _check_joins(cls, parts: Sequence[Any]) -> None:
         first = parts[0]
         if not any("batch" in each.axes for each, _ in first._tensors()):
-            raise ResultError(f"{cls.__name__} has no examples that could be joined")
+            raise ResultError(f"{cls.__name__} has no examples to join")
         fixed = {each.name: fixed_sizes(each, value) for each, value in first._tensors()}
         for part in parts[1:]:
             for name in setting_names(cls):
@@ -217,7 +218,7 @@ class Result:
                 elif ours != theirs:
                     what, ours, theirs = _difference(name, ours, theirs)
                     raise ResultError(
-                        f"{cls.__name__}s cannot be joined whose {what} differ: {brief(ours)} and "
+                        f"{cls.__name__}s cannot be joined if their {what} differ: {brief(ours)} and "
                         f"{brief(theirs)}"
                     )
             found = {each.name: fixed_sizes(each, value) for each, value in part._tensors()}
@@ -226,14 +227,15 @@ class Result:
             for name, sizes in fixed.items():
                 if found[name] != sizes:
                     raise ResultError(
-                        f"{cls.__name__}s cannot be joined whose {name} differ in {sizes} and {found[name]}"
+                        f"{cls.__name__}s cannot be joined if the sizes of their {name} differ: {sizes} and "
+                        f"{found[name]}"
                     )
 
     def to(self: ResultT, device: Any) -> ResultT:
         """Return the result with its tensors on a device.
 
         Raises:
-            ParameterError: something that is no device.
+            ParameterError: something that is not a device.
         """
         try:
             place = torch.device(device)
@@ -245,8 +247,8 @@ class Result:
         return dataclasses.replace(self, **moved)
 
     def __eq__(self, other: object) -> bool:
-        """Whether two results hold the same numbers and settings, wherever their tensors lie; NaN is NaN."""
-        # Not NotImplemented: arrays would compare themselves element by element.
+        """Whether two results hold the same numbers and settings, on any device; NaN equals NaN."""
+        # Not NotImplemented: arrays would then compare element by element.
         if type(other) is not type(self):
             return False
         names = setting_names(type(self))
@@ -268,7 +270,7 @@ class Result:
         return "\n".join(lines)
 
     def _headline(self) -> str:
-        """Return the settings in short."""
+        """Return a short summary of the settings."""
         told = []
         for name in setting_names(type(self)):
             value = getattr(self, name)
@@ -284,9 +286,9 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the settings and the tensors, as a small table."""
-        rows = [("", self._headline())]
-        rows += [(f.name, f"{list(f.axes)} = {list(t.shape)}".replace("'", "")) for f, t in self._tensors()]
-        return html_table(type(self).__name__, ("", ""), rows)
+        lines = [("", self._headline())]
+        lines += [(f.name, f"{list(f.axes)} = {list(t.shape)}".replace("'", "")) for f, t in self._tensors()]
+        return html_table(type(self).__name__, ("", ""), lines)
 
     # ---- files and tables -----------------------------------------------------------------------
 
@@ -294,7 +296,7 @@ class Result:
         """Save as one safetensors file with JSON metadata, and return its path.
 
         Raises:
-            ResultError: a place that cannot be written.
+            ResultError: a path that cannot be written.
         """
         settings = {name: getattr(self, name) for name in setting_names(type(self))}
         tensors: dict[str, Tensor | None] = {each.name: value for each, value in self._tensors()}
@@ -329,7 +331,7 @@ class Result:
         return frame
 
     def to_arrow(self, *arguments: Any, **options: Any) -> pyarrow.Table:
-        """Return the same table as arrow, from which polars and others read: `polars.from_arrow(...)`.
+        """Return the same table as arrow, which polars and others can read: `polars.from_arrow(...)`.
 
         Raises:
             MissingDependencyError: pyarrow is not installed.
@@ -347,29 +349,29 @@ class Result:
 
 
 def check_layers(result: Any, count: int, error: type[AttnprobeError]) -> None:
-    """Check that a result names the layer behind each index of its layer axis, and keep them as a tuple.
+    """Check that a result names the layer of each index of its layer axis, and store them as a tuple.
 
     Raises:
-        AttnprobeError: of that kind, if it does not.
+        AttnprobeError: of the given class, if it does not.
     """
     layers = tuple(whole_numbers(result.layers, "layers", error=error))
     if len(layers) != count or len(set(layers)) != count:
         raise error(
-            f"{type(result).__name__} is of {count} layers, and must name each of them once; got "
+            f"{type(result).__name__} has {count} layers and must name each of them once; got "
             f"{brief(list(layers))}"
         )
     object.__setattr__(result, "layers", layers)
 
 
 def table_column(values: Tensor, place: Tensor) -> Any:
-    """Return the values at places `[place, axis]` as a column of a table."""
+    """Return the values at indices `[place, axis]` as a column of a table."""
     chosen = values.detach()[tuple(place.to(values.device).T)].cpu()
     # Numpy has no bfloat16.
     return (chosen.float() if chosen.dtype == torch.bfloat16 else chosen).numpy()
 
 
 def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
-    """Return which setting differs: of provenances, which part of them."""
+    """Return which setting differs or, for provenances, which part of it, with both values."""
     if isinstance(ours, Provenance) and isinstance(theirs, Provenance):
         for each in dataclasses.fields(Provenance):
             parts = getattr(ours, each.name), getattr(theirs, each.name)
@@ -378,7 +380,7 @@ def _difference(name: str, ours: Any, theirs: Any) -> tuple[str, Any, Any]:
     return name, ours, theirs
 
 
-def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def html_table(title: str, head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """Return a small table for a notebook; every text is escaped.
 
     >>> html_table("t", ("a",), [("<b>",)])
@@ -386,6 +388,6 @@ def html_table(title: str, head: Sequence[str], rows: Iterable[Sequence[object]]
     """
     cells = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in head)
     body = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td>{html.escape(str(cell))}</td>' for cell in line)}</tr>" for line in lines
     )
     return f"<table><caption>{html.escape(title)}</caption><tr>{cells}</tr>{body}</table>"

@@ -1,8 +1,8 @@
 """Saving and loading results: one safetensors file, with the metadata as JSON in its header.
 
-A result is written to a temporary file beside its place and moved there when complete, so that a
-failure never leaves half a file or destroys an older one. What is left to others: which tensors and
-which metadata make up a result (the results' own modules).
+Results save and load themselves with these. A file is written under a temporary name in the same folder and
+renamed when complete, so that a failure never leaves half a file or destroys an older one. What is left to
+others: which tensors and which metadata make up a result (the results' own modules).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from attnprobe.version import __version__
 if TYPE_CHECKING:
     PathLike: TypeAlias = str | os.PathLike[str]
 else:
-    # A wrong path is to reach the check that explains it, also when types are checked at run time.
+    # Under run-time type checking, a wrong path must still reach the check that explains it.
     PathLike = Any
 
 _KEY = "attnprobe"
@@ -56,7 +56,7 @@ def write_atomically(path: PathLike, content: bytes) -> Path:
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
-        # mkstemp makes a private file; a result has the mode that an ordinary new file would have.
+        # mkstemp makes a private file; give it the mode of an ordinary new file.
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
@@ -70,7 +70,7 @@ def write_atomically(path: PathLike, content: bytes) -> Path:
 
 
 def check_writable(path: PathLike) -> None:
-    """Check that a file could be written there, before the work whose result it is to hold.
+    """Check that a file can be written there, before doing the work whose result it will hold.
 
     Raises:
         ResultError: a folder that does not exist or cannot be written, or a path that is a folder.
@@ -91,11 +91,11 @@ def save_result(
     """Save the tensors of a result that are not None, with its settings, as one safetensors file.
 
     Raises:
-        ResultError: a place that cannot be written.
+        ResultError: a path that cannot be written.
     """
     import msgspec
 
-    # Copies: safetensors refuses tensors that share memory, as the scores of equal groups may.
+    # Copies: safetensors refuses tensors that share memory, as scores of identical groups may.
     present = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -112,7 +112,7 @@ def save_result(
 def load_result(
     path: PathLike, kind: str, needed: Sequence[str], types: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Load a result of that kind: its tensors, of which some are needed, and its settings, of given types.
+    """Load a result of one kind: its tensors, the `needed` ones included, and its settings of given types.
 
     Raises:
         ResultError: a file that is missing or damaged, or that holds something else.
@@ -151,7 +151,7 @@ def load_result(
 def as_path(
     path: Any, expected: str = "a file is named by a str or a Path", error: type[AttnprobeError] = ResultError
 ) -> Path:
-    """Return a path, or raise an error for what is none."""
+    """Return a path, or raise an error for anything else."""
     if isinstance(path, str | os.PathLike):
         name = os.fspath(path)
         if isinstance(name, str) and name and "\0" not in name:

@@ -1,4 +1,4 @@
-"""Texts to token ids and back: what a tokenizer is asked, for batches and pictures.
+"""Texts to token ids and back: all calls of tokenizers, for batches and for display.
 
 `TokenBatch` and `models` call these. What is left to others: masks and layout (batch).
 """
@@ -13,13 +13,13 @@ from attnprobe.validation import brief
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """Return the text of each token, so that joined they give the text of the whole.
+    """Return the text of each token, such that the joined texts are the text of the whole.
 
-    Characters whose bytes are spread over several tokens stand with the first of these tokens, and the
-    others are empty.
+    A character whose bytes are spread over several tokens belongs to the first of them, and the others are
+    empty.
 
     Raises:
-        BatchError: something that is no tokenizer, or ids that it does not take.
+        BatchError: something that is not a tokenizer, or ids that it does not know.
     """
     if isinstance(tokenizer, type) or not hasattr(tokenizer, "decode"):
         raise BatchError(f"tokenizer must be a transformers tokenizer; got {brief(tokenizer)}")
@@ -32,7 +32,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
 
     texts: list[str] = []
     pending: list[int] = []
-    # The tokens before are decoded along: a lone SentencePiece token would lose its leading space.
+    # Decoded with the tokens before them: a lone SentencePiece token would lose its leading space.
     context: list[int] = []
     for i, token in enumerate(ids):
         pending.append(token)
@@ -59,23 +59,23 @@ def as_texts(texts: Any, name: str) -> list[str]:
 
 
 def chat_prompt_ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> list[int]:
-    """Return the ids of a conversation up to where the assistant speaks, by the chat template.
+    """Return the ids of a conversation up to where the assistant speaks, using the chat template.
 
     Raises:
-        BatchError: a conversation that the template does not take.
+        BatchError: a conversation that the template rejects.
     """
     try:
         text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # A template raises errors of its own, of jinja's and of Python's.
+    except Exception as error:  # A template may raise its own errors, jinja's and Python's.
         raise BatchError(
-            f"the chat template does not take {brief(conversation)} ({type(error).__name__}: {error}): a "
+            f"the chat template rejects {brief(conversation)} ({type(error).__name__}: {error}): a "
             'conversation is a list of {"role": ..., "content": ...}'
         ) from error
     return encoded(tokenizer, text, special=False)
 
 
 def encoded(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
-    """Return the ids of a text, with the tokenizer's special tokens or without."""
+    """Return the ids of a text, with or without the tokenizer's special tokens."""
     if not callable(tokenizer) or isinstance(tokenizer, type) or not hasattr(tokenizer, "decode"):
         raise BatchError(f"tokenizer must be a transformers tokenizer; got {brief(tokenizer)}")
     encoded = tokenizer(text) if special else tokenizer(text, add_special_tokens=False)

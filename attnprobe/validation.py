@@ -1,10 +1,10 @@
-"""Checks of what users hand in, each written once: numbers, choices, masks, tensors, and kinds of objects.
+"""Checks of what users pass in, each written once: numbers, choices, masks, tensors, and types of objects.
 
 Every public entry point calls these where a value enters, before any work is done. Each check returns the
 value in the one form that the rest of the library uses (a Python int, a boolean tensor, ...), so that
 lists, numpy arrays, numpy numbers and tensors are all accepted, and raises an `AttnprobeError` that says
-what was expected and what came. Checks that belong to one kind of value live with it: windows and
-horizons in metrics, layers in adapters.base, heads in head_selection.
+what was expected and what was given. What is left to others: checks of one kind of value, such as windows
+and horizons (metrics), layers (adapters.base) and heads (head_selection).
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     ArrayLike: TypeAlias = Tensor | numpy.ndarray[Any, Any] | Sequence[Any] | range
     IntLike: TypeAlias = int | numpy.integer[Any] | Tensor
     FloatLike: TypeAlias = float | IntLike | numpy.floating[Any]
-    # Fields of dataclasses whose __post_init__ checks what it is given and keeps a plain number.
+    # Fields of dataclasses whose __post_init__ checks what it is given and stores a plain number.
     IntField: TypeAlias = int
     FloatField: TypeAlias = float
     BoolField: TypeAlias = bool
 else:
-    # When types are checked at run time, as our tests do, a wrong value is to reach the check that explains
-    # it, and not to be turned away before.
+    # Under run-time type checking, as in our tests, a wrong value must reach the check that explains it,
+    # not be rejected before.
     ArrayLike = IntLike = FloatLike = IntField = FloatField = BoolField = Any
 
 
 def is_array(value: Any) -> bool:
-    """Whether a value is a numpy array, or a number of numpy's."""
+    """Whether a value is a numpy array or a numpy number."""
     return type(value).__module__ == "numpy" and hasattr(value, "ndim")
 
 
 def brief(value: Any, longest: int = 80) -> str:
-    """Return a value as it stands in an error message: its shape if it is a tensor, else a short repr.
+    """Return a value as shown in error messages: its shape if it is a tensor, else a short repr.
 
     >>> brief(torch.zeros(2, 3)), brief("x" * 100, longest=10)
     ('a float32 tensor [2, 3]', "'xxxxxx...")
@@ -61,7 +61,7 @@ def brief(value: Any, longest: int = 80) -> str:
         return f"the class {value.__name__}"
     try:
         text = repr(value)
-    except Exception:  # A repr of someone else's that fails must not hide what was wrong.
+    except Exception:  # Someone else's failing repr must not hide what was wrong.
         text = f"a {type(value).__name__}"
     text = " ".join(text.split())
     return text if len(text) <= longest else f"{text[: longest - 3]}..."
@@ -75,7 +75,7 @@ def whole_number(
     maximum: int | None = None,
     error: ErrorClass = ParameterError,
 ) -> int:
-    """Return a whole number within limits as an int; a bool is none, nor is 2.0.
+    """Return a whole number within limits as an int; neither a bool nor 2.0 counts as one.
 
     >>> whole_number(torch.tensor(3), "steps", minimum=1)
     3
@@ -99,7 +99,7 @@ def whole_number(
 
 
 def _index(value: Any) -> int | None:
-    """Return what stands for a whole number as an int: of Python, numpy or torch; None if it does not."""
+    """Return a whole number of Python, numpy or torch as an int; None for anything else."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dtype == torch.bool or value.ndim)):
         return None
     if is_array(value) and value.ndim:
@@ -120,7 +120,7 @@ def real_number(
     maximum: FloatLike | None = None,
     error: ErrorClass = ParameterError,
 ) -> float:
-    """Return a number within limits as a float; NaN is within none, infinity only where nothing bounds it.
+    """Return a number within limits as a float; NaN is never within limits, infinity only without a bound.
 
     >>> real_number(1, "quantile", above=0, maximum=1)
     1.0
@@ -171,7 +171,7 @@ def _limits(
 
 
 def choice(value: Any, name: str, options: Collection[str], error: ErrorClass = ParameterError) -> str:
-    """Return one of some words.
+    """Return a value after checking that it is one of the options.
 
     >>> choice("tokens", "align", ("token", "prediction"))
     Traceback (most recent call last):
@@ -185,7 +185,7 @@ def choice(value: Any, name: str, options: Collection[str], error: ErrorClass = 
 
 
 def truth(value: Any, name: str, error: ErrorClass = ParameterError) -> bool:
-    """Return True or False; 0 and 1 are neither, nor is a word.
+    """Return a bool; 0, 1 and strings are not accepted.
 
     >>> truth("yes", "span")
     Traceback (most recent call last):
@@ -201,7 +201,7 @@ def truth(value: Any, name: str, error: ErrorClass = ParameterError) -> bool:
 def instance(
     value: Any, kind: type[Any], name: str, hint: str = "", error: ErrorClass = ParameterError
 ) -> Any:
-    """Return a value of one class; `hint` says where one comes from.
+    """Return a value after checking its class; `hint` says where to get one.
 
     >>> instance("x", int, "count", "len() returns one")
     Traceback (most recent call last):
@@ -232,7 +232,7 @@ def as_tensor(value: Any, name: str, error: ErrorClass = ParameterError) -> Tens
             raise error(f"{name} must be a dense tensor of numbers; got a {kind} one on {value.device}")
         return value
     if is_array(value) and any(stride < 0 for stride in value.strides):
-        value = value.copy()  # Torch takes no reversed views.
+        value = value.copy()  # Torch does not accept reversed views.
     if hasattr(value, "__array__") or isinstance(value, list | tuple | range | int | float):
         try:
             if isinstance(value, list | tuple) and value and all(_is_numbers(part) for part in value):
@@ -251,7 +251,7 @@ def as_float_tensor(
     axes: str = "example, token",
     error: ErrorClass = ParameterError,
 ) -> Float[Tensor, "..."]:
-    """Return numbers as a tensor of floats: whole numbers become floats, since factors and means of them do.
+    """Return numbers as a tensor of floats; whole numbers are converted.
 
     >>> as_float_tensor([[1, 2]], "gamma", (1, 2))
     tensor([[1., 2.]])
@@ -276,7 +276,7 @@ def as_mask(
     device: torch.device | None = None,
     error: ErrorClass = ParameterError,
 ) -> Bool[Tensor, "..."]:
-    """Return a mask as a boolean tensor: it holds False and True, or 0 and 1, and nothing else.
+    """Return a mask as a boolean tensor; it may hold only False and True, or 0 and 1.
 
     A missing first axis of size 1 is added.
 
@@ -326,7 +326,7 @@ def whole_numbers(
 
 
 def finite(value: Tensor, name: str, axes: str, error: ErrorClass = ParameterError) -> Tensor:
-    """Return a tensor without NaN and infinity, or say where the first one stands."""
+    """Return a tensor after checking that it is finite; the error says where it first is not."""
     wrong = ~torch.isfinite(value)
     if bool(wrong.any()):
         where = wrong.nonzero()[0].tolist()

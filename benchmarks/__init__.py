@@ -1,1 +1,1 @@
-"""What attnprobe costs, measured: each measurement in its own process, ratios side by side."""
+"""What attnprobe costs in time and memory, as ratios to a plain forward pass or training step."""

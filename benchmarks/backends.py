@@ -1,13 +1,13 @@
-"""Memory and time of `measure` through each backend, beside the backend's own way to attention maps.
+"""Memory and time of `measure` through each backend, against the backend's own way to get attention maps.
 
     python -m benchmarks.backends                     # T = 2048, a SmolLM2-shaped model
     python -m benchmarks.backends --tokens 256 --layers 4 --repeats 1
 
-Each way runs in a process of its own, since memory that was taken is seldom returned: it loads the model
-with random weights, runs a small pass to warm up, notes the memory of the process, runs the pass, and
-reports how far the peak rose above. The ways are interleaved over the repeats, and medians are printed.
-The usual ways end with the maps of all layers at hand, from which nothing is computed yet; `measure`
-ends with span, WAAD, FAI and entropy of every head.
+Each way runs in its own process, since a process rarely returns memory: it loads the model with random
+weights, runs a small pass to warm up, records the memory of the process, runs the pass, and reports how far
+memory rose above that. The ways are interleaved over the repeats, and medians are printed. The usual ways end
+with the maps of all layers, before anything is computed from them; `measure` ends with span, WAAD, FAI and
+entropy.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_one(backend: str, way: str, tokens: int, layers: int) -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    # A bridge asks for eager attention when it loads a model itself; nnsight shows no maps without.
+    # A bridge sets eager attention when it loads a model itself; nnsight has no maps without it.
     implementation = "eager" if way == "usual" or backend == "transformer_lens" else "sdpa"
     model = build_model(layers, implementation)
     from attnprobe.testing.backends import BACKENDS as WRAPS
@@ -87,7 +87,7 @@ def run_one(backend: str, way: str, tokens: int, layers: int) -> None:
 
 
 def compared(own: dict[str, float], ours: dict[str, float], unit: str) -> str:
-    """Say how many times less, or more, of something our way took than the backend's own."""
+    """Say how many times less, or more, time or memory our way took than the backend's own."""
     if ours[unit] <= own[unit]:
         return f"{own[unit] / ours[unit]:.1f} times less"
     return f"{ours[unit] / own[unit]:.1f} times more"
@@ -120,12 +120,12 @@ def resident() -> int:
 
 
 def main() -> None:
-    """Run every way in a process of its own, interleaved, and print a table of medians."""
+    """Run every way in its own process, interleaved, and print a table of medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048, help="length of the sequence")
     parser.add_argument("--layers", type=int, default=30, help="layers of the model")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each way")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
     parser.add_argument("--one", nargs=2, metavar=("BACKEND", "WAY"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:

@@ -1,16 +1,17 @@
 """Time and memory of reading attention, against the plain forward pass and against storing maps.
 
     python -m benchmarks.cost            # everything: about an hour on two cores
-    python -m benchmarks.cost --quick    # a few of them, up to 2048 tokens: about a minute
+    python -m benchmarks.cost --quick    # a few subjects, up to 2048 tokens: about a minute
 
-Time: one process for each number of tokens runs all subjects in turn, round by round. A plain pass stands
-before and after each round, and every other round goes backwards: a subject's ratio is to the mean of
-the two plain passes around it, so that a machine that slows down evenly favours none. The median of the
-rounds' ratios is reported.
+Time: one process for each number of tokens runs all subjects in turn, round by round. A plain pass runs
+before and after each round, and every other round runs backwards. A subject's ratio is to the mean of the two
+plain passes around it, so that a machine that slows down evenly favours none. The median of the rounds'
+ratios is reported.
 
-Memory: two processes for each subject. `peak` is the most that a process held as it comes. Of that, the C
-library's allocator keeps some 150 MB of pieces which the program has freed, more or less by chance; in the
-second process it gives every piece above 1 MB back at once, and `held` is what the program itself held.
+Memory: two processes for each subject. `peak` is the most memory that an ordinary process held. It includes
+some 150 MB that the program has freed and the C library's allocator keeps, more or less by chance. In the
+second process the allocator returns every piece above 1 MB at once, and `held` is what the program itself
+held.
 
 What is left to others: what is run (subjects), the table of docs/performance.md (page).
 """
@@ -42,15 +43,15 @@ from benchmarks.subjects import SUBJECTS, build_model
 FOLDER = Path(__file__).parent / "results"
 # Maps of 30 layers and 9 heads: 4.5 GB at 2048 tokens, 18 GB at 4096.
 MOST_TOKENS_WITH_MAPS = 2048
-# Above so many tokens a pass takes tens of seconds, and its ratios scatter less.
+# Above this many tokens a pass takes tens of seconds, and its ratios vary less.
 MOST_TOKENS_WITH_ALL_ROUNDS, FEWER_ROUNDS = 2048, 3
-# For glibc: give pieces of memory above so many bytes back to the system when they are freed.
+# For glibc: return pieces of memory above this many bytes to the system when they are freed.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 OURS = ["measure", "without span", "attached", "five layers", "receive"]
 PEERS = ["eager maps", "bridge patterns", "nnsight maps"]
 
 app = typer.Typer(add_completion=False)
-# Piped into a file, a table is not to be squeezed into 80 columns.
+# A table that is piped into a file should not be squeezed into 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 120)
 
 
@@ -98,7 +99,7 @@ def run(
 def measured(
     tokens: int, layers: int, subjects: list[str], rounds: int, quick: bool = False
 ) -> list[dict[str, Any]]:
-    """Return a record for each subject that could be run; if quick, what it held is its peak as it comes."""
+    """Return a record for each subject that could be run; if quick, without the second memory process."""
     times = child("time", tokens, layers, ["plain", *subjects], rounds)
     plain = None
     records = []
@@ -128,7 +129,7 @@ def measured(
 
 
 def ratios_to_plain(seconds: list[float], plain: list[float]) -> list[float]:
-    """Return each round's seconds over the mean of the plain pass before it and the one after it."""
+    """Return each round's seconds divided by the mean of the plain passes before and after it."""
     around = itertools.pairwise(plain)
     return [ours / statistics.mean(pair) for ours, pair in zip(seconds, around, strict=True)]
 
@@ -152,9 +153,9 @@ def child(
 
 
 def prepared(name: str, models: dict[str, Any], layers: int, tokens: int) -> Any:
-    """Return a subject's call, or None where its library is not installed."""
+    """Return a subject's call, or None if its library is not installed."""
     subject = SUBJECTS[name]
-    # A bridge changes the model that it is given.
+    # Not shared with a bridge, which changes the model that it is given.
     shared = subject.implementation if name != "bridge patterns" else name
     if shared not in models:
         models[shared] = build_model(layers, subject.implementation)
@@ -167,9 +168,9 @@ def prepared(name: str, models: dict[str, Any], layers: int, tokens: int) -> Any
 
 
 def time_in_turn(tokens: int, layers: int, rounds: int, subjects: list[str]) -> dict[str, list[float]]:
-    """Time all subjects in turn, round by round: the plain pass once more often than the others.
+    """Time all subjects in turn, round by round; the plain pass runs once more than the others.
 
-    One plain pass before all does not count.
+    A first plain pass, to warm up, does not count.
     """
     models: dict[str, Any] = {}
     calls = {name: prepared(name, models, layers, tokens) for name in subjects}
@@ -196,7 +197,7 @@ def memory_of(tokens: int, layers: int, name: str) -> dict[str, int]:
     call = prepared(name, {}, layers, tokens)
     forget = Path("/proc/self/clear_refs")
     if forget.exists():
-        # What building the model needed is not the call's: Linux can forget the peak so far.
+        # Building the model is not part of the call: on Linux the peak so far can be reset.
         forget.write_text("5")
     loaded = _peak_bytes()
     call()
@@ -212,7 +213,7 @@ def _peak_bytes() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the machine and library versions that the numbers depend on."""
     import transformers
 
     return {
@@ -226,7 +227,7 @@ def machine() -> dict[str, Any]:
 
 
 def save(records: list[dict[str, Any]], folder: Path) -> None:
-    """Write what has been measured so far: an interruption loses nothing."""
+    """Write what has been measured so far, so that an interruption loses nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine(), "records": records}, indent=1)
     (folder / "cost.json").write_text(text + "\n")
@@ -267,7 +268,7 @@ def table(records: list[dict[str, Any]]) -> Table:
 
 
 def picture(records: list[dict[str, Any]], folder: Path) -> None:
-    """Draw time and memory against tokens, each axis logarithmic."""
+    """Draw time and memory against tokens, on logarithmic axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

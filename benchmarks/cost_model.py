@@ -1,7 +1,8 @@
 """What reading attention should cost: multiplications and additions, counted from the shapes.
 
-Attention-sized products and band products are counted; exponentials, sums and memory traffic are not, so
-a measured ratio lies above its counted one by what they take. What is left to others: clocks (cost).
+The benchmark's table shows these counts. Attention-sized products and band products are counted;
+exponentials, sums and memory traffic are not, so a measured ratio exceeds the counted one by what they take.
+What is left to others: measuring (cost).
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ _WIDTH = SHAPE["hidden_size"] // _HEADS
 
 
 def counted_ratio(subject: str, tokens: int, layers: int) -> float | None:
-    """Return the operations of a subject over those of the plain pass; None for the ones that store maps."""
+    """Return a subject's operations divided by the plain pass's; None for subjects that store maps."""
     attention = 2 * tokens * tokens * _WIDTH * _HEADS
     # One more column in query, key and value.
     column = attention / _WIDTH
     band = 2 * tokens * (_BAND + _BAND_QUERIES - 1) * _WIDTH * _HEADS
-    # Queries times keys below the diagonal, and the weighted sums of the tiles' columns, for the rows of the
-    # response: the last three quarters, which hold 15 of 16 pairs.
+    # Queries times keys below the diagonal, and the weighted column sums of the tiles, for the rows of the
+    # response: the last three quarters of the tokens, which hold 15 of 16 pairs.
     columns = tokens * tokens * (_WIDTH + 1) * _HEADS * 15 / 16
     projections, rest = _linear(tokens)
     plain = layers * (attention + projections + rest)
-    # Nothing is run after the attention of the last layer that is read.
+    # Nothing runs after the attention of the last layer that is read.
     stopped = plain - rest
     if subject == "plain":
         return 1.0

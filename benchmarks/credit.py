@@ -3,11 +3,11 @@
     python benchmarks/credit.py --repeats 5 --output credit.json
 
 One trainer on a model of SmolLM2-135M's shape with random weights takes whole steps (generate, score,
-loss, backward, optimizer), in turn without credit, with credit, and with credit in a step that groups
-heads anew, which measures all responses and not only those that can gain. They are interleaved, so that
-what else the machine does falls on all alike; medians and ratios to the plain step are reported, and
-the ratio of a run that groups heads every tenth step. Peak memory is that of a process that takes one
-kind of step only.
+loss, backward, optimizer): in turn without credit, with credit, and with credit in a step that regroups
+heads, which measures all completions rather than only those with a positive advantage. The kinds are
+interleaved, so that other load on the machine affects all of them alike. The script reports medians and
+ratios to the plain step, and the ratio for a run that regroups heads every tenth step. Peak memory is that of
+a process that takes only one kind of step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Any:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    # Byte-level ids of a tiny tokenizer: a letter is a token, so that prompts have the length asked for.
+    # The tiny tokenizer is byte-level: one letter is one token, so that prompts have the requested length.
     prompts = ["x" * options.prompt_tokens] * 64
     tokenizer = tiny_tokenizer()
     tokenizer.padding_side = "left"
@@ -78,7 +78,7 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Any:
 
 
 class Steps:
-    """Takes single steps of a trainer, as its own loop does."""
+    """Takes single steps of a trainer, as its own training loop does."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -89,7 +89,7 @@ class Steps:
         trainer.model.train()
 
     def take(self, kind: str) -> tuple[float, float]:
-        """Take a step of a kind; return its seconds, and those that credit itself says it took."""
+        """Take one step of a kind; return its seconds, and those that credit itself reports."""
         trainer = self.trainer
         handle = None
         if kind != "plain":
@@ -116,10 +116,10 @@ def _synchronize() -> None:
 
 
 def peak_memory() -> float:
-    """Return the peak memory of this process in MiB: of the GPU where there is one."""
+    """Return the peak memory of this process in MiB: on the GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    # Not ru_maxrss: on Linux a process starts with that of the one which started it.
+    # Not ru_maxrss: on Linux a process inherits it from its parent.
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -128,22 +128,22 @@ def peak_memory() -> float:
 
 
 def memory_of(kind: str, arguments: list[str]) -> float:
-    """Return the peak memory of a process of its own that takes two steps of a kind."""
+    """Return the peak memory of a separate process that takes two steps of a kind."""
     command = [sys.executable, __file__, *arguments, "--only", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(done.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
-    """Measure, print, and write the figures as JSON."""
+    """Measure, print, and write the numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="steps of each kind")
     parser.add_argument("--batch-size", type=int, default=4, help="completions in a step: one group")
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--completion-tokens", type=int, default=256)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--small", action="store_true", help="a model that is small, to try the script")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
+    parser.add_argument("--small", action="store_true", help="use a small model, to try the script")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--only", choices=KINDS, help="take two steps of one kind; print peak memory")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -161,7 +161,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
         own: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for repeat in range(options.repeats):
-            # Each round starts with another kind, so that drift favours none.
+            # Each round starts with a different kind, so that drift favours none.
             for kind in KINDS[repeat % 3 :] + KINDS[: repeat % 3]:
                 taken, inside = steps.take(kind)
                 seconds[kind].append(taken)
@@ -179,10 +179,10 @@ def main() -> None:
 
 
 def summary(options: argparse.Namespace, seconds: dict[str, list[float]], own: dict[str, list[float]]) -> Any:
-    """Return medians, and ratios to the plain step, by the clock and by what credit says it took."""
+    """Return medians and ratios to the plain step, by the clock and by the seconds that credit reports."""
     medians = {kind: statistics.median(values) for kind, values in seconds.items()}
     ratios = {kind: medians[kind] / medians["plain"] for kind in KINDS}
-    # Within a step, so that a slow moment of the machine falls on both.
+    # Within each step, so that a slow moment of the machine affects both parts.
     shares = {
         kind: statistics.median(a / (s - a) for a, s in zip(own[kind], seconds[kind], strict=True))
         for kind in KINDS

@@ -1,6 +1,7 @@
-"""The table of docs/performance.md, written from a run's records: a figure there is never typed.
+"""The table of docs/performance.md, written from a run's records, so that no number there is typed by hand.
 
-What is left to others: measuring (cost), what the rows mean (subjects), the words around the table.
+A full run of `cost` calls this. What is left to others: measuring (cost), what the lines mean (subjects), and
+the words around the table.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def markdown(machine: dict[str, Any], records: list[dict[str, Any]]) -> str:
         f"| {' | '.join(_COLUMNS)} |",
         f"| {' | '.join('---' for _ in _COLUMNS)} |",
     ]
-    return "\n".join([*lines, *map(_row, records)])
+    return "\n".join([*lines, *map(_line, records)])
 
 
-def _row(record: dict[str, Any]) -> str:
+def _line(record: dict[str, Any]) -> str:
     name, tokens, layers = record["subject"], record["tokens"], record["layers"]
     above = f"{(record['held_bytes'] - record['loaded_bytes']) / 2**20:,.0f} MB"
     if name == "plain":
@@ -60,10 +61,10 @@ def _row(record: dict[str, Any]) -> str:
 
 
 def replaced(text: str, table: str) -> str:
-    """Return a page's text with another table between its two marks.
+    """Return a page's text with a new table between its two markers.
 
     Raises:
-        ValueError: a page without the marks, or with several.
+        ValueError: a page without the markers, or with several.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise ValueError(f"the page needs {BEGIN} and {END}, once each and in this order")

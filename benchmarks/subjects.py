@@ -1,7 +1,7 @@
 """What is measured: a model of SmolLM2-135M's shape, and the ways of reading its attention.
 
-Weights are random: time and memory do not depend on them. What is left to others: clocks, processes and
-tables (cost).
+Weights are random: time and memory do not depend on them. `cost` and `backends` run these. What is left to
+others: clocks, processes and tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 import attnprobe
 
-# SmolLM2-135M's own numbers; the context is stretched, so that long sequences can be run.
+# SmolLM2-135M's own shape, with a longer context, so that long sequences can be run.
 SHAPE = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -43,8 +43,9 @@ class Subject:
 
     Attributes:
         meaning: what it does, in a few words.
-        prepare: makes the call from the number of layers and the ids.
-        maps: whether it stores T x T maps, and so cannot go far.
+        prepare: makes the call from the model and the ids.
+        implementation: the attention implementation that the model is built with.
+        maps: whether it stores T x T maps, and so cannot handle long sequences.
     """
 
     meaning: str

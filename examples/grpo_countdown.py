@@ -1,13 +1,13 @@
-"""Train a language model on Countdown by GRPO, with or without credit by its own attention.
+"""Train a language model on Countdown with GRPO, with or without credit from its own attention.
 
     python examples/grpo_countdown.py --model tiny --steps 5
     python examples/grpo_countdown.py --credit coupled --steps 20
     python examples/grpo_countdown.py --model Qwen/Qwen3-0.6B --steps 500 --completion-tokens 1024
 
-Countdown: combine all of the given numbers by + - * / so that they make the target. The problems and
-their verifier are reasoning-gym's. `--model smollm2` is the SmolLM2-135M-Instruct that attnprobe's tests
-use, which learns the format long before the arithmetic; `--model tiny` is a random model of a few
-thousand parameters, to see the script run. Needs: pip install 'attnprobe[trl,gguf]' reasoning-gym.
+Countdown: combine all of the given numbers with + - * / to reach the target. The problems and their verifier
+are reasoning-gym's. `--model smollm2` is the SmolLM2-135M-Instruct that attnprobe's tests use; it learns the
+format long before the arithmetic. `--model tiny` is a random model of a few thousand parameters, to see the
+script run. Requirements: pip install 'attnprobe[trl,gguf]' reasoning-gym.
 
 The log (`log.jsonl` in the output folder) has a line for each step: TRL's own metrics, and with credit
 those that start with `credit/`.
@@ -53,7 +53,7 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="smollm2, tiny, a folder, or a name on the hub")
+    parser.add_argument("--model", default="smollm2", help="smollm2, tiny, a folder, or a hub name")
     parser.add_argument("--credit", default="coupled", choices=["none", *STRATEGIES])
     parser.add_argument("--amplification", type=float, default=1.5, help="weight of the chosen tokens")
     parser.add_argument("--quantile", type=float, default=0.4, help="share of the tokens that are chosen")
@@ -73,7 +73,7 @@ def load_policy(name: str) -> tuple[Any, Any]:
     if name == "tiny":
         return tiny_model("llama", vocab_size=300, max_position_embeddings=2048), tiny_tokenizer()
     loaded = load_model(None if name == "smollm2" else name, progress=True)
-    # A model read from a GGUF file counts as quantized: its weights go into a fresh one.
+    # A model loaded from a GGUF file counts as quantized: copy its weights into a new one.
     config = copy.deepcopy(loaded.model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -91,7 +91,7 @@ def countdown(size: int, seed: int) -> tuple[Dataset, Any]:
     ]
 
     def correct(completions: list[Any], problem: list[int], **_: Any) -> list[float]:
-        """Reward the right expression with 1, another that uses the numbers with a little."""
+        """Reward the right expression with 1, and any other that uses the numbers with a little."""
         rewards = []
         for completion, index in zip(completions, problem, strict=True):
             found = ANSWER.search(completion[0]["content"])
@@ -100,7 +100,7 @@ def countdown(size: int, seed: int) -> tuple[Dataset, Any]:
         return rewards
 
     def formatted(completions: list[Any], problem: list[int], **_: Any) -> list[float]:
-        """Reward the way there: a tenth for each of the two tags, and for the numbers, by their share."""
+        """Reward partial success: a tenth for each of the two tags, and up to a tenth for the numbers."""
         rewards = []
         for completion, index in zip(completions, problem, strict=True):
             text = completion[0]["content"]
@@ -114,7 +114,7 @@ def countdown(size: int, seed: int) -> tuple[Dataset, Any]:
 
 
 def main() -> None:
-    """Train, and say what came of it."""
+    """Train, and print the first and last reward."""
     options = arguments()
     set_seed(options.seed)
     model, tokenizer = load_policy(options.model)

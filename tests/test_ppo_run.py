@@ -268,7 +268,7 @@ def _failing_at(step: int):
 def test_a_run_is_not_written_over(tmp_path, as_users_call) -> None:
     ppo_of(folder=tmp_path, steps=1).train()
     log = (tmp_path / "metrics.jsonl").read_text()
-    with pytest.raises(ResultError, match=r"holds a run already: resume it \(resume=True\)"):
+    with pytest.raises(ResultError, match=r"already holds a run: resume it \(resume=True\)"):
         ppo_of(folder=tmp_path, steps=1).train()
     assert (tmp_path / "metrics.jsonl").read_text() == log
     with pytest.raises(ResultError, match="without a folder cannot be resumed"):
@@ -634,7 +634,7 @@ def test_what_train_refuses(tmp_path, as_users_call) -> None:
         with pytest.raises(ParameterError, match=r"must be True or False"):
             ppo_of(folder=tmp_path / "run").train(**options)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResultError, match="file cannot be made"):
+    with pytest.raises(ResultError, match=r"cannot create .*file"):
         ppo_of(folder=tmp_path / "file").train()
 
 

@@ -408,7 +408,7 @@ def test_options_that_make_no_sense(options, error, message, tmp_path, as_users_
 def test_a_second_credit(tmp_path) -> None:
     trainer = tiny_trainer(GRPOTrainer, tmp_path)
     attach_credit(trainer, CREDIT)
-    refuses(trainer, TrainerError, "has credit already")
+    refuses(trainer, TrainerError, "already has credit")
 
 
 def test_what_is_no_trainer(as_users_call) -> None:

@@ -1,8 +1,8 @@
 """Do two groupings of heads agree, and would other responses have given the same one?
 
-`compare_groups` puts two groupings side by side: how far their groups overlap, and how far the rankings that
-they were made by agree. `group_stability` draws responses again, with replacement, and groups heads by each
-draw. What is left to others: the grouping itself (heads).
+`compare_groups` compares two groupings: how far their groups overlap, and how well the rankings behind them
+agree. `group_stability` resamples responses with replacement, and groups heads by each resample. Users call
+both. What is left to others: the grouping itself (heads).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from attnprobe.validation import FloatLike, IntLike, instance
 
 @dataclass(frozen=True, eq=False, repr=False)
 class GroupAgreement(Summary):
-    """How far two groupings of heads agree.
+    """How well two groupings of heads agree.
 
     Attributes:
-        overlap: for each group: the share of the smaller one's heads that are in the other too.
+        overlap: for each group: the share of the smaller grouping's heads that are also in the other.
         chance_overlap: what that share would be if one of the two were drawn at random.
         jaccard: for each group: heads in both, divided by heads in either.
         span_correlation: Spearman's rank correlation of span over heads; NaN if all spans are equal.
-        kurtosis_correlation: the same of receiver kurtosis; None where it was not measured.
+        kurtosis_correlation: the same for receiver kurtosis; None if it was not measured.
         model_names: the models that the two groupings belong to.
     """
 
@@ -58,7 +58,7 @@ class GroupAgreement(Summary):
         return ", ".join(filter(None, told))
 
     def _table(self) -> dict[str, Any]:
-        """Return a line for each group: its overlap, that of chance, and its Jaccard index."""
+        """Return a line for each group: its overlap, the overlap by chance, and its Jaccard index."""
         columns: dict[str, Any] = {"group": list(self.overlap)}
         for name in ("overlap", "chance_overlap", "jaccard"):
             columns[name] = [getattr(self, name)[group] for group in self.overlap]
@@ -66,20 +66,20 @@ class GroupAgreement(Summary):
 
 
 def compare_groups(first: HeadGroups, second: HeadGroups) -> GroupAgreement:
-    """Compare two groupings of the same heads: from other responses, by other settings, or of a model that
-    was trained on.
+    """Compare two groupings of the same heads: over different responses, with different settings, or of a
+    model before and after further training.
 
-    Receivers are compared where both groupings have them.
+    Receivers are compared if both groupings have them.
 
     Raises:
-        ParameterError: something that is no grouping.
-        ResultError: groupings of other layers or numbers of heads.
+        ParameterError: something that is not a grouping.
+        ResultError: groupings of different layers or numbers of heads.
     """
     for name, groups in (("first", first), ("second", second)):
         instance(groups, HeadGroups, name, "classify_heads returns them")
     if (first.layers, first.head_count) != (second.layers, second.head_count):
         raise ResultError(
-            f"these groupings are of layers {ranges(first.layers)} and {ranges(second.layers)}, "
+            f"these groupings are of layers {ranges(first.layers)} and {ranges(second.layers)}, with "
             f"{first.head_count} and {second.head_count} heads each: only groupings of the same heads can be "
             "compared"
         )
@@ -109,9 +109,9 @@ def compare_groups(first: HeadGroups, second: HeadGroups) -> GroupAgreement:
 
 
 def rank_correlation(first: Float[Tensor, "*axes"], second: Float[Tensor, "*axes"]) -> float:
-    """Return Spearman's rank correlation over the elements defined in both, equal values sharing ranks.
+    """Return Spearman's rank correlation over the elements defined in both; equal values share a rank.
 
-    NaN where fewer than two elements are defined, or all of either are equal.
+    NaN if fewer than two elements are defined, or all values of either are equal.
 
     >>> rank_correlation(torch.tensor([1.0, 2.0, 30.0]), torch.tensor([0.0, 4.0, 5.0]))
     1.0
@@ -139,15 +139,15 @@ class GroupStability(Summary):
 
     Attributes:
         shares: the share of resamples in which each head is in a group; `selected` has them by group.
-        overlap: for each group: the share of its heads that are in a resample's group too.
+        overlap: for each group: the share of its heads that are also in the group of a resample.
         span_correlation: Spearman's rank correlation of span with that of a resample.
-        responses, resamples: how many there were.
+        responses, resamples: the numbers of responses and resamples.
         layers: the layer number behind each index of the layer axis.
         groups: the group behind each index of the group axis.
         model_name: the model that the heads belong to.
 
     Raises:
-        ResultError: shares of another number of layers or groups.
+        ResultError: shares that do not match the layers or groups.
     """
 
     shares: Float[Tensor, "group layer head"]
@@ -164,8 +164,8 @@ class GroupStability(Summary):
         named = [len(self.groups), len(self.layers)]
         if named != list(self.shares.shape[:2]) or self.overlap.keys() != set(self.groups):
             raise error(
-                f"groups {self.groups}, layers {self.layers} and overlaps of {list(self.overlap)} do not fit "
-                f"shares [group, layer, head] = {list(self.shares.shape)}"
+                f"groups {self.groups}, layers {self.layers} and overlaps of {list(self.overlap)} do not "
+                f"match shares [group, layer, head] = {list(self.shares.shape)}"
             )
 
     @property
@@ -182,7 +182,7 @@ class GroupStability(Summary):
         return {"group": list(self.groups), "overlap": [self.overlap[group] for group in self.groups]}
 
     def _table(self) -> dict[str, Any]:
-        """Return a line for each head: layer, head, and the share of resamples in which each group has it."""
+        """Return a line for each head: layer, head, and the share of resamples that put it in each group."""
         layer, head = torch.ones_like(self.shares[0]).nonzero().unbind(1)
         columns: dict[str, Any] = {"layer": torch.tensor(self.layers)[layer].numpy(), "head": head.numpy()}
         return columns | {group: share[layer, head].numpy() for group, share in self.selected.items()}
@@ -197,10 +197,10 @@ def group_stability(
     confidence: FloatLike = 0.95,
     seed: IntLike = 0,
 ) -> GroupStability:
-    """Group heads again over responses drawn with replacement, and say how much of the grouping stays.
+    """Group heads again over responses drawn with replacement, and measure how stable the groups are.
 
-    The values of the estimates are means over resamples, their limits percentiles. Of several batches, such
-    as a generator that measures one at a time, only span and kurtosis are kept.
+    The values of the estimates are means over resamples, their limits percentiles. `statistics` may come in
+    several batches, such as from a generator that measures one at a time: only span and kurtosis are kept.
 
     Raises:
         ParameterError: fewer than two responses, statistics without span, or shares, resamples or a
@@ -255,7 +255,7 @@ def _spans_and_kurtoses(
     for part in statistics_parts(statistics):
         first = part if first is None else first
         if part.span is None:
-            raise ParameterError("stability of head groups needs their span: measure(..., span=True)")
+            raise ParameterError("the stability of head groups needs span: measure(..., span=True)")
         check_same_measurement(first, part, "group heads over")
         spans.append(part.span.double().cpu())
         if part.receiver_kurtosis is not None:
@@ -269,6 +269,6 @@ def _spans_and_kurtoses(
 def _weighted_mean(
     values: Float[Tensor, "response layer head"], weights: Float[Tensor, " response"]
 ) -> Float[Tensor, "layer head"]:
-    """Return the mean over responses, leaving out NaN; NaN where nothing is left."""
+    """Return the weighted mean over responses, leaving out NaN; NaN if nothing is left."""
     spread = weights[:, None, None].masked_fill(values.isnan(), 0.0)
     return divide((values.nan_to_num() * spread).sum(0), spread.sum(0))

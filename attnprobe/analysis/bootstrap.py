@@ -1,7 +1,7 @@
-"""Bootstrap intervals: how far an estimate would move with other problems of the same kind.
+"""Bootstrap intervals: how much an estimate would vary over other problems of the same kind.
 
-As many units (problems, responses) as there are get drawn with replacement, and the estimate is computed
-again. A draw is a weight for each unit, how often it was drawn, since every estimate here is a mean or a
+Units (problems, responses) are drawn with replacement, as many as there are, and the estimate is computed
+again. A resample is a weight for each unit, how often it was drawn, since every estimate here is a mean or a
 ratio of sums over units. `couplings`, `Perturbations.summary` and `group_stability` call this. What is left
 to others: the estimates themselves.
 """
@@ -18,7 +18,7 @@ from attnprobe.validation import FloatLike, IntLike, real_number, whole_number
 
 
 class Estimate(NamedTuple):
-    """A number with the limits of its interval; NaN where undefined."""
+    """A number with the limits of its interval; NaN if undefined."""
 
     value: float
     low: float
@@ -45,7 +45,7 @@ def check_seed(seed: IntLike) -> int:
 def bootstrap_weights(
     units: IntLike, resamples: IntLike = 2000, seed: IntLike = 0
 ) -> Float[Tensor, "resample unit"]:
-    """Return how often each unit is drawn in each resample; a resample sums to `units`.
+    """Return how often each unit is drawn in each resample; each resample sums to `units`.
 
     Raises:
         ParameterError: no units or no resamples.
@@ -64,7 +64,7 @@ def bootstrap_weights(
 def percentile_estimate(
     value: float, resampled: Float[Tensor, " resample"], confidence: FloatLike = 0.95
 ) -> Estimate:
-    """Return a value with the percentile interval of its resampled values; undefined ones are left out.
+    """Return a value with the percentile interval of its resampled values, leaving out undefined ones.
 
     Raises:
         ParameterError: a confidence outside (0, 1).
@@ -88,7 +88,7 @@ def ratio_estimate(
 ) -> Estimate:
     """Return the ratio of two sums over units, with its bootstrap interval.
 
-    A mean is the ratio to ones. NaN where the denominator sums to 0.
+    For a mean, pass ones as the denominator. NaN if the denominator sums to 0.
 
     Raises:
         ParameterError: no units, no resamples, or a confidence outside (0, 1).

@@ -3,10 +3,10 @@ r"""Content words of a text, and how much of them two texts share (Eq. 11 of arX
 A content word is a number, or a word of letters that is not a function word of English. Numbers are
 compared by value as written, without thousands separators: "1,000" is "1000", and "0.50" is "0.5". Words
 are compared in lower case, without possessive "'s". LaTeX commands such as `\frac` are not words, but the
-text in their braces counts. Words are not stemmed: "apple" and "apples" differ, which lowers every overlap
+text in their braces counts. Words are not stemmed: "apple" and "apples" differ, which lowers all overlaps
 alike.
 
-`perturb` compares continuations by this. What is left to others: which texts are compared (perturbation).
+`perturb` compares continuations with this. What is left to others: which texts are compared (perturbation).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def content_words(text: str) -> frozenset[str]:
 def content_overlap(first: str, second: str) -> float:
     """Return the Jaccard overlap of the content words of two texts, in `[0, 1]`.
 
-    Two texts without any content word are the same: 1.
+    The overlap of two texts without any content words is 1.
 
     >>> content_overlap("Tom has 3 apples", "Tom had 3 pears")
     0.5

@@ -1,9 +1,9 @@
-"""Couplings: do WAAD peaks, FAI peaks and entropy go together more often than chance would have it?
+"""Couplings: do WAAD peaks, FAI peaks and entropy go together more often than by chance?
 
-`couplings` makes the three measurements of Table 2 of arXiv 2510.13554v2, each against its own baseline, in
-which the peaks of a response are moved to other tokens of it, many times, from a seed. All three ask one
-question: what is the mean, over some peaks, of a value that every token has? What is left to others: scores
-(scores), peaks (rhythm), and intervals (bootstrap).
+`couplings`, which users call, makes the three measurements of Table 2 of arXiv 2510.13554v2. Each has its own
+baseline, in which the peaks of a response are moved to other tokens of it, many times, from a seed. All three
+are the same question: what is the mean, over some peaks, of a value that every token has? What is left to
+others: token scores (scores), peaks (rhythm), and intervals (bootstrap).
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ NAMES = ("entropy_at_preplans", "receiver_at_global", "anchor_after_preplan")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Coupling(Summary):
-    """One coupling: the mean of a value over some peaks, beside its mean over shuffled peaks.
+    """One coupling: the mean of a value over some peaks, compared with its mean over moved peaks.
 
     Attributes:
         observed: the mean over the peaks of all problems, with its interval.
-        random: the mean over shuffled peaks.
+        random: the mean over moved peaks.
         lift: `(observed - random) / random`, with its interval.
         p_value: the share of permutations whose mean is at least the observed one, in (0, 1].
         observed_sum, random_sum, peaks: for each problem: the sum of the value over its peaks, the same
-            for shuffled peaks (mean over permutations), and the number of peaks.
+            for moved peaks (mean over permutations), and the number of peaks.
 
     Raises:
-        ResultError: sums of other kinds or sizes than these.
+        ResultError: sums of the wrong type or size.
     """
 
     observed: Estimate
@@ -84,18 +84,18 @@ class Coupling(Summary):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Couplings(Summary):
-    """The three couplings of Table 2 of arXiv 2510.13554v2; None where a score was not measured.
+    """The three couplings of Table 2 of arXiv 2510.13554v2; None if a score was not measured.
 
     Attributes:
         entropy_at_preplans: mean entropy, in nats, at WAAD peaks.
-        receiver_at_global: share of the receiver heads' FAI peaks that are peaks of the global heads too.
+        receiver_at_global: share of the receiver heads' FAI peaks that are also peaks of the global heads.
         anchor_after_preplan: share of FAI peaks that coincide with, or follow within `lookback` tokens,
             a WAAD peak.
         parameters: what `couplings` was called with.
-        provenance: what the scores were computed from; without heads where they differ between batches.
+        provenance: what the scores were computed from; without heads if they differ between batches.
 
     Raises:
-        ResultError: something else in place of a coupling.
+        ResultError: anything else in place of a coupling.
     """
 
     entropy_at_preplans: Coupling | None
@@ -115,7 +115,7 @@ class Couplings(Summary):
         return {name: coupling for name, coupling in found.items() if coupling is not None}
 
     def _headline(self) -> str:
-        # The provenance has the alignment.
+        # The provenance includes the alignment.
         told = [f"{name}={value}" for name, value in self.parameters.items() if name != "align"]
         return ", ".join([*told, str(self.provenance)])
 
@@ -148,7 +148,7 @@ class Couplings(Summary):
         """Save as one safetensors file with JSON metadata, and return its path.
 
         Raises:
-            ResultError: a place that cannot be written.
+            ResultError: a path that cannot be written.
         """
         tensors: dict[str, Tensor | None] = {}
         numbers = {}
@@ -207,20 +207,20 @@ def couplings(
 ) -> Couplings:
     """Measure the three couplings of Table 2 of arXiv 2510.13554v2 over the problems of a data set.
 
-    Sums over problems are pooled, so that each peak counts the same, whichever problem it belongs to. In a
-    response with gaps no anchor follows a preplan across a gap; a baseline moves peaks over all its parts.
+    Sums over problems are pooled, so that every peak counts equally, whichever problem it belongs to. In a
+    response with gaps, no anchor follows a preplan across a gap, but a baseline moves peaks across gaps.
 
     Args:
-        scores: of one batch, or of several batches one after the other; each example is a problem.
-        align: which token a row of attention describes. "token": row t describes token t, as in the
+        scores: of one batch, or of several batches, one after the other; each example is a problem.
+        align: which token a row of the pattern describes. "token": row t describes token t, as in the
             paper. "prediction": row t describes token t + 1, which it produced; WAAD moves by one, while
-            FAI, which is read from columns, stays.
-        quantile: the share of a response's tokens that peaks must be among.
+            FAI, which is read from columns, does not.
+        quantile: peaks must be among this share of a response's tokens, those with the largest scores.
         lookback: within how many tokens an anchor "immediately follows" a preplan (the paper's k); 0: it
-            has to coincide with one.
-        peaks: "maxima" are local maxima within the quantile; "top" is all of the quantile.
-        baseline: what chance is. "shuffle" moves each peak of a response to any of its tokens; "rotate"
-            moves all of them by one random number of tokens, which keeps their distances.
+            must coincide with one.
+        peaks: "maxima" takes the local maxima within the quantile; "top" takes the whole quantile.
+        baseline: what counts as chance. "shuffle" moves each peak of a response to any of its tokens;
+            "rotate" moves all of them by the same random number of tokens, which keeps their distances.
         permutations: how many times the peaks are moved.
         resamples, confidence: of the bootstrap over problems.
         seed: of permutations and bootstrap.
@@ -236,7 +236,7 @@ def couplings(
     quantile, lookback = check_quantile(quantile), check_lookback(lookback, minimum=0)
     permutations = whole_number(permutations, "permutations", minimum=1)
     resamples, confidence, seed = check_resampling(resamples, confidence, seed)
-    # A generator for each coupling: what is drawn for a problem does not depend on batches.
+    # One generator for each coupling, so that draws do not depend on how problems are batched.
     permuting = {
         name: _Permuting(baseline, permutations, torch.Generator().manual_seed(seed)) for name in NAMES
     }
@@ -248,7 +248,7 @@ def couplings(
         for name, question in _questions(part, align, quantile, lookback, definition).items():
             found[name] += [permuting[name].ask(*of_problem) for of_problem in zip(*question, strict=True)]
     if problems == 0:
-        raise ParameterError("there are no problems to measure couplings over")
+        raise ParameterError("couplings need at least one problem; got none")
     summary: dict[str, Any] = {
         name: _summarise(asked, resamples, confidence, seed) if len(asked) == problems else None
         for name, asked in found.items()
@@ -268,7 +268,7 @@ def couplings(
 
 
 def _parts(scores: TokenScores | Iterable[TokenScores]) -> Iterator[TokenScores]:
-    """Yield scores one batch at a time; those of a generator are not all kept."""
+    """Yield scores one batch at a time, so that those of a generator are not all in memory."""
     if not isinstance(scores, Iterable):
         scores = [instance(scores, TokenScores, "scores", "score_tokens returns them")]
     for part in scores:
@@ -276,14 +276,14 @@ def _parts(scores: TokenScores | Iterable[TokenScores]) -> Iterator[TokenScores]
 
 
 def _joined(first: Provenance, part: Provenance) -> Provenance:
-    """Return what two batches of a data set have in common, or refuse to pool them.
+    """Return the provenance that two batches of a data set share, or refuse to pool them.
 
-    Heads may differ: ranking the heads of each response by itself is a choice that can be measured.
+    Heads may differ: ranking heads for each response separately is one of the choices to compare.
     """
     for name in ("model_name", "layers", "window", "horizon", "align"):
         ours, theirs = getattr(first, name), getattr(part, name)
         if ours != theirs:
-            raise ResultError(f"cannot pool scores whose {name} differ: {ours!r} and {theirs!r}")
+            raise ResultError(f"cannot pool scores that differ in {name}: {ours!r} and {theirs!r}")
     return first if first.heads == part.heads else replace(first, heads={})
 
 
@@ -293,13 +293,13 @@ Question = tuple[Float[Tensor, "batch token"], Bool[Tensor, "batch token"], Bool
 def _questions(
     scores: TokenScores, align: Align, quantile: float, lookback: int, definition: str
 ) -> dict[str, Question]:
-    """Return for each coupling: the value of each token, the peaks, and where peaks could be."""
+    """Return for each coupling: the value of each token, the peaks, and which tokens could be peaks."""
     check_unpacked(scores.segment_ids, "find peaks")
     scores = scores.to("cpu")
     inside = scores.response_mask
 
     def of_response(values: Tensor) -> Tensor:
-        # Double precision: half precision would tie values that differ.
+        # Double precision: half precision would make different values equal.
         return values.double().masked_fill(~inside, torch.nan)
 
     def peaks_of(values: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ class _Problem:
 
 @dataclass(frozen=True)
 class _Permuting:
-    """Moves peaks to other tokens, again and again."""
+    """Moves peaks to other tokens, many times."""
 
     baseline: str
     permutations: int
@@ -343,7 +343,7 @@ class _Permuting:
     def ask(
         self, values: Float[Tensor, " token"], at: Bool[Tensor, " token"], eligible: Bool[Tensor, " token"]
     ) -> _Problem:
-        """Return the sums of the values at the peaks, and at the tokens that they are moved to."""
+        """Return the sums of the values at the peaks, and at the tokens that the peaks are moved to."""
         value, peak = values[eligible], at[eligible]
         count, tokens = int(peak.sum()), len(value)
         if count == 0:
@@ -365,8 +365,8 @@ def _summarise(asked: list[_Problem], resamples: int, confidence: float, seed: i
     weights = bootstrap_weights(len(asked), resamples, seed)
     lifts = divide(weights @ observed, weights @ random) - 1
     lift = float(divide(observed.sum(), random.sum()) - 1)
-    # The observed order is one of the possible ones, so that a p-value is never 0. A tolerance
-    # for rounding: equal sums in another order must count as equal.
+    # The observed order counts as one of the permutations, so that a p-value is never 0. The tolerance is
+    # for rounding: equal sums, added in another order, must count as equal.
     reached = permuted.sum(0) >= observed.sum() - 1e-9
     return Coupling(
         observed=ratio_estimate(observed, peaks, resamples=resamples, confidence=confidence, seed=seed),

@@ -1,6 +1,6 @@
 """Greedy continuations of a text from several forced tokens, all from one key/value cache.
 
-`perturb` calls `force_tokens` at each position that it tries. The text before the forced tokens is run once;
+`perturb` calls `force_tokens` at each position that it tries. The text before the forced tokens is run once,
 its cache is copied for each of them, and all are continued together as one batch. What is left to others:
 which tokens are forced where, and how texts are compared (perturbation).
 """
@@ -22,12 +22,12 @@ from attnprobe.validation import ArrayLike, IntLike, as_tensor, brief, whole_num
 
 @dataclass(frozen=True)
 class ForcedTokens:
-    """Tokens forced after a text, the text's own first, with what the model wrote after each.
+    """Tokens forced after a text, the text's own token first, with the continuation of each.
 
     Attributes:
-        tokens: the ids; the others follow in order of probability.
-        probabilities: what the model gave each of them, at temperature 1.
-        continuations: the ids after the forced token, without the token that ended the text.
+        tokens: the ids; the text's own token first, then the others in order of probability.
+        probabilities: the model's probability of each, at temperature 1.
+        continuations: the ids after each forced token, without the token that ended the text.
     """
 
     tokens: list[int]
@@ -51,12 +51,12 @@ def check_vocabulary(model: Any, ids: Int[Tensor, "..."]) -> None:
     """Check that a model has embeddings for all ids.
 
     Raises:
-        BatchError: ids out of the vocabulary.
+        BatchError: ids outside the vocabulary.
     """
     size = int(model.get_input_embeddings().weight.shape[0])
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise BatchError(
-            f"token ids {int(ids.min())}..{int(ids.max())} do not fit the vocabulary of "
+            f"token ids {int(ids.min())}..{int(ids.max())} are outside the vocabulary of "
             f"{display_name(model)}, which has {size} ids: were they made with another tokenizer?"
         )
 
@@ -70,13 +70,13 @@ def force_tokens(
     Args:
         model: a transformers causal language model; it runs in evaluation mode and is left as it was.
         before: the ids of the text, without padding.
-        token: the token that follows it there.
-        candidates: how many others are forced, the likeliest first; no more than the vocabulary has.
-        max_new_tokens: how long continuations may become.
+        token: the text's own next token.
+        candidates: how many other tokens are forced, the likeliest first; at most the whole vocabulary.
+        max_new_tokens: the longest continuation, in tokens.
 
     Raises:
         ParameterError: an empty text, or counts below 1.
-        BatchError: ids out of the vocabulary.
+        BatchError: ids outside the vocabulary.
         UnsupportedModelError: a model that cannot generate.
     """
     check_generates(model)
@@ -85,7 +85,7 @@ def force_tokens(
     max_new_tokens = whole_number(max_new_tokens, "max_new_tokens", minimum=1)
     text = as_tensor(before, "before")
     if text.ndim != 1 or len(text) == 0 or text.is_floating_point():
-        raise ParameterError(f"before must be the ids [token] of a text that is not empty; got {brief(text)}")
+        raise ParameterError(f"before must be the ids [token] of a non-empty text; got {brief(text)}")
     check_vocabulary(model, torch.cat([text, text.new_tensor([token])]))
     text = text.to(model.device)
     with evaluation_mode(model.modules()):
@@ -93,7 +93,7 @@ def force_tokens(
         probability = seen.logits[0, -1].float().softmax(-1)
         likeliest = probability.topk(min(candidates + 1, len(probability))).indices.tolist()
         tokens = [token, *[other for other in likeliest if other != token][:candidates]]
-        # `generate` runs what the cache does not hold yet: the forced token alone.
+        # `generate` runs only what the cache does not hold yet: the forced token.
         cache = seen.past_key_values
         cache.batch_repeat_interleave(len(tokens))
         forced = torch.tensor(tokens, device=text.device)[:, None]
@@ -107,14 +107,14 @@ def force_tokens(
     ends = end_tokens(model)
     continuations = []
     for written in output[:, len(text) :].tolist():
-        # The forced token may itself be one that ends the text: then nothing follows.
+        # The forced token may itself end the text: then nothing follows.
         stop = next((i for i, found in enumerate(written) if found in ends), len(written))
         continuations.append(written[1:stop])
     return ForcedTokens(tokens, [float(probability[other]) for other in tokens], continuations)
 
 
 def _greedy(model: Any, max_new_tokens: int) -> Any:
-    """Return a fresh generation config: the model's own may hold sampling options or penalties."""
+    """Return a new generation config: the model's own may set sampling options or penalties."""
     from transformers import GenerationConfig
 
     ends = sorted(end_tokens(model))

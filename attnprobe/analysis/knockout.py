@@ -1,9 +1,10 @@
 """How much later predictions depend on reading a token: attention knock-out.
 
-FAI says how much attention later tokens give a token; `knockout_divergence` says what they lose without it.
-Attention to the token is suppressed, and the next-token distributions of the later rows are compared with the
-model's own, by Kullback-Leibler divergence: one forward pass for a token, where a perturbation needs many
-continuations. What is left to others: suppressing (suppression), and which tokens are asked about.
+FAI says how much attention later tokens pay to a token; `knockout_divergence`, which users call, says how
+much their predictions change without it. Attention to the token is suppressed, and the next-token
+distributions at later positions are compared with the model's own by Kullback-Leibler divergence. This takes
+one forward pass per token, where a perturbation needs many continuations. What is left to others: suppressing
+(suppression), and which tokens to ask about.
 """
 
 from __future__ import annotations
@@ -38,31 +39,31 @@ def knockout_divergence(
     batch_size: IntLike = 8,
     progress: bool = False,
 ) -> Float[Tensor, "batch token"]:
-    """Return how much the later predictions change when no later token can read a token.
+    """Return how much later predictions change when no later token can read a token.
 
-    `mean over t of KL(p_t || p'_t)` in nats, where `p_t` is the distribution that row t predicts token
-    t + 1 with, `p'_t` the same with attention to token s suppressed, and t runs over the response rows
-    with `s + low <= t <= s + high`, as in FAI (Eq. 10 of arXiv 2510.13554v2). At least 0; NaN for tokens
-    that were not asked about, outside the response, and where no row lies in the horizon.
+    For token s, this is `mean over t of KL(p_t || p'_t)` in nats, where `p_t` is the distribution of token
+    t + 1 that query t predicts, `p'_t` the same with attention to token s suppressed, and t runs over the
+    response tokens with `s + low <= t <= s + high`, as in FAI (Eq. 10 of arXiv 2510.13554v2). At least 0;
+    NaN for tokens that were not asked about, outside the response, and if no query lies in the horizon.
 
-    What every later token reads from token s is suppressed in the layers and heads given, at whatever
-    distance: rows nearer than `low` pass on what they have read, so they must not read it either.
+    Attention to token s is suppressed for all later queries, in the given layers and heads, at any
+    distance: queries nearer than `low` pass on what they have read, so they must not read it either.
 
     Args:
         model: a model that an adapter knows.
         batch: prompts and responses, as for `measure`; results are aligned with it.
-        tokens: a mask `[batch, token]` of the tokens to ask about: a forward pass for each, so choose.
+        tokens: a mask `[batch, token]` of the tokens to ask about; each costs a forward pass.
         horizon: `(low, high)` in tokens; `(low, None)` runs to the end of the response.
         layers: "all", "middle" or numbers: where attention is suppressed.
-        heads: in which heads of these layers, in any form that `HeadSelection.of` knows, such as
+        heads: in which heads of these layers, in any form that `HeadSelection.of` accepts, such as
             `groups["global"]`; weights do not matter. Default: all.
-        batch_size: how many tokens are asked about at a time. Results do not depend on it.
+        batch_size: how many tokens to run at a time. Results do not depend on it.
         progress: whether to show a progress bar.
 
     Raises:
-        BatchError: ids out of the vocabulary, or sequences longer than the model's context.
-        ParameterError: a mask of another shape, a horizon, layers or heads that make no sense, packed
-            examples, or a batch size below 1.
+        BatchError: ids outside the vocabulary, or sequences longer than the model's context.
+        ParameterError: a mask of another shape, an invalid horizon, layers or heads, packed examples, or a
+            batch size below 1.
         UnsupportedModelError: a model whose attention cannot be suppressed.
     """
     batch = TokenBatch.of(batch)
@@ -88,18 +89,18 @@ def knockout_divergence(
                 part = columns[begin : begin + batch_size]
                 keys = torch.tensor([column - shift for column in part])
                 divergence = runs.without(keys, places)
-                for column, key, of_rows in zip(part, keys.tolist(), divergence, strict=True):
-                    inside = runs.rows >= key + low
+                for column, key, of_queries in zip(part, keys.tolist(), divergence, strict=True):
+                    inside = runs.queries >= key + low
                     if high is not None:
-                        inside &= runs.rows <= key + high
-                    # The mean over no row is NaN.
-                    result[example, column] = of_rows[inside].mean()
+                        inside &= runs.queries <= key + high
+                    # The mean over no queries is NaN.
+                    result[example, column] = of_queries[inside].mean()
                     advance()
     return result
 
 
 def _places(adapter: Adapter, layers: Layers, heads: HeadsLike | None) -> dict[str, Any]:
-    """Return where attention is suppressed, as `suppress_attention` wants it: layers, or heads by layer."""
+    """Return where attention is suppressed, as arguments of `suppress_attention`."""
     chosen = resolve_layers(layers, adapter)
     if heads is None:
         return {"layers": chosen}
@@ -109,22 +110,22 @@ def _places(adapter: Adapter, layers: Layers, heads: HeadsLike | None) -> dict[s
 
 @dataclass(frozen=True)
 class _Runs:
-    """One response, and the log-probabilities that its rows predict with."""
+    """One response, and the model's own log-probabilities of each next token."""
 
     adapter: Adapter
     text: TokenBatch
-    rows: Int[Tensor, " row"]
-    own: Float[Tensor, "row vocabulary"]
+    queries: Int[Tensor, " query"]
+    own: Float[Tensor, "query vocabulary"]
 
     @staticmethod
     def prepare(adapter: Adapter, text: TokenBatch) -> _Runs:
-        rows = text.response_mask[0].nonzero()[:, 0].cpu()
-        logits = adapter.forward(text, logits_at=rows)
+        queries = text.response_mask[0].nonzero()[:, 0].cpu()
+        logits = adapter.forward(text, logits_at=queries)
         assert logits is not None
-        return _Runs(adapter, text, rows, logits[0].float().log_softmax(-1))
+        return _Runs(adapter, text, queries, logits[0].float().log_softmax(-1))
 
-    def without(self, keys: Int[Tensor, " key"], places: dict[str, Any]) -> Float[Tensor, "key row"]:
-        """Return the divergence of each row when each of some keys is read by no later token."""
+    def without(self, keys: Int[Tensor, " key"], places: dict[str, Any]) -> Float[Tensor, "key query"]:
+        """Return the divergence at each query when no later token can read each of some keys."""
         count = len(keys)
         copies = TokenBatch(
             self.text.input_ids.expand(count, -1),
@@ -134,10 +135,10 @@ class _Runs:
         mask = torch.zeros(count, self.text.token_count, dtype=torch.bool)
         mask[torch.arange(count), keys] = True
         with suppress_attention(self.adapter, **places, keys=mask):
-            logits = self.adapter.forward(copies, logits_at=self.rows)
+            logits = self.adapter.forward(copies, logits_at=self.queries)
         assert logits is not None
-        divergence = torch.empty(count, len(self.rows))
-        # One key at a time: a distribution over the vocabulary for every row is large.
+        divergence = torch.empty(count, len(self.queries))
+        # One key at a time: a distribution over the vocabulary for every query is large.
         for i, of_key in enumerate(logits):
             other = of_key.float().log_softmax(-1)
             divergence[i] = (self.own.exp() * (self.own - other)).sum(-1).clamp(min=0.0).cpu()

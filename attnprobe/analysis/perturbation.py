@@ -1,9 +1,9 @@
 """What happens when a token is replaced: the perturbation of Table 1 of arXiv 2510.13554v2.
 
-At a response's positions of highest and of lowest FAI, `perturb` forces the likeliest other tokens, one after
-the other, and lets the model continue greedily from each. If a token is an anchor, replacing it should change
-more of what follows. What is left to others: FAI (scores), running the model (forced_tokens), how much two
-texts have in common (content_words), and the results with their file (trials).
+At a response's positions of highest and of lowest FAI, `perturb`, which users call, forces each of the
+likeliest other tokens and lets the model continue greedily. If a token is an anchor, replacing it should
+change more of what follows. What is left to others: FAI (scores), running the model (forced_tokens), how much
+two texts have in common (content_words), and the results with their file (trials).
 """
 
 from __future__ import annotations
@@ -41,23 +41,23 @@ def perturb(
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Perturbations:
-    """Replace tokens of highest and of lowest FAI, and compare what the model writes then.
+    """Replace tokens of highest and of lowest FAI, and compare what the model then writes.
 
-    Table 1 of arXiv 2510.13554v2. All continuations of a position are written together, from one key/value
-    cache of the text before it. In a response with gaps (two turns, a tool's output in between) everything
-    stays within the part that the position belongs to: its continuation ends at the gap.
+    This is Table 1 of arXiv 2510.13554v2. All continuations at a position are written together, from one
+    key/value cache of the text before it. In a response with gaps (two turns, with a tool's output in
+    between), everything stays within one part: a continuation is as long as the text up to the gap.
 
     Args:
         model: a transformers causal language model.
-        tokenizer: its tokenizer: overlaps are of words.
+        tokenizer: its tokenizer; overlaps are of words.
         batch: prompts and responses, as for `measure`, but not packed.
         scores: of that batch; positions are chosen by `scores.fai`, where it is defined.
         candidates: how many other tokens are forced at a position, the likeliest first.
-        positions: how many positions of each kind a response gives; of equal FAI, the earliest.
+        positions: how many positions of each kind to choose per response; of equal FAI, the earliest.
         max_new_tokens: continuations are as long as the rest of the response, but no longer than this.
         min_remaining: positions with fewer tokens after them, up to the next gap, are not chosen.
-        path: a JSON-lines file to which each trial is written when it is done. Trials that it holds
-            already, of the same model, parameters, text and position, are not run again: an interrupted
+        path: a JSON-lines file to which each trial is written when it is done. Trials that it already
+            holds, of the same model, parameters, text and position, are not run again: an interrupted
             run continues, and a batch may grow.
         progress: whether to show a progress bar.
 
@@ -66,7 +66,7 @@ def perturb(
     Raises:
         ParameterError: counts below 1, packed examples, no position to choose, or something other than a
             tokenizer.
-        BatchError: ids out of the model's vocabulary.
+        BatchError: ids outside the model's vocabulary.
         ResultError: scores of another batch, or a path that holds something else or cannot be written.
         UnsupportedModelError: a model that cannot generate.
     """
@@ -96,7 +96,7 @@ def perturb(
     if not chosen:
         raise ParameterError(
             f"no response has {2 * counts['positions']} positions with a defined FAI and at least "
-            f"{counts['min_remaining']} tokens after them: responses are too short"
+            f"{counts['min_remaining']} tokens after them: the responses are too short"
         )
     file = TrialFile.open(path, parameters, scores.provenance)
     trials = []
@@ -132,7 +132,7 @@ def choose_positions(
 
 
 def _run_ends(inside: Bool[Tensor, " token"]) -> Int[Tensor, " token"]:
-    """Return for each token the first column from it on that lies outside the response: a gap, or the end.
+    """Return for each token the next column that lies outside the response: a gap, or the end.
 
     >>> _run_ends(torch.tensor([True, True, False, True])).tolist()
     [2, 2, 2, 4]
@@ -193,7 +193,7 @@ def _check_same_responses(batch: TokenBatch, scores: TokenScores) -> None:
         example = differs[0]
         raise ResultError(
             f"the scores are of other responses than the batch: example {example} has "
-            f"{int(theirs[example].sum())} scored tokens, its response {int(ours[example].sum())}"
+            f"{int(theirs[example].sum())} scored tokens, but its response has {int(ours[example].sum())}"
         )
 
 
@@ -202,11 +202,11 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _digest(batch: TokenBatch, example: int) -> str:
-    """Return what tells one text and response from another."""
+    """Return a digest that identifies a text and which of its tokens are response."""
     real = batch.attention_mask[example]
     ids = batch.input_ids[example][real].tolist()
     response = batch.response_mask[example][real].nonzero()[:, 0].tolist()
     count = len(response)
-    # Where the response is the end of the text, its length says all, and files of older versions have that.
+    # If the response is the end of the text, its length says it all, and is what older files store.
     is_end = response == list(range(len(ids) - count, len(ids)))
     return hashlib.sha256(json.dumps([ids, count if is_end else response]).encode()).hexdigest()[:16]

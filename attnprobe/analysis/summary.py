@@ -1,9 +1,9 @@
-"""Summary: what the results of this package can do, which are a few numbers each.
+"""Summary: what the results of this package can do, each of which is a few numbers.
 
 Couplings, perturbations, agreements and stabilities are results like all others: they can be compared,
-shown, tabled, saved and loaded. Unlike the others they hold estimates rather than tensors of tokens, so they
-show their table, and undefined numbers, which estimates may be, count as equal. What is left to others: what
-the numbers mean (the modules that make them).
+shown, tabulated, saved and loaded. Unlike the others, they hold estimates rather than tensors of tokens, so
+they are shown as their table, and undefined numbers count as equal. What is left to others: what the numbers
+mean (the modules that make them).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from attnprobe.results import Result, html_table
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Summary(Result):
-    """Base of the results of the analysis; a subclass says in `_shown` what a reader sees of it."""
+    """Base of the results of the analysis; `_shown` of a subclass returns what is displayed."""
 
     def _shown(self) -> dict[str, Any]:
-        """Return the columns of the small table that is shown; default: all of the result's table."""
+        """Return the columns of the small table that is displayed; default: the result's whole table."""
         return self._table()
 
     def __eq__(self, other: object) -> bool:
-        """Whether two results hold the same numbers and settings; NaN is NaN."""
+        """Whether two results hold the same numbers and settings; NaN equals NaN."""
         if type(other) is not type(self):
             return NotImplemented
         return same_values(self, other)
@@ -46,8 +46,8 @@ class Summary(Result):
     def _repr_html_(self) -> str:
         """Return what a notebook shows: the settings, and the table."""
         columns = self._shown()
-        rows = ([_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
-        return html_table(f"{type(self).__name__}({self._headline()})", list(columns), rows)
+        lines = ([_cell(value) for value in line] for line in zip(*columns.values(), strict=True))
+        return html_table(f"{type(self).__name__}({self._headline()})", list(columns), lines)
 
 
 def _cell(value: Any) -> str:
@@ -55,7 +55,7 @@ def _cell(value: Any) -> str:
 
 
 def same_values(ours: Any, theirs: Any) -> bool:
-    """Whether two values are equal in all their parts, NaN being NaN.
+    """Whether two values are equal in all their parts; NaN equals NaN.
 
     >>> same_values({"a": (1, float("nan"))}, {"a": (1, float("nan"))})
     True

@@ -1,9 +1,9 @@
-"""Trials: what was written after tokens of one response were replaced, and the file that trials are kept in.
+"""Trials: the continuations after tokens of a response were replaced, and the file that stores them.
 
-`perturb` makes trials and returns them as `Perturbations`, which users summarise, table, save and load. The
-file holds one JSON object a line, a header first, and grows with each trial, so that an interrupted run
-continues where it stopped; `TrialFile` is that file while a run lasts. What is left to others: which tokens
-are replaced, and running a model (perturbation).
+`perturb` makes trials and returns them as `Perturbations`, which users summarise, tabulate, save and load.
+The file holds one JSON object per line, after a header, and grows with each trial, so that an interrupted run
+continues where it stopped; `TrialFile` is that file during a run. What is left to others: which tokens are
+replaced, and running a model (perturbation).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Continuation:
 
     Attributes:
         token: the forced token's id.
-        probability: what the model gave it there, at temperature 1.
+        probability: the model's probability of it there, at temperature 1.
         text: the greedy continuation, without the forced token.
-        overlap: of its content words with those of the response's own continuation, in `[0, 1]`.
+        overlap: of its content words with those of the response's own text, in `[0, 1]`.
         greedy_overlap: with those of the greedy continuation of the response's own token.
     """
 
@@ -53,15 +53,15 @@ class Trial:
     """One position of one response, with the tokens that were forced there.
 
     Attributes:
-        example: the example of the batch.
-        digest: of the example's tokens: what tells one text from another in a file of trials.
+        example: the number of the example in the batch.
+        digest: of the example's tokens; it tells one text from another in a file of trials.
         kind: whether the position's FAI is among the highest or the lowest.
-        position: the column in the batch; None in trials of older files, which did not know it.
+        position: the column in the batch; None in trials of older files, which did not store it.
         response_position: how many tokens of the response come before it.
         length: of the response, in tokens.
         fai: at the position.
         token: the id of the response's own token there.
-        own: the continuation of that token: how far a greedy continuation is from the sampled one.
+        own: the continuation of that token; its overlap says how far greedy and sampled text differ.
         others: the continuations of the other candidates, the likeliest first.
     """
 
@@ -89,8 +89,8 @@ class PerturbationSummary(Summary):
     """Table 1 of arXiv 2510.13554v2: mean overlaps, with bootstrap intervals over responses.
 
     Attributes:
-        highest, lowest: the mean overlap after a token of highest, of lowest FAI was replaced.
-        difference: highest less lowest; below 0 if anchors matter more.
+        highest, lowest: the mean overlap after a token of highest or of lowest FAI was replaced.
+        difference: highest minus lowest; below 0 if anchors matter more.
         lower_share: the share of responses whose overlap is lower at the highest FAI; ties count half.
         responses: how many have positions of both kinds.
     """
@@ -119,12 +119,12 @@ class Perturbations(Summary):
     Attributes:
         trials: in the order of the examples.
         parameters: what `perturb` was called with, and the model.
-        provenance: what the scores were computed from whose FAI chose the positions.
+        provenance: what the scores that chose the positions were computed from.
         is_complete: False for what an interrupted run left in its file, and for files of older versions,
             which do not say.
 
     Raises:
-        ResultError: something else in place of a trial.
+        ResultError: anything else in place of a trial.
     """
 
     trials: tuple[Trial, ...]
@@ -146,11 +146,11 @@ class Perturbations(Summary):
         confidence: FloatLike = 0.95,
         seed: IntLike = 0,
     ) -> PerturbationSummary:
-        """Compare the positions of highest with those of lowest FAI, response by response.
+        """Compare the positions of highest FAI with those of lowest FAI, response by response.
 
         Args:
-            reference: what continuations are compared with: "response", the response's own continuation;
-                or "greedy", the greedy continuation of the response's own token (the original in v2 of the
+            reference: what continuations are compared with: "response", the response's own text; or
+                "greedy", the greedy continuation of the response's own token (the original in v2 of the
                 paper), which leaves out the difference between greedy and sampled text.
             resamples, confidence, seed: of the bootstrap over responses.
 
@@ -159,7 +159,7 @@ class Perturbations(Summary):
         """
         choice(reference, "reference", get_args(Reference))
         resamples, confidence, seed = check_resampling(resamples, confidence, seed)
-        # By text too: a file may hold trials of several batches, each of which has an example 0.
+        # By digest too: a file may hold trials of several batches, each of which has an example 0.
         found: dict[tuple[int, str], dict[str, list[float]]] = {}
         for trial in self.trials:
             of_kind = found.setdefault((trial.example, trial.digest), {}).setdefault(trial.kind, [])
@@ -211,10 +211,10 @@ class Perturbations(Summary):
         return columns
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Save as JSON lines, the form in which `perturb` keeps unfinished work; return the path.
+        """Save as JSON lines, the form in which `perturb` stores unfinished work; return the path.
 
         Raises:
-            ResultError: a place that cannot be written.
+            ResultError: a path that cannot be written.
         """
         count = len(self.trials) if self.is_complete else None
         lines = [_header(self.parameters, self.provenance, count), *map(_line, self.trials)]
@@ -235,11 +235,11 @@ class Perturbations(Summary):
         except (ValueError, KeyError, TypeError, AttributeError, OSError, msgspec.MsgspecError) as error:
             if isinstance(error, AttnprobeError):
                 raise
-            raise ResultError(f"{path} holds no trials that can be read: {error}") from error
+            raise ResultError(f"the trials in {path} cannot be read: {error}") from error
 
 
 _CONTINUATION_COLUMNS = {
-    # The texts of other tables are those of tokens.
+    # Not "text", which in other tables is the text of a token.
     "token_id": "token",
     "probability": "probability",
     "continuation": "text",
@@ -255,12 +255,12 @@ _KIND = "Perturbations"
 
 @dataclass
 class TrialFile:
-    """A file of trials that grows while a run lasts; without a path, trials are kept in memory only.
+    """A file of trials that grows during a run; without a path, trials are kept in memory only.
 
     Attributes:
         path: of the file, or None.
         parameters: what the trials are made with.
-        provenance: what positions are chosen by.
+        provenance: of the scores that choose the positions.
         done: the trials that it holds, by text, kind and place in the response.
     """
 
@@ -273,10 +273,11 @@ class TrialFile:
     def open(
         path: str | os.PathLike[str] | None, parameters: dict[str, Any], provenance: Provenance
     ) -> TrialFile:
-        """Return the file with the trials that it holds already, and leave it ready for more.
+        """Return the file with the trials that it already holds, ready for more.
 
         Raises:
-            ResultError: a file of something else or of trials made otherwise, or one that cannot be written.
+            ResultError: a file of anything else or of trials made with other parameters, or one that cannot
+                be written.
         """
         if path is None:
             return TrialFile(None, parameters, provenance)
@@ -291,12 +292,12 @@ class TrialFile:
                     "another path, or remove it"
                 )
             file.done = {_key(trial): trial for trial in found.trials}
-        # Also where the file was there: a line that was interrupted goes, and so does the number of trials.
+        # Also if the file exists: this drops an interrupted line, and the number of trials in the header.
         file._write(is_complete=False)
         return file
 
     def add(self, trial: Trial) -> None:
-        """Keep a trial: it is written down at once, unless the file has it already."""
+        """Add a trial: it is written immediately, unless the file already has it."""
         is_new = _key(trial) not in self.done
         self.done[_key(trial)] = trial
         if self.path is not None and is_new:
@@ -304,7 +305,7 @@ class TrialFile:
                 stream.write(_line(trial))
 
     def finish(self) -> None:
-        """Note in the file how many trials it holds, so that a later loss of some is seen."""
+        """Record in the file how many trials it holds, so that a later loss is noticed."""
         if self.path is not None:
             self._write(is_complete=True)
 
@@ -335,7 +336,7 @@ def _line(trial: Trial) -> str:
 
 
 def _read(path: Path) -> Perturbations:
-    """Return what a file holds; in an unfinished one, a last line that was interrupted does not count."""
+    """Return what a file holds, leaving out a last line that was interrupted."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]
     if not lines:
         raise ValueError("it has no header")
@@ -351,16 +352,16 @@ def _read(path: Path) -> Perturbations:
 
 
 def _renamed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a trial as it is written today: older files called continuations rollouts."""
+    """Return a trial under today's names: older files called continuations rollouts."""
     if "rollouts" in record:
         record["others"] = record.pop("rollouts")
-        # They counted positions from the start of the response, and did not keep the column.
+        # They counted positions from the start of the response, and did not store the column.
         record["response_position"], record["position"] = record["position"], None
     return record
 
 
 def _portable(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters with the model's name as it is told today: older files had the path of its folder."""
+    """Return parameters with the model's name as it is stored today: older files had its folder's path."""
     name = parameters.get("model")
     if isinstance(name, str) and Path(name).is_absolute():
         return {**parameters, "model": Path(name).name}

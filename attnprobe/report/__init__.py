@@ -2,9 +2,9 @@
 
     attnprobe.Report(batch, statistics, heads, scores, rhythm).save("report.html")
 
-`document` checks the results and renders the page; `response` gathers what belongs to each token;
-`tokens`, `figures` and `maps` draw. What is left to others: every number (the report reads results,
-never a model) and the decision which response is worth a picture.
+`checks` checks that the results fit together, and `document` renders the page; `response` gathers what
+belongs to each token; `tokens`, `figures` and `maps` draw. What is left to others: every number (the report
+reads results, never a model), and the choice of a response to show.
 """
 
 from attnprobe.report.document import Report

@@ -1,8 +1,8 @@
 """Whether results belong together: the same tokens, model, window, horizon, layers and heads.
 
-A report of results that do not fit would show numbers beside the wrong tokens, or call them by a model and
-heads that they are not of. `Report` calls `check_results_fit` when it is made. What is left to others:
-whether each result is right in itself (the results' own modules).
+A report of results that do not belong together would show numbers next to the wrong tokens, or attribute them
+to the wrong model and heads. `Report` calls `check_results_fit` when it is made. What is left to others:
+whether each result is valid in itself (the results' own modules).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_results_fit(
     maps: GroupMaps | None,
     example: int,
 ) -> None:
-    """Check that results describe one batch, and that they were computed from one another.
+    """Check that results describe the same batch, and that they were computed from one another.
 
     Raises:
         ResultError: results of other tokens, responses, models, windows, horizons, layers or heads.
@@ -56,10 +56,10 @@ def check_results_fit(
 
 
 def maps_entry(maps: GroupMaps, batch: TokenBatch, example: int) -> int:
-    """Return which entry of the maps is of an example: maps are of one example, or of all of the batch.
+    """Return the index of an example in the maps, which are of that example alone or of the whole batch.
 
     Raises:
-        ResultError: maps of some other number of examples.
+        ResultError: maps of any other number of examples.
     """
     count = maps.columns.shape[0]
     if count not in (1, batch.batch_size):
@@ -74,7 +74,7 @@ def _check_shapes(batch: TokenBatch, results: dict[str, Any]) -> None:
     """Check that all results per token have the shape of the batch."""
     sizes = {name: _token_shape(result) for name, result in {"batch": batch, **results}.items()}
     if any(size != sizes["batch"] for size in sizes.values()):
-        raise ResultError(f"these results are not of one batch: their [example, token] are {sizes}")
+        raise ResultError(f"these results are not of the same batch: their [example, token] are {sizes}")
 
 
 def _token_shape(result: Any) -> list[int]:
@@ -106,7 +106,7 @@ def _heads_of(heads: HeadGroups) -> dict[str, tuple[tuple[int, int, float], ...]
 
 
 def _check_provenance(expected: Provenance, found: Provenance, name: str, source: str) -> None:
-    """Check that a result was computed from what is shown beside it, as far as both are known."""
+    """Check that a result was computed from what is shown with it, as far as both are known."""
     for field in ("model_name", "layers", "window", "horizon"):
         ours, theirs = getattr(expected, field), getattr(found, field)
         # Maps are of the layers that their heads are in.

@@ -1,9 +1,9 @@
 """The Report: results in, one self-contained HTML file out.
 
-Users make one and save it; in a notebook it shows itself. The page opens offline: plotly.js, figures and
-styles are part of it, and its content security policy lets a browser run the scripts written here and fetch
-nothing. What is left to others: numbers (the results), pictures (tokens, figures, maps), words and markup
-(page.html.jinja).
+Users make one and save it; in a notebook it displays itself. The page opens offline: plotly.js, figures and
+styles are part of it, and its content security policy lets a browser run only the scripts written here, and
+fetch nothing. What is left to others: numbers (the results), pictures (tokens, figures, maps), words and
+markup (page.html.jinja).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from attnprobe.version import __version__
 
 _HEADS_LISTED = 10
 
-# Draws every figure of the page, each from the JSON block in front of it. The buttons are listed, as
-# plotly's own selection has one that sends the figure to a server.
+# Draws every figure of the page, each from the JSON block before it. The buttons are listed, since plotly's
+# default selection includes one that sends the figure to a server.
 _DRAWING_SCRIPT = """\
 const settings = {
   responsive: true,
@@ -64,21 +64,21 @@ class Report:
     """A page that shows what was measured on one response of a batch.
 
     Args:
-        batch: the tokens, as for `measure`. The page shows texts if the batch or the statistics have them,
-            from a tokenizer (`TokenBatch.from_text`, `from_ids(..., tokenizer=...)`); else token ids.
+        batch: the tokens, as for `measure`. The page shows texts if the batch or the statistics have them
+            (from a tokenizer: `TokenBatch.from_text`, `from_ids(..., tokenizer=...)`), otherwise token ids.
         statistics: what `measure` returned for the batch.
         heads: the head groups that the scores are of.
-        scores: the scores of the batch's tokens.
+        scores: the token scores of the batch.
         rhythm: the peaks of the scores.
-        maps: the maps of the example, from `group_maps`, or of all examples; None leaves the pictures out.
-        example: which response of the batch to show.
+        maps: the maps of the example, from `group_maps`, or of all examples; None leaves the maps out.
+        example: which example of the batch to show.
         title: the page's heading.
         prompt: the prompt as text; default: the batch's own text before the response, if it has texts.
-        notes: a text of your own, shown below the heading.
+        notes: your own text, shown below the heading.
 
     Raises:
-        BatchError: something that is no batch.
-        ParameterError: an example that the batch does not have, or something else in place of a result.
+        BatchError: something that is not a batch.
+        ParameterError: an example that the batch does not have, or anything else in place of a result.
         ResultError: results of other tokens, models, windows, horizons, layers or heads.
     """
 
@@ -139,7 +139,7 @@ class Report:
 
         Raises:
             MissingDependencyError: jinja2 or plotly is not installed.
-            ResultError: a place that cannot be written.
+            ResultError: a path that cannot be written.
         """
         return write_atomically(path, self.html().encode())
 
@@ -182,7 +182,7 @@ class Report:
     def _figures(
         self, tokens: tuple[ResponseToken, ...], pairs: tuple[CoupledPair, ...]
     ) -> dict[str, str | None]:
-        """Return the figures as JSON that a script element can hold."""
+        """Return the figures as JSON that is safe in a script element."""
         curves = response_curves(
             tokens,
             has_receiver=self.scores.receiver_fai is not None,
@@ -196,7 +196,7 @@ class Report:
         }
 
     def _facts(self) -> dict[str, str]:
-        """Return what the page's head says about the run, by name."""
+        """Return the facts about the run that the top of the page lists, by name."""
         statistics, heads = self.statistics, self.heads
         low, high = statistics.horizon
         facts = {
@@ -235,7 +235,7 @@ class Report:
                 tokens,
                 lambda token: token.waad,
                 name="WAAD",
-                description="how far back the local heads look while writing this token",
+                description="how far back the local heads look at this token",
                 scale=coloured.WAAD_SCALE,
                 hovers=hovers,
             ),
@@ -243,20 +243,20 @@ class Report:
                 tokens,
                 lambda token: token.fai,
                 name="FAI",
-                description="how much later tokens read this token, through the global heads",
+                description="how much later tokens read this token through the global heads",
                 scale=coloured.FAI_SCALE,
                 hovers=hovers,
             ),
         ]
 
     def _head_table(self, group: Group) -> dict[str, Any]:
-        """Return the most typical heads of a group, as lines of a table."""
+        """Return the most typical heads of a group, one line of a table for each."""
         index = {layer: i for i, layer in enumerate(self.heads.layers)}
         kurtosis = self.heads.receiver_kurtosis
-        rows = []
+        lines = []
         for layer, head in self.heads.pairs(group)[:_HEADS_LISTED]:
             place = index[layer], head
-            rows.append(
+            lines.append(
                 {
                     "layer": layer,
                     "head": head,
@@ -265,10 +265,10 @@ class Report:
                     "receiver": "receiver" in group_names(self.heads, *place),
                 }
             )
-        return {"group": group, "rows": rows, "has_kurtosis": kurtosis is not None}
+        return {"group": group, "lines": lines, "has_kurtosis": kurtosis is not None}
 
     def _maps_of_example(self) -> GroupMaps | None:
-        """Return the maps of the example alone, without what pads those of a shorter response."""
+        """Return the maps of the example alone, without the padding of shorter responses."""
         if self.maps is None:
             return None
         return self.maps.select(maps_entry(self.maps, self.batch, self.example), trim=True)
@@ -280,7 +280,7 @@ class Report:
 
 
 def check_dependencies() -> None:
-    """Check that what a page is made with is installed, before the work that it is to show.
+    """Check that what a page needs is installed, before doing the work that it will show.
 
     Raises:
         MissingDependencyError: jinja2 or plotly is not installed.
@@ -306,7 +306,7 @@ def _template() -> Any:
 def _content_security_policy(scripts: list[str]) -> str:
     """Return a policy that allows these scripts by their hashes, inline styles, and no fetching.
 
-    Escaping alone keeps hostile tokens from becoming markup; this is the second line of defence.
+    Escaping already keeps hostile tokens from becoming markup; this is a second line of defence.
     """
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
@@ -317,9 +317,9 @@ def _content_security_policy(scripts: list[str]) -> str:
 
 
 def _shown_model_name(name: str) -> str:
-    """Return a model's name; of a model loaded from a folder, only the folder's own name.
+    """Return a model's name; for a model loaded from a folder, only the folder's own name.
 
-    A report is made to be passed on, and where a folder lies on somebody's disk is nobody's business.
+    A report is made to be shared, and should not reveal paths on someone's disk.
     """
     if not name:
         return "unnamed"

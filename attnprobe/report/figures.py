@@ -32,7 +32,7 @@ _PAIR_COLOUR = "rgba(120, 120, 120, 0.20)"
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel of the curves: a score of each token, and which tokens are its peaks."""
+    """One panel of the curves: the score of each token, and which tokens are its peaks."""
 
     name: str
     axis_title: str
@@ -48,7 +48,7 @@ class Curve:
         return not all(math.isnan(value) for value in self.values)
 
     def limits(self) -> tuple[float, float]:
-        """Return the range of the vertical axis: all defined values, and room for the markers."""
+        """Return the range of the vertical axis: all defined values, with room for the markers."""
         defined = [value for value in self.values if not math.isnan(value)]
         if not defined:
             return 0.0, 1.0
@@ -124,7 +124,7 @@ def curves_figure(
     figure.update_layout(
         xaxis=_token_axis(tokens, len(curves)),
         hovermode="x unified",
-        # One box for the curves of all panels, not one for the panel under the mouse.
+        # One hover box for the curves of all panels, not one for the panel under the mouse.
         hoversubplots="axis",
         barmode="overlay",
         legend={"orientation": "h", "x": 0, "y": 1.01, "yanchor": "bottom"},
@@ -133,7 +133,7 @@ def curves_figure(
 
 
 def _token_axis(tokens: Sequence[ResponseToken], panels: int) -> dict[str, Any]:
-    """Return the horizontal axis, which is below the last panel."""
+    """Return the horizontal axis, which lies below the last panel."""
     return {
         "title": {"text": "token (column in the batch)"},
         "anchor": f"y{panels}" if panels > 1 else "y",
@@ -150,7 +150,7 @@ def _token_axis(tokens: Sequence[ResponseToken], panels: int) -> dict[str, Any]:
 
 
 def _token_line(tokens: Sequence[ResponseToken], curve: Curve) -> Any:
-    """Return an invisible trace that says in the shared hover box which token it is about."""
+    """Return an invisible trace that names the token in the shared hover box."""
     low, _ = curve.limits()
     return import_plotly().Scatter(
         x=[token.column for token in tokens],
@@ -176,7 +176,7 @@ def _curve_traces(
     low, high = limits
     traces = []
     if pairs:
-        # Bars, as one trace stays fast where a thousand rectangles of the layout would not.
+        # Bars: one trace stays fast, where a thousand rectangles in the layout would not.
         traces.append(
             plotly.Bar(
                 x=[pair.anchor.token.column - pair.distance / 2 for pair in pairs],
@@ -220,7 +220,7 @@ def _curve_traces(
 def _with_gaps(
     tokens: Sequence[ResponseToken], values: Sequence[float]
 ) -> tuple[list[int], list[float | None]]:
-    """Return columns and values with a hole wherever a gap lies between two parts of the response."""
+    """Return columns and values, with a break wherever the response has a gap."""
     columns: list[int] = []
     filled: list[float | None] = []
     for token, value in zip(tokens, values, strict=True):
@@ -242,17 +242,17 @@ def heads_figure(heads: HeadGroups) -> Any:
     layers, count = len(heads.layers), len(span[0])
     cell = max(11, min(30, 900 // max(layers, count)))
     figure = empty_figure(max(cell * count, 170) + 130)
-    defined = [value for row in span for value in row if not math.isnan(value)]
+    defined = [value for layer in span for value in layer if not math.isnan(value)]
     labels = [str(layer) for layer in heads.layers]
     figure.add_trace(
         plotly.Heatmap(
             x=labels,
             y=[str(head) for head in range(count)],
-            z=_transposed([[None if math.isnan(value) else value for value in row] for row in span]),
+            z=_transposed([[None if math.isnan(value) else value for value in layer] for layer in span]),
             text=_transposed(_head_texts(heads, span)),
             hovertemplate="%{text}<extra></extra>",
             colorscale="Cividis",
-            # Linear: a logarithm would spend most of the colours on the few most local heads.
+            # Linear: a logarithmic scale would spend most of the colours on the few most local heads.
             zmin=0.0,
             zmax=max([*defined, 1.0]),
             xgap=1,
@@ -275,7 +275,7 @@ def heads_figure(heads: HeadGroups) -> Any:
 
 
 def _index_axis(title: str, limits: list[float]) -> dict[str, Any]:
-    """Return an axis of layers or heads, which are names and not quantities."""
+    """Return an axis of layers or heads, which are categories rather than quantities."""
     return {
         "title": {"text": title, "standoff": 12},
         "type": "category",
@@ -297,14 +297,14 @@ def group_names(heads: HeadGroups, layer_index: int, head: int) -> list[str]:
 
 
 def _head_texts(heads: HeadGroups, span: list[list[float]]) -> list[list[str]]:
-    """Return what hovering over each head shows."""
+    """Return the hover text of each head."""
     kurtosis = None
     if heads.receiver_kurtosis is not None:
         kurtosis = heads.receiver_kurtosis.detach().float().cpu().tolist()
     texts = []
-    for index, row in enumerate(span):
+    for index, of_layer in enumerate(span):
         line = []
-        for head, value in enumerate(row):
+        for head, value in enumerate(of_layer):
             text = f"layer {heads.layers[index]}, head {head}<br>mean span {value:.3g} tokens"
             if kurtosis is not None:
                 text += f"<br>receiver kurtosis {kurtosis[index][head]:.3g}"
@@ -314,7 +314,7 @@ def _head_texts(heads: HeadGroups, span: list[list[float]]) -> list[list[str]]:
 
 
 def _group_markers(heads: HeadGroups, labels: list[str], cell: int) -> list[Any]:
-    """Return the marks of the groups: shapes that differ, so that no colour has to be told apart."""
+    """Return the marks of the groups, with a shape for each, so that they differ without colour."""
     plotly = import_plotly()
     looks = {
         "local": (heads.local_heads, "triangle-down", "#ffffff", 0.38),
@@ -348,5 +348,5 @@ def _outline(colour: str) -> str:
     return {"#ffffff": "#555555", "#1a1a1a": "#ffffff"}.get(colour, colour)
 
 
-def _transposed(rows: list[list[Any]]) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)]
+def _transposed(lines: list[list[Any]]) -> list[list[Any]]:
+    return [list(column) for column in zip(*lines, strict=True)]

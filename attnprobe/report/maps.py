@@ -1,7 +1,8 @@
-"""The report's pictures of attention: the mean maps of the local and the global heads side by side.
+"""The report's pictures of attention: the mean maps of the local and the global heads, side by side.
 
-`Report` draws them. A map of a long response is pooled before it is drawn, as a page cannot show more cells
-than a screen has dots. What is left to others: computing maps (measurement) and the shared look (plotting).
+`Report` calls `maps_figure`. The map of a long response is pooled before it is drawn, since a page cannot
+show more cells than a screen has pixels. What is left to others: computing maps (measurement) and the shared
+look (plotting).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from attnprobe.report.plotting import empty_figure, import_plotly, log_ticks
 from attnprobe.report.response import ResponseToken
 
 MOST_CELLS = 512
-# Values this far below the largest get the lightest colour: attention spreads over many decades, and the
-# lowest of them are noise.
+# Values this many decades below the largest get the lightest colour: attention spans many decades, and the
+# lowest are noise.
 _DECADES = 3.0
 _LONGEST_LABEL = 40
 
@@ -43,7 +44,7 @@ class PooledMap:
 def pool_map(attention: Float[Tensor, "token token"], most_cells: int = MOST_CELLS) -> PooledMap:
     """Pool a map to at most `most_cells` cells a side: each cell is the largest value of its block.
 
-    The largest, as the mean would fade the narrow columns that anchors are.
+    The largest, since a mean would fade the narrow columns of anchors.
 
     >>> pool_map(torch.eye(4), 2).values
     tensor([[1., nan],
@@ -62,7 +63,7 @@ def pool_map(attention: Float[Tensor, "token token"], most_cells: int = MOST_CEL
 
 
 def maps_figure(maps: GroupMaps, tokens: Sequence[ResponseToken], most_cells: int = MOST_CELLS) -> Any:
-    """Return both maps of one example in logarithmic colour, queries down and keys across."""
+    """Return both maps of one example in logarithmic colours, queries down and keys across."""
     named = {
         "local heads": pool_map(maps.local_map[0], most_cells),
         "global heads": pool_map(maps.global_map[0], most_cells),
@@ -71,7 +72,7 @@ def maps_figure(maps: GroupMaps, tokens: Sequence[ResponseToken], most_cells: in
     columns = maps.columns_of(0)
     by_column = {token.column: token for token in tokens}
     labels = _labels([by_column[column] for column in columns], block)
-    # A few places: every token's own column would not fit, and hovering names it.
+    # A few ticks: there is no room for every token's column, and hovering shows it.
     shown = list(range(0, len(labels), max(1, len(labels) // 8)))
     axis = {
         "type": "category",
@@ -130,8 +131,8 @@ def _colour_axis(low: float, high: float) -> dict[str, Any]:
     }
 
 
-# From the tone of an empty page to nearly black, so that what is read stands out. It is the one scale
-# here that may be dark: there is no text on it.
+# From the tone of an empty page to nearly black, so that what is read stands out. It is the only scale that
+# may be dark: there is no text on it.
 _COLOURS = [
     [0.0, "#f1f3f5"],
     [0.25, "#c6dbef"],
@@ -146,7 +147,7 @@ def _heatmap(values: Tensor, labels: list[str], low: float, x_axis: str, y_axis:
         x=labels,
         y=labels,
         z=values.clamp(min=low).log10().numpy(),
-        # The colour is the logarithm; what a reader wants to see is the attention itself.
+        # The colour is the logarithm; hovering shows the attention itself.
         customdata=values.numpy(),
         coloraxis="coloraxis",
         xaxis=x_axis,
@@ -157,7 +158,7 @@ def _heatmap(values: Tensor, labels: list[str], low: float, x_axis: str, y_axis:
 
 
 def _labels(tokens: Sequence[ResponseToken], block: int) -> list[str]:
-    """Return a name for each cell of an axis; columns make it unique, which category axes need."""
+    """Return a name for each cell of an axis, with its columns: category axes need unique names."""
     labels = []
     for begin in range(0, len(tokens), block):
         part = tokens[begin : begin + block]

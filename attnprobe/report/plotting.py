@@ -1,6 +1,6 @@
 """What the plotly figures of the report share: the lazy import, the look, and safe JSON.
 
-What is left to others: the figures themselves (figures, maps).
+`figures`, `maps` and `Report` call this. What is left to others: the figures themselves (figures, maps).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def import_plotly() -> Any:
 
 
 def plotly_source() -> str:
-    """Return plotly.js, safe inside a script element."""
+    """Return plotly.js, made safe for a script element."""
     import_plotly()
     from plotly.offline import get_plotlyjs
 
@@ -38,11 +38,11 @@ def plotly_source() -> str:
 
 
 def empty_figure(height: int) -> Any:
-    """Return a figure of a height in pixels with the report's look and nothing in it."""
+    """Return an empty figure with the report's look, of a height in pixels."""
     plotly = import_plotly()
     return plotly.Figure(
         layout={
-            # Plotly's default template is long and colours the background; the page brings its own.
+            # Plotly's default template is long and colours the background; the page has its own style.
             "template": plotly.layout.Template(),
             "height": height,
             "margin": {"l": 64, "r": 16, "t": 40, "b": 52},
@@ -56,27 +56,27 @@ def empty_figure(height: int) -> Any:
 
 
 def figure_json(figure: Any) -> str:
-    """Return a figure as JSON that is safe inside a script element: no `<`, `>` or `&` in it."""
+    """Return a figure as JSON that is safe in a script element: without `<`, `>` and `&`."""
     text: str = figure.to_json()
     # All three occur only inside JSON strings, where an escape means the same.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def hover_label(token: ResponseToken) -> str:
-    """Return a token's text as plotly may show it: plotly reads markup in its texts."""
+    """Return a token's text for plotly, escaped: plotly interprets markup in texts."""
     return html.escape(f"“{token.label}”")
 
 
 def log_ticks(low: float, high: float) -> tuple[list[float], list[str]]:
-    """Return places (as log10) and texts of the ticks of a logarithmic colour bar.
+    """Return the positions (as log10) and texts of the ticks of a logarithmic colour bar.
 
     >>> log_ticks(2.0, 60.0)[1]
     ['2', '5', '10', '20', '50']
     """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    # Over many decades the powers of ten are enough.
+    # Over many decades, powers of ten are enough.
     steps = (1, 2, 5) if last - first <= 3 else (1,)
-    # Written as text first: 3 * 0.1 is not 0.3, and the text is what is shown.
+    # Parsed from text: step * 10.0**power is not always the nearest float.
     numbers = [float(f"{step}e{power}") for power in range(first, last + 1) for step in steps]
     shown = [number for number in numbers if low * 0.999 <= number <= high * 1.001]
     return [math.log10(number) for number in shown], [f"{number:g}" for number in shown]

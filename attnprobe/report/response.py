@@ -1,9 +1,8 @@
-"""One response of a batch as a sequence of tokens, each with everything that is known about it.
+"""One response of a batch as a list of tokens, each with everything that is known about it.
 
 `Report` reads its response here. Results are tensors over a whole batch; a page shows one response, token by
 token. `read_response` gathers the tokens, and `coupled_pairs` the preplans and anchors that belong together.
-What is left to others: whether the results fit each other (checks) and how anything looks (tokens, figures,
-page).
+What is left to others: whether the results fit together (checks) and how things look (tokens, figures, page).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
 
 _NEWLINES = re.compile(r"\r\n|\r|\n")
-# The controls that embed, override or isolate a direction of writing. Marks that only hint stay.
+# The controls that embed, override or isolate a writing direction. Plain direction marks stay.
 _REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _CONTEXT_BEFORE = 4
 _CONTEXT_AFTER = 3
@@ -27,7 +26,7 @@ _CONTEXT_AFTER = 3
 
 @dataclass(frozen=True)
 class ResponseToken:
-    """One token of a response; scores are NaN where undefined or not measured."""
+    """One token of a response; scores are NaN if undefined or not measured."""
 
     column: int
     text: str
@@ -42,7 +41,7 @@ class ResponseToken:
 
     @property
     def label(self) -> str:
-        """The text on one line, with line breaks as a sign, for hover boxes and tables."""
+        """The text on one line, with line breaks shown as a symbol, for hover boxes and tables."""
         return on_one_line(self.text)
 
 
@@ -65,14 +64,14 @@ class CoupledPair:
 
     @property
     def distance(self) -> int:
-        """From preplan to anchor, in tokens."""
+        """The distance from preplan to anchor, in tokens."""
         return self.anchor.token.column - self.preplan.token.column
 
 
 def read_response(
     batch: TokenBatch, scores: TokenScores, rhythm: Rhythm, example: int
 ) -> tuple[ResponseToken, ...]:
-    """Return the response tokens of one example; without texts, their ids are used."""
+    """Return the response tokens of one example; without texts, their ids serve as texts."""
     columns = batch.response_mask[example].nonzero()[:, 0].tolist()
     if batch.texts is not None:
         texts = [visible(batch.texts[example][column]) for column in columns]
@@ -107,7 +106,7 @@ def coupled_pairs(tokens: tuple[ResponseToken, ...], rhythm: Rhythm, example: in
     place = {token.column: i for i, token in enumerate(tokens)}
     pairs = []
     for preplan, anchor in rhythm.pairs(example):
-        # A pair outside the response can only be hand-made: there is no token to show for it.
+        # Only a rhythm made by hand has pairs outside the response; there is no token to show for them.
         if preplan in place and anchor in place:
             intro = _intro(tokens, place[anchor], rhythm, example)
             pairs.append(
@@ -117,7 +116,7 @@ def coupled_pairs(tokens: tuple[ResponseToken, ...], rhythm: Rhythm, example: in
 
 
 def prompt_text(batch: TokenBatch, example: int) -> str | None:
-    """Return the text before the response; None without texts, or where an example packs several prompts."""
+    """Return the text before the response; None without texts, or if examples are packed."""
     if batch.texts is None or batch.segment_ids is not None:
         return None
     start = int(batch.response_mask[example].nonzero()[0, 0])
@@ -127,7 +126,7 @@ def prompt_text(batch: TokenBatch, example: int) -> str | None:
 
 
 def visible(text: str) -> str:
-    """Return a text with signs for characters that a page cannot hold, or that would rearrange it.
+    """Return a text with symbols for characters that a page cannot hold, or that would rearrange it.
 
     Line breaks and tabs stay.
 
@@ -138,7 +137,7 @@ def visible(text: str) -> str:
 
 
 def on_one_line(text: str) -> str:
-    """Return a text with its line breaks as signs.
+    """Return a text with its line breaks as symbols.
 
     >>> on_one_line("so\\n\\n") == "so\\u21b5\\u21b5"
     True
@@ -154,9 +153,9 @@ def _visible_character(character: str) -> str:
     if code == 0x7F:
         return "\u2421"
     if character in _REORDERING:
-        # One such token would turn around the text of all that follow it.
+        # One such token would reorder the text of all tokens after it.
         return f"\u27e8{code:04X}\u27e9"
-    # A lone surrogate has no encoding; a tokenizer should not give one, but a page must not fail on it.
+    # A lone surrogate cannot be encoded; a tokenizer should not produce one, but a page must not fail on it.
     return "\ufffd" if 0xD800 <= code <= 0xDFFF else character
 
 
@@ -181,8 +180,8 @@ def _intro(
     """Return the token that opened the chunk of a dominated anchor, as `dominated_anchors` chose it."""
     if not tokens[place].dominated:
         return None
-    # Rhythm keeps intros as a set of tokens: an anchor's own is the largest change in its lookback, as far
-    # back as no gap lies between them; ties: the latest.
+    # Rhythm stores intros as a set of tokens: an anchor's own intro is the one with the largest change of
+    # WAAD within its lookback, not across a gap; among equal ones, the latest.
     column = tokens[place].column
     before = [
         token

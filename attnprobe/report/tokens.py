@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from attnprobe.report.response import ResponseToken
 
 _LINE_BREAKS = re.compile(r"([\r\n]+)")
-# The outermost values are clipped: one extreme token must not leave the rest of the text white.
+# The outermost values are clipped, or a single extreme token would leave the rest of the text white.
 _CLIPPED_SHARE = 0.05
 
 Colour = tuple[int, int, int]
@@ -24,13 +24,13 @@ Colour = tuple[int, int, int]
 class ColourScale:
     """A ramp of one hue, from nearly white to a tone on which black text keeps a contrast above 5:1.
 
-    Only lightness carries the value, so that the scale reads the same with any colour vision.
+    Lightness alone carries the value, so that the scale can be read with any colour vision.
     """
 
     stops: tuple[Colour, ...]
 
     def at(self, share: float) -> str:
-        """Return the CSS colour at a share of the ramp, 0 to 1."""
+        """Return the CSS colour at a point of the ramp, 0 to 1."""
         place = min(max(share, 0.0), 1.0) * (len(self.stops) - 1)
         index = min(int(place), len(self.stops) - 2)
         low, high = self.stops[index], self.stops[index + 1]
@@ -44,8 +44,8 @@ class ColourScale:
         return f"linear-gradient(to right, {colours})"
 
 
-# Orange for WAAD and blue for FAI, here and in the curves: the pair that most colour-blind readers tell
-# apart best.
+# Orange for WAAD and blue for FAI, here and in the curves: the pair that most colour-blind readers can tell
+# apart.
 WAAD_SCALE = ColourScale(((255, 248, 240), (254, 217, 168), (253, 174, 97), (241, 122, 34)))
 FAI_SCALE = ColourScale(((243, 248, 254), (198, 219, 239), (130, 184, 220), (74, 148, 200)))
 
@@ -80,7 +80,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class ColouredText:
-    """A response coloured by one score; the legend is None where no token has a value."""
+    """A response coloured by one score; the legend is None if no token has a value."""
 
     name: str
     description: str
@@ -119,7 +119,7 @@ def coloured_text(
 
 
 def clipped_range(values: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of the ramp: the 5th and 95th percentile of the defined values, NaN if none is.
+    """Return the ends of the ramp: the 5th and 95th percentile of the defined values; NaN if there are none.
 
     >>> clipped_range([3.0, math.nan, 1.0])
     (1.0, 3.0)
@@ -132,7 +132,7 @@ def clipped_range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def roles(token: ResponseToken) -> list[str]:
-    """Return the parts that a token plays in the rhythm, by name."""
+    """Return the names of the roles that a token plays in the rhythm."""
     parts = {
         "preplan": token.preplan,
         "anchor": token.anchor,
@@ -143,7 +143,7 @@ def roles(token: ResponseToken) -> list[str]:
 
 
 def hover_text(token: ResponseToken, scores: dict[str, float], anchor_of: int | None) -> str:
-    """Return what hovering over a token shows: where it stands, its scores, and its part in the rhythm."""
+    """Return the hover text of a token: its column and text, its scores, and its roles in the rhythm."""
     lines = [f"column {token.column}: “{token.label}”"]
     lines += [f"{name}: {format_score(value)}" for name, value in scores.items()]
     played = roles(token)
@@ -155,11 +155,11 @@ def hover_text(token: ResponseToken, scores: dict[str, float], anchor_of: int | 
 
 
 def format_score(value: float) -> str:
-    """Return a score in three digits, or a word where it is undefined."""
+    """Return a score in three digits, or "undefined"."""
     return "undefined" if math.isnan(value) else f"{value:.3g}"
 
 
 def _pieces(text: str) -> tuple[Piece, ...]:
-    """Split a text so that line breaks are pieces of their own: the page gives them a visible sign."""
+    """Split a text so that line breaks are separate pieces: the page gives them a visible symbol."""
     found = (part for part in _LINE_BREAKS.split(text) if part)
     return tuple(Piece(part, part[0] in "\r\n") for part in found)

@@ -4,14 +4,14 @@
     trainer.train()
     handle.detach()
 
-or, in a training loop of your own:
+or, in your own training loop:
 
     gamma = CoupledRhythmCredit(amplification=1.5)(scores)   # [batch, token]
     advantages = apply_credit(advantages, gamma, mask)       # nonnegative ones only
 
-Strategies (credit) turn scores into weights, `RolloutCredit` measures a policy's own rollouts for them, and
-`rl.trl` and `rl.ppo` use it in trainers. Measuring goes through `attnprobe.measure`, as everywhere else.
-Only `rl.trl` knows TRL, and it loads when it is used.
+Strategies (credit) turn token scores into weights, `RolloutCredit` measures a policy's own rollouts for
+them, and `rl.trl` and `rl.ppo` use it in trainers. Measuring goes through `attnprobe.measure`, as everywhere
+else. Only `rl.trl` depends on TRL, and it is loaded on first use.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -69,7 +69,7 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load what needs TRL or transformers only when it is asked for."""
+    """Load what needs TRL or transformers on first use."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

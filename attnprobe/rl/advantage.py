@@ -1,10 +1,10 @@
 """Advantages: where the weights of a strategy enter an objective.
 
-`apply_credit` is Eq. 12 of arXiv 2510.13554: the advantage of token t becomes `A[t] * gamma[t]`, where
+`apply_credit` is Eq. 13 of arXiv 2510.13554v2: the advantage of token t becomes `A[t] * gamma[t]`, where
 gamma is a constant and applies only where the advantage is not negative. Training loops call it, and so
-does the reference PPO. `credit_weights` gives the factors alone, and `gate_gradient` puts them at the
-log-probabilities, for objectives that know one advantage for a whole sequence; both are called by the
-routes into TRL's losses. What is left to others: the weights (credit), and trainers (trl, ppo).
+does the reference PPO. `credit_weights` returns the factors alone, and `gate_gradient` applies them to the
+gradient of the log-probabilities, for objectives with a single advantage per completion; the routes into
+TRL's losses call both. What is left to others: the weights (credit), and trainers (trl, ppo).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def credit_weights(
 ) -> Float[Tensor, "completion token"]:
     """Return the factor of each token's advantage: gamma, or 1 where gamma does not apply.
 
-    It does not apply to negative advantages, nor where the mask is 0: padding, tool output.
+    Gamma does not apply to negative advantages, or where the mask is 0 (padding, tool output).
 
     Args:
         advantages: `[completion]`, or `[completion, token]`.
@@ -34,8 +34,8 @@ def credit_weights(
         mask: `[completion, token]`, 1 where a token is trained on, else 0.
 
     Raises:
-        ParameterError: shapes that do not fit, a mask of something else than 0 and 1, or values inside the
-            mask that are not finite, or a negative gamma there.
+        ParameterError: shapes that do not match, a mask that holds anything but 0 and 1, or values inside
+            the mask that are not finite, or a negative gamma there.
 
     >>> gamma = torch.tensor([[1.5, 2.0, 9.0], [1.5, 2.0, 2.0]])
     >>> credit_weights(torch.tensor([1.0, -1.0]), gamma, torch.tensor([[1, 1, 0], [1, 1, 1]]))
@@ -55,19 +55,19 @@ def credit_weights(
 def apply_credit(
     advantages: ArrayLike, gamma: ArrayLike, mask: ArrayLike
 ) -> Float[Tensor, "completion token"]:
-    """Return the weighted advantage of each token (Eq. 12 of arXiv 2510.13554); detached.
+    """Return the weighted advantage of each token (Eq. 13 of arXiv 2510.13554v2); detached.
 
-    Negative advantages, padding and tool output keep what they had. The result has the dtype of the
-    advantages, or is float if they are whole numbers.
+    Negative advantages, and those of padding and tool output, are left unchanged. The result has the dtype
+    of the advantages, or is float if they are whole numbers.
 
     Args:
-        advantages: `[completion]`, one for each sequence, or `[completion, token]`.
+        advantages: `[completion]`, or `[completion, token]`.
         gamma: `[completion, token]`, not negative.
         mask: `[completion, token]`, 1 where a token is trained on, else 0.
 
     Raises:
-        ParameterError: shapes that do not fit, a mask of something else than 0 and 1, or values inside the
-            mask that are not finite, or a negative gamma there.
+        ParameterError: shapes that do not match, a mask that holds anything but 0 and 1, or values inside
+            the mask that are not finite, or a negative gamma there.
 
     >>> gamma = torch.tensor([[1.5, 2.0], [1.5, 2.0]])
     >>> apply_credit(torch.tensor([2.0, -2.0]), gamma, torch.ones(2, 2))
@@ -83,7 +83,7 @@ def apply_credit(
 def spread_advantages(
     advantages: ArrayLike, mask: Bool[Tensor, "completion token"]
 ) -> Float[Tensor, "completion token"]:
-    """Return the advantage of each token, and 0 outside the mask, where it is of no consequence.
+    """Return the advantage of each token, and 0 outside the mask, where it does not matter.
 
     Raises:
         ParameterError: advantages of another shape, or not finite inside the mask.
@@ -105,29 +105,29 @@ def spread_advantages(
 def check_not_negative(
     weights: Float[Tensor, "completion token"], name: str, error: type[Exception] = ParameterError
 ) -> None:
-    """Raise an error that says where the first negative weight stands, if there is one."""
+    """Raise an error that says where the first negative weight is, if there is one."""
     negative = weights < 0
     if bool(negative.any()):
         where = negative.nonzero()[0].tolist()
         raise error(
             f"{name} is {float(weights[tuple(where)])} at [{_AXES}] = {where}: a weight must not be "
-            "negative, or it would turn an advantage into its opposite"
+            "negative, since that would reverse the sign of an advantage"
         )
 
 
 def gate_gradient(values: ArrayLike, weights: ArrayLike) -> Float[Tensor, "completion token"]:
-    """Return the same values, through which gradients come back multiplied by the weights.
+    """Return the values unchanged, but multiply their gradient by the weights.
 
-    At the log-probabilities, it weights the tokens of any loss, including one that has a single advantage
-    for each sequence (RLOO, GSPO, GMPO). It weights everything that the loss asks of the
-    log-probabilities: a KL term of the loss too.
+    Applied to log-probabilities, this weights the tokens of any loss, including one with a single advantage
+    per completion (RLOO, GSPO, GMPO). It weights everything that the loss computes from them, a KL term
+    included.
 
     Args:
         values: `[completion, token]`; log-probabilities may be minus infinity.
-        weights: `[completion, token]`, finite and not negative; they are constants.
+        weights: `[completion, token]`, finite and not negative; treated as constants.
 
     Raises:
-        ParameterError: values that are no numbers, or weights of another shape, negative or not finite.
+        ParameterError: values that are not numbers, or weights of another shape, negative or not finite.
 
     >>> logps = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     >>> gated = gate_gradient(logps, torch.tensor([[1.0, 3.0]]))
@@ -143,7 +143,7 @@ def gate_gradient(values: ArrayLike, weights: ArrayLike) -> Float[Tensor, "compl
 
 
 class _GatedGradient(torch.autograd.Function):
-    """The identity, with weighted gradients; `d + w * (x - d)` would make a NaN of an infinite value."""
+    """The identity with weighted gradients; `d + w * (x - d)` would turn infinite values into NaN."""
 
     @staticmethod
     def forward(context: Any, values: Tensor, weights: Tensor) -> Tensor:

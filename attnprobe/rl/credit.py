@@ -1,12 +1,12 @@
 """Credit strategies: from token scores to one weight per token, `gamma`.
 
-A strategy is any callable `scores -> gamma`, called once per rollout by `RolloutCredit`. Those in this
-module are small frozen dataclasses. Sec. 5.2 of arXiv 2510.13554 multiplies the advantage of some tokens:
-those that open a chunk (`LocalChunkCredit`), those that later text keeps reading (`GlobalAnchorCredit`),
-or both, coupled (`CoupledRhythmCredit`). `EntropyCredit` and `RandomCredit` are the baselines of its
-tables. Parameters default to the paper's values and, where the paper is silent, to the choices that the
-documentation lists. What is left to others: how scores are measured (scoring), and what is done with the
-weights (advantage).
+A strategy is any callable `scores -> gamma`; `RolloutCredit` calls it once per rollout. Those in this module
+are small frozen dataclasses. Sec. 5.2 of arXiv 2510.13554v2 raises the advantage of some tokens: those that
+open a chunk (`LocalChunkCredit`), those that later text keeps reading (`GlobalAnchorCredit`), or both,
+coupled (`CoupledRhythmCredit`). `EntropyCredit` and `RandomCredit` are the baselines of its tables.
+Parameters default to the paper's values or, where the paper is silent, to the choices listed in the
+documentation. What is left to others: how scores are measured (scoring), and what is done with the weights
+(advantage).
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from attnprobe.validation import (
 logger = logging.getLogger(__name__)
 
 Credit = Callable[[TokenScores], Tensor]
-"""Any callable that gives each token a weight: `scores -> gamma [completion, token]`."""
+"""Any callable that maps token scores to weights: `scores -> gamma [completion, token]`."""
 
 Select = Literal["top", "bottom"]
 Align = Literal["token", "prediction"]
 
 SCORES = frozenset({"waad", "fai", "entropy"})
-"""The scores that a strategy can need."""
+"""The token scores that a strategy can need."""
 
 _AXES = "completion, token"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CreditStrategy(ABC):
-    """A strategy that raises chosen tokens to an amplification; subclass it and override `share`.
+    """A strategy that gives chosen tokens a larger weight; subclass it and override `share`.
 
     Attributes:
         amplification: the weight of a chosen token, the paper's g; 1 changes nothing.
-        normalize: whether to divide the weights of each response by their mean, so that they have mean
-            1 over its tokens and the size of an update is kept.
-        needs: the scores that the strategy reads; what nobody needs is not measured.
+        normalize: whether to divide the weights of each response by their mean, so that they average 1 over
+            its tokens and updates keep their size.
+        needs: the token scores that the strategy reads; scores that are not needed are not measured.
 
     Raises:
         ParameterError: an amplification that is negative or not finite, or a `normalize` that is not a bool.
@@ -88,26 +88,25 @@ class CreditStrategy(ABC):
         self._set("normalize", truth(self.normalize, "normalize"))
 
     def _set(self, name: str, value: Any) -> None:
-        """Keep a parameter in its checked form: a numpy number, say, as a float."""
+        """Store a parameter in its checked form, such as a numpy number as a float."""
         object.__setattr__(self, name, value)
 
     @abstractmethod
     def share(self, scores: TokenScores) -> Tensor:
-        """Return how much of the bonus `amplification - 1` each token gets, `[completion, token]`."""
+        """Return each token's share of the bonus `amplification - 1`, `[completion, token]`."""
 
     def __call__(self, scores: TokenScores) -> Float[Tensor, "completion token"]:
         """Return the weight of each token: 1 where none was chosen, and outside the response.
 
         Raises:
-            ParameterError: something else than `TokenScores`, or scores of packed sequences.
+            ParameterError: anything but `TokenScores`, or scores of packed examples.
             ResultError: scores that lack what the strategy needs, or a share of another shape.
         """
         instance(scores, TokenScores, "scores", "score_tokens() and score_rollout() return it")
         if scores.segment_ids is not None:
             raise ParameterError(
-                "these scores are of packed sequences, where the tokens of one response would be ranked "
-                "among those of another: measure one sequence per entry of the batch, such as "
-                "batch.sequences()[0]"
+                "these scores are of packed examples, where the tokens of one response would be ranked "
+                "against those of another: measure one sequence per example, such as batch.sequences()[0]"
             )
         dtype = torch.promote_types(scores.waad.dtype, torch.float32)
         share = as_tensor(self.share(scores), f"{_name_of(self)}.share", ResultError)
@@ -126,9 +125,9 @@ class _Selective(CreditStrategy):
     """A strategy that chooses a share of each response's tokens.
 
     Attributes:
-        quantile: the share of the tokens with a score that is chosen, the paper's q: `ceil(q * n)` of n.
-        select: "top" chooses the largest scores, "bottom" the smallest, the paper's ablation; of equal
-            scores the earliest tokens are chosen.
+        quantile: the share that is chosen of the n tokens with a score, the paper's q: `ceil(q * n)` tokens.
+        select: "top" chooses the largest scores, "bottom" the smallest (the paper's ablation); among equal
+            scores, the earliest tokens are chosen.
     """
 
     quantile: FloatField = 0.4
@@ -146,11 +145,11 @@ class _Selective(CreditStrategy):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalChunkCredit(_Selective):
-    """Credit where local attention changes: `|WAAD[t] - WAAD[t + 1]|` (Eq. 13-14 of arXiv 2510.13554).
+    """Credit where local attention changes: `|WAAD[t] - WAAD[t + 1]|` (Eq. 14-15 of arXiv 2510.13554v2).
 
     Attributes:
-        align: which token row t of the attention describes: "token", token t, as in the paper, or
-            "prediction", token t + 1, which that row produced.
+        align: which token row t of the pattern describes: "token" means token t, as in the paper;
+            "prediction" means token t + 1, which that row produced.
 
     >>> waad = torch.tensor([[1.0, 4.0, 3.5, 3.0, 3.0]])
     >>> scores = TokenScores(waad, waad, None, torch.ones(1, 5, dtype=torch.bool))
@@ -166,15 +165,15 @@ class LocalChunkCredit(_Selective):
         choice(self.align, "align", get_args(Align))
 
     def share(self, scores: TokenScores) -> Tensor:
-        """Return 1 for the tokens of the largest change of WAAD."""
+        """Return 1 for the tokens with the largest change of WAAD."""
         return self._chosen(waad_change(_aligned_waad(scores, self.align)), scores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalAnchorCredit(_Selective):
-    """Credit to what later tokens read: the largest FAI (Eq. 15-16 of arXiv 2510.13554).
+    """Credit to what later tokens read: the largest FAI (Eq. 16-17 of arXiv 2510.13554v2).
 
-    A response too short for any token to have a FAI keeps the weight 1.
+    A response that is too short for any of its tokens to have an FAI keeps weight 1.
 
     >>> fai = torch.tensor([[0.1, 0.4, 0.2, torch.nan]])
     >>> scores = TokenScores(fai, fai, None, torch.ones(1, 4, dtype=torch.bool))
@@ -185,31 +184,31 @@ class GlobalAnchorCredit(_Selective):
     needs: ClassVar[frozenset[str]] = frozenset({"fai"})
 
     def share(self, scores: TokenScores) -> Tensor:
-        """Return 1 for the tokens of the largest FAI."""
+        """Return 1 for the tokens with the largest FAI."""
         _warn_of_short_responses(scores)
         return self._chosen(scores.fai, scores)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CoupledRhythmCredit(_Selective):
-    """Credit to anchors, part of which goes to what introduced them (Eq. 17-18 of arXiv 2510.13554).
+    """Credit to anchors, shared with the tokens that introduce them (Eq. 18-19 of arXiv 2510.13554v2).
 
-    An anchor, a token of the largest FAI, is dominated if its WAAD is low and WAAD changed much
-    within the `lookback` tokens before it. It passes the part `alpha` of its bonus on to the token of
-    the largest change, the introductory one. A token that introduces several anchors gets that part
-    once; if it is an anchor too, both count.
+    An anchor, here a token with one of the largest FAIs, is dominated if its WAAD is low and WAAD changed a
+    lot within the `lookback` tokens before it. It passes the fraction `alpha` of its bonus on to the token
+    with the largest change, its intro. A token that is the intro of several anchors gets that fraction
+    once; if it is itself an anchor, it gets both.
 
     Attributes:
-        alpha: the part that a dominated anchor passes on, in `[0, 1]`.
+        alpha: the fraction of its bonus that a dominated anchor passes on, in `[0, 1]`.
         lookback: how many tokens before an anchor are searched, the paper's k.
-        waad_threshold: dominated anchors have at most this WAAD; None: the response's median.
-        delta_threshold: and after at least this change of WAAD; None: the response's median change.
-        align: which token row t of the attention describes: "token", token t, as in the paper, or
-            "prediction", token t + 1, which that row produced. It concerns WAAD, which belongs to
-            rows; FAI belongs to columns.
+        waad_threshold: the largest WAAD of a dominated anchor; None: the response's median.
+        delta_threshold: the smallest change of WAAD before one; None: the response's median change.
+        align: which token row t of the pattern describes: "token" means token t, as in the paper;
+            "prediction" means token t + 1, which that row produced. Only WAAD depends on it: WAAD is read
+            from rows, FAI from columns.
 
     Raises:
-        ParameterError: an alpha outside [0, 1], or one by which a token could get a negative weight.
+        ParameterError: an alpha outside [0, 1], or one that could give a token a negative weight.
 
     >>> waad = torch.tensor([[1.0, 5.0, 1.0, 1.0, 1.0, 3.0]])
     >>> fai = torch.tensor([[0.1, 0.2, 0.9, 0.1, 0.1, 0.8]])
@@ -233,7 +232,7 @@ class CoupledRhythmCredit(_Selective):
         for name in ("waad_threshold", "delta_threshold"):
             if getattr(self, name) is not None:
                 self._set(name, real_number(getattr(self, name), name))
-        # An anchor that introduces another one gets the bonus 1 + alpha times.
+        # An anchor that is also an intro gets the bonus 1 + alpha times.
         if 1 + (self.amplification - 1) * (1 + self.alpha) < 0:
             raise ParameterError(
                 f"with amplification {self.amplification} and alpha {self.alpha} a token could get a "
@@ -241,7 +240,7 @@ class CoupledRhythmCredit(_Selective):
             )
 
     def share(self, scores: TokenScores) -> Tensor:
-        """Return the sum of a token's parts as an anchor and as an introductory token."""
+        """Return the sum of a token's shares as an anchor and as an intro."""
         _warn_of_short_responses(scores)
         waad = _aligned_waad(scores, self.align)
         anchor = self._chosen(scores.fai, scores)
@@ -257,7 +256,7 @@ class CoupledRhythmCredit(_Selective):
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyCredit(_Selective):
-    """Credit to the tokens that were sampled at the highest entropy, a baseline of arXiv 2510.13554.
+    """Credit to the tokens that were sampled at the highest entropy, a baseline of arXiv 2510.13554v2.
 
     >>> entropy = torch.tensor([[0.1, 2.0, 0.5, 0.2]])
     >>> scores = TokenScores(entropy, entropy, entropy, torch.ones(1, 4, dtype=torch.bool))
@@ -268,7 +267,7 @@ class EntropyCredit(_Selective):
     needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
 
     def share(self, scores: TokenScores) -> Tensor:
-        """Return 1 for the tokens of the highest entropy."""
+        """Return 1 for the tokens with the highest entropy."""
         if scores.entropy is None:
             raise ResultError(
                 "these scores have no entropy: measure(..., entropy=True), or weigh(..., entropy=...)"
@@ -278,15 +277,15 @@ class EntropyCredit(_Selective):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomCredit(CreditStrategy):
-    """Credit to random tokens of each response, a baseline of arXiv 2510.13554.
+    """Credit to random tokens of each response, a baseline of arXiv 2510.13554v2.
 
-    The draw depends on the seed and on the response itself, through which of its tokens have the larger
-    WAAD. So the strategy has no state to save: a response gets the same weights whatever other responses
-    are in the batch, on any process, and in a resumed run too.
+    The draw depends on the seed and on the response itself: on which half of its tokens has the larger WAAD.
+    So the strategy has no state to save: a response gets the same weights on any process and in a resumed
+    run, whatever other responses are in the batch.
 
     Attributes:
-        quantile: the share of the response's tokens that is chosen: `ceil(q * n)` of n.
-        seed: another seed gives another draw.
+        quantile: the share of a response's n tokens that is chosen: `ceil(q * n)` tokens.
+        seed: a different seed gives a different draw.
     """
 
     quantile: FloatField = 0.4
@@ -301,19 +300,19 @@ class RandomCredit(CreditStrategy):
     def share(self, scores: TokenScores) -> Tensor:
         """Return 1 for the tokens that were drawn."""
         mask = scores.response_mask.cpu()
-        # Not the values of WAAD: their last bits depend on how rows were batched together.
+        # Not the values of WAAD: their last bits depend on which completions were batched together.
         upper = top_quantile(scores.waad.masked_fill(~scores.response_mask, torch.nan), 0.5).cpu()
         drawn = torch.full(mask.shape, torch.nan)
-        for row in range(mask.shape[0]):
-            content = bytes(upper[row][mask[row]].to(torch.uint8).tolist())
+        for completion, own in enumerate(mask):
+            content = bytes(upper[completion][own].to(torch.uint8).tolist())
             digest = hashlib.blake2b(content, digest_size=7, key=str(self.seed).encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-            drawn[row, mask[row]] = torch.rand(int(mask[row].sum()), generator=generator)
+            drawn[completion, own] = torch.rand(int(own.sum()), generator=generator)
         return top_quantile(drawn, self.quantile).to(scores.waad.device)
 
 
 def needs_of(credit: Credit) -> frozenset[str]:
-    """Return the scores that a strategy needs: its attribute `needs`, or all where it has none.
+    """Return the token scores that a strategy needs: its attribute `needs`, or all if it has none.
 
     Raises:
         ParameterError: something that cannot be called, or unknown scores.
@@ -339,7 +338,7 @@ def credit_of(credit: Credit, scores: TokenScores) -> Float[Tensor, "completion 
     """Return a strategy's weights after checking them; 1 outside the response.
 
     Raises:
-        ParameterError: something that is no strategy, or something else than `TokenScores`.
+        ParameterError: something that is not a strategy, or anything but `TokenScores`.
         ResultError: weights of the wrong type or shape, or weights in the response that are negative
             or not finite.
     """
@@ -367,16 +366,16 @@ def _name_of(credit: Credit) -> str:
 def _with_mean_one(
     gamma: Float[Tensor, "completion token"], mask: Bool[Tensor, "completion token"]
 ) -> Float[Tensor, "completion token"]:
-    """Divide the weights of each response by their mean over its own tokens, padding left out."""
+    """Divide the weights of each response by their mean over its own tokens, leaving out padding."""
     inside = gamma.double().masked_fill(~mask, 0.0)
     mean = inside.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
-    # An empty response has no mean, and weights that are all 0 stay so.
+    # An empty response has no mean, and weights that are all 0 stay 0.
     mean = torch.where(mean > 0, mean, 1.0)
     return (gamma.double() / mean).to(gamma.dtype).masked_fill(~mask, 1.0)
 
 
 def _aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "completion token"]:
-    # Half precision has no median, and would tie changes that differ.
+    # Half precision has no median, and would make different changes equal.
     dtype = torch.promote_types(scores.waad.dtype, torch.float32)
     waad = scores.waad.to(dtype).masked_fill(~scores.response_mask, torch.nan)
     if align == "token":
@@ -392,8 +391,8 @@ def _warn_of_short_responses(scores: TokenScores) -> None:
     without = inside.any(-1) & ~(inside & ~scores.fai.isnan()).any(-1)
     if bool(without.any()):
         _warn_once(
-            "some responses are too short for any of their tokens to have a FAI (shorter than the start of "
-            "the horizon, or empty): their weights stay 1. This is reported only once"
+            "some responses are too short for any of their tokens to have an FAI (shorter than the start of "
+            "the horizon, or empty): their weights stay 1. This warning is shown only once"
         )
 
 

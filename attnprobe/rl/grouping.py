@@ -1,8 +1,8 @@
-"""HeadGrouping: which heads are local and global during training, and when they are due again.
+"""HeadGrouping: which heads are local and global during training, and when to classify them again.
 
-A policy changes while it is trained, so `RolloutCredit` classifies its heads again from time to time. A
-grouping knows the step at which it was made, and goes into checkpoints as plain JSON, so that a resumed run
-continues with it. `choose_heads` says which layers given heads, or a request for layers, ask to measure.
+A policy changes during training, so `RolloutCredit` reclassifies its heads from time to time. A grouping
+records the step at which it was made, and goes into checkpoints as plain JSON, so that a resumed run
+continues with it. `choose_heads` says which layers to measure for given heads or a `layers` argument.
 What is left to others: measuring and weighing (rollout_credit), and checkpoints (trl, ppo).
 """
 
@@ -23,17 +23,18 @@ from attnprobe.validation import IntLike, brief, instance, whole_number
 
 
 class HeadGrouping:
-    """The groups of heads in use, and when they are due again.
+    """The head groups in use, and when to classify heads again.
 
     Args:
-        reclassify_every: classify heads again every so many optimizer steps; None: only once.
+        reclassify_every: how many optimizer steps to wait before classifying heads again; None: they are
+            classified only once.
 
     Attributes:
         saved_groups: the groups as plain JSON; None before the first.
         grouped_at: the step at which they were made.
 
     Raises:
-        ParameterError: a number of steps below 1, or not whole.
+        ParameterError: a `reclassify_every` that is not a whole number of at least 1.
 
     >>> grouping = HeadGrouping(reclassify_every=10)
     >>> grouping.is_due(0)
@@ -51,10 +52,10 @@ class HeadGrouping:
 
     @property
     def groups(self) -> HeadGroups | None:
-        """The groups in use, None before the first.
+        """The groups in use; None before the first.
 
         Raises:
-            ResultError: groups from a checkpoint that is damaged.
+            ResultError: groups from a damaged checkpoint.
         """
         return None if self.saved_groups is None else _from_json(self.saved_groups)
 
@@ -62,18 +63,18 @@ class HeadGrouping:
         """Use these groups from now on; `step` is the optimizer step at which they were made.
 
         Raises:
-            ParameterError: something else than groups, or a step that is no whole number.
+            ParameterError: anything but head groups, or a step that is not a whole number.
         """
         instance(groups, HeadGroups, "groups", "classify_heads() returns one")
-        # Without the model's name: a resumed run may have loaded the model from another place.
+        # Without the model's name: a resumed run may have loaded the model from elsewhere.
         self.saved_groups = _to_json(replace(groups, model_name=""))
         self.grouped_at = whole_number(step, "step")
 
     def is_due(self, step: IntLike) -> bool:
-        """Return whether heads are to be classified at this step.
+        """Return whether to classify heads at this step.
 
         Raises:
-            ParameterError: a step that is no whole number.
+            ParameterError: a step that is not a whole number.
         """
         now = whole_number(step, "step")
         if self.saved_groups is None or self.grouped_at is None:
@@ -81,19 +82,19 @@ class HeadGrouping:
         return self.reclassify_every is not None and now - self.grouped_at >= self.reclassify_every
 
     def attributes(self) -> dict[str, Any]:
-        """Return what a checkpoint has to keep."""
+        """Return what a checkpoint has to store."""
         return {"saved_groups": self.saved_groups, "grouped_at": self.grouped_at}
 
     def restore(self, attributes: Mapping[str, Any]) -> None:
-        """Take what a checkpoint has kept.
+        """Restore what a checkpoint has stored.
 
         Raises:
-            ResultError: something else than what `attributes` returns.
+            ResultError: anything but what `attributes` returns.
         """
         if not isinstance(attributes, Mapping) or not {"saved_groups", "grouped_at"} <= set(attributes):
             raise ResultError(
-                "a checkpoint's grouping of heads has saved_groups and grouped_at, as attributes() returns "
-                f"them; got {brief(attributes)}"
+                "a checkpoint's grouping of heads must have saved_groups and grouped_at, as attributes() "
+                f"returns them; got {brief(attributes)}"
             )
         self.saved_groups = attributes["saved_groups"]
         self.grouped_at = attributes["grouped_at"]
@@ -137,14 +138,14 @@ def _layers_of(heads: HeadGroups, layers: Layers, adapter: Adapter, is_default: 
     if heads.model_name and heads.model_name != adapter.model_name:
         raise ParameterError(
             f"heads were grouped for {heads.model_name}, but the policy is {adapter.model_name}; if that is "
-            "the same model by another name, pass dataclasses.replace(heads, model_name='')"
+            "the same model under another name, pass dataclasses.replace(heads, model_name='')"
         )
     return chosen
 
 
 def _to_json(groups: HeadGroups) -> dict[str, Any]:
-    # A span is float32, which a Python float holds exactly; JSON has no NaN that everyone reads.
-    span = [[None if value != value else value for value in row] for row in groups.span.tolist()]
+    # A span is float32, which a Python float holds exactly; NaN is not portable JSON.
+    span = [[None if value != value else value for value in layer] for layer in groups.span.tolist()]
     return {
         "local_heads": groups.local_heads.tolist(),
         "global_heads": groups.global_heads.tolist(),
@@ -155,7 +156,7 @@ def _to_json(groups: HeadGroups) -> dict[str, Any]:
 
 def _from_json(saved: dict[str, Any]) -> HeadGroups:
     try:
-        span = [[float("nan") if value is None else value for value in row] for row in saved["span"]]
+        span = [[float("nan") if value is None else value for value in layer] for layer in saved["span"]]
         return HeadGroups(
             local_heads=torch.tensor(saved["local_heads"], dtype=torch.bool),
             global_heads=torch.tensor(saved["global_heads"], dtype=torch.bool),
@@ -167,5 +168,5 @@ def _from_json(saved: dict[str, Any]) -> HeadGroups:
     except (KeyError, TypeError, ValueError) as error:
         raise ResultError(
             f"the checkpoint's grouping of heads is damaged ({type(error).__name__}: {error}): resume from "
-            "another checkpoint, or pass heads= where credit is set up"
+            "another checkpoint, or pass heads= when you set up credit"
         ) from error

@@ -1,10 +1,10 @@
 """RolloutCredit: the one mechanism that measures a rollout, groups heads, and asks a strategy for weights.
 
-Every trainer goes through it: a training loop of your own and the reference PPO (ppo) use the class as it
-is, and `attach_credit` (trl) overrides the few methods in which a TRL trainer differs. For each rollout it
-decides which completions matter, has the policy measure its own attention over them, classifies heads when
-that is due, scores the tokens, and calls the strategy. What is left to others: the pieces (scoring,
-grouping, credit), and what is done with the weights (advantage).
+Every trainer uses it: your own training loop and the reference PPO (ppo) use the class as it is, and
+`attach_credit` (trl) overrides the few methods in which a TRL trainer differs. For each rollout it decides
+which completions matter, measures the policy's attention over them, classifies heads when that is due,
+scores the tokens, and calls the strategy. What is left to others: the pieces (scoring, grouping, credit),
+and what is done with the weights (advantage).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, brief, ins
 
 @dataclass(frozen=True)
 class WeighedRollout:
-    """What a rollout's tokens weigh, and why.
+    """The weights of a rollout's tokens, and what they were computed from.
 
     Attributes:
         gamma: the weights; 1 in completions without a positive advantage.
-        measured: the completions that were measured.
-        scores: of the measured completions; None if there are none.
+        measured: which completions were measured.
+        scores: the token scores of the measured completions; None if there are none.
     """
 
     gamma: Float[Tensor, "completion token"]
@@ -51,20 +51,20 @@ class WeighedRollout:
 
 
 class RolloutCredit:
-    """Gives the tokens of a policy's rollouts their weights.
+    """Computes the weights of the tokens of a policy's rollouts.
 
     A trainer that differs from a plain loop overrides `model`, `grouping`, `token_entropy`,
     `sum_over_processes` or `measures_all`; each says what it is for.
 
     Args:
-        policy: the model that wrote the rollouts; PEFT and `torch.compile` may be around it.
+        policy: the model that wrote the rollouts; it may be wrapped by PEFT and `torch.compile`.
         credit: the strategy, such as `CoupledRhythmCredit()`, or any callable `scores -> gamma`.
-        layers: where attention is measured: "middle" (the paper's five of the middle third), "all" or
+        layers: where to measure attention: "middle" (the paper's five layers of the middle third), "all" or
             layer numbers.
-        heads: the head groups to keep, in any form that `score_tokens` takes, with weights if you like; their
-            layers are the ones measured ("all": all heads of `layers`). None: heads are classified
-            by the rollouts themselves.
-        reclassify_every: classify heads again every so many steps; None: only once.
+        heads: fixed head groups, in any form that `score_tokens` takes, with weights if you like; their layers
+            are measured ("all": all heads of `layers`). None: heads are classified on the rollouts themselves.
+        reclassify_every: how many steps to wait before classifying heads again; None: they are classified
+            only once.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens.
         batch_size: how many completions to measure at a time; default: as many as fit `measure`'s memory
@@ -72,11 +72,11 @@ class RolloutCredit:
 
     Attributes:
         credit: the strategy.
-        heads: the grouping that was given, if any.
-        layers: the layers that are measured; empty where the strategy needs no attention.
+        heads: the head groups that were given, if any.
+        layers: the layers that are measured; empty if the strategy needs no attention.
 
     Raises:
-        ParameterError: a wrong parameter.
+        ParameterError: an invalid parameter.
         UnsupportedModelError: a policy whose attention cannot be read.
     """
 
@@ -104,31 +104,31 @@ class RolloutCredit:
         if reads_attention:
             self.layers, self.heads = choose_heads(self._policy, layers, heads)
 
-    # ---- what a trainer may do otherwise ------------------------------------------------------
+    # ---- what a trainer may override ----------------------------------------------------------
 
     def model(self) -> Any:
-        """Return what is measured: the policy, or an `Adapter` that runs it in another way."""
+        """Return what is measured: the policy, or an `Adapter` that runs it differently."""
         return self._policy
 
     @property
     def grouping(self) -> HeadGrouping:
-        """Where the groups of heads are kept, and when they are due again; it belongs in checkpoints."""
+        """The head groups and when to classify heads again; it belongs in checkpoints."""
         return self._grouping
 
     @property
     def measures_all(self) -> bool:
-        """Whether to measure all completions, so that all processes make equally many forward passes."""
+        """Whether to measure all completions, so that all processes make the same number of passes."""
         return False
 
     def token_entropy(self, rollout: Rollout) -> Float[Tensor, "completion token"] | None:
-        """Return the entropy of each token, for a strategy that needs it and if `weigh` is not given it."""
+        """Return the entropy of each token, if the strategy needs it and `weigh` is not given it."""
         return None
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over all processes that train the policy; it is of equal shape in all.
+        """Return the sum of a tensor, of the same shape everywhere, over all processes that train the policy.
 
-        By default over the processes of `torch.distributed`, if it is initialised: heads are then
-        classified by the rollouts of all.
+        By default these are the processes of `torch.distributed`, if it is initialised: heads are then
+        classified on the rollouts of all of them.
         """
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -140,33 +140,33 @@ class RolloutCredit:
 
     @property
     def groups(self) -> Groups | None:
-        """The groups of heads in use: those given, or the latest of the run; None before the first."""
+        """The head groups in use: those given, or the latest of the run; None before the first."""
         return self.heads if self.heads is not None else self.grouping.groups
 
     def weigh(
         self, rollout: Rollout, advantages: ArrayLike, step: IntLike, *, entropy: ArrayLike | None = None
     ) -> Float[Tensor, "completion token"]:
-        """Return gamma for each token; 1 in completions without a positive advantage, which need none.
+        """Return gamma, `[completion, token]`; 1 in completions without a positive advantage.
 
         Args:
-            rollout: what the policy wrote.
+            rollout: the prompts, and what the policy wrote.
             advantages: `[completion]` or `[completion, token]`; they decide which completions are
                 measured, and are not changed.
-            step: of the run, by which heads are due to be classified again.
+            step: the step of the run, which decides when heads are classified again.
             entropy: `[completion, token]`, of the distribution that each token was sampled from, in nats,
                 for strategies that need it.
 
         Raises:
             BatchError: a rollout that the policy cannot read.
-            ParameterError: advantages or entropy of another shape, or a step that is no whole number.
-            ResultError: scores or weights that are not finite, or entropy that is needed and not given.
+            ParameterError: advantages or entropy of another shape, or a step that is not a whole number.
+            ResultError: scores or weights that are not finite, or entropy that is needed but not given.
         """
         return self.weigh_with_scores(rollout, advantages, step, entropy=entropy).gamma
 
     def weigh_with_scores(
         self, rollout: Rollout, advantages: ArrayLike, step: IntLike, *, entropy: ArrayLike | None = None
     ) -> WeighedRollout:
-        """Return gamma as `weigh` does, with the scores that it was made from."""
+        """Return gamma as `weigh` does, with the scores that it was computed from."""
         instance(rollout, Rollout, "rollout")
         now = whole_number(step, "step")
         spread = spread_advantages(advantages, rollout.response_mask)
@@ -203,9 +203,9 @@ class RolloutCredit:
         """Group heads by their mean span over the completions of all processes, and keep the groups."""
         assert statistics.span is not None
         span = statistics.span.double()
-        # Sums and counts, and not spans: processes may have different numbers of completions.
+        # Sums and counts rather than means: processes may have different numbers of completions.
         total, count = self.sum_over_processes(torch.stack([span.nansum(0), (~span.isnan()).double().sum(0)]))
-        # Nothing is known of completions that are all masked; the grouping stays due.
+        # Fully masked completions say nothing; the grouping stays due.
         if bool((count > 0).any()):
             groups = group_heads((total / count).to(statistics.span.dtype))
             self.grouping.keep(replace(groups, layers=statistics.layers), step)
@@ -213,7 +213,7 @@ class RolloutCredit:
     def settings(self) -> dict[str, str]:
         """Return what the weights depend on, as text: the strategy, its parameters, and what is measured.
 
-        A checkpoint keeps it, so that a run is not resumed with something else.
+        A checkpoint stores it, so that a run cannot be resumed with different settings.
 
         >>> from attnprobe.rl import RandomCredit
         >>> from attnprobe.testing.tiny_models import tiny_model
@@ -239,10 +239,12 @@ def _digest(heads: Groups) -> str:
 
 
 def check_options(options: Any, taker: Callable[..., Any], name: str) -> dict[str, Any]:
-    """Return options by name, all of which a function takes as keyword arguments; None: no options.
+    """Return options as a dict, after checking that a function takes them as keyword arguments.
+
+    None stands for no options.
 
     Raises:
-        ParameterError: something else than a mapping, or names that the function does not take.
+        ParameterError: anything but a mapping, or names that the function does not take.
 
     >>> check_options({"window": 5}, RolloutCredit, "credit_options")
     {'window': 5}

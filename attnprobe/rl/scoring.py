@@ -1,10 +1,10 @@
-"""Scores of a policy's own rollouts, aligned with its completions, for strategies to weigh.
+"""Token scores of a policy's own rollouts, aligned with its completions, for strategies to turn into weights.
 
 `Rollout` is what a trainer has after generating: prompts padded left, completions padded right.
-`measure_rollout` has the policy measure its own attention over it (in evaluation mode, without gradients,
-a few completions at a time), and `score_rollout` turns that into one score per token. `RolloutCredit` calls
-both; a training loop of your own may call them directly. What is left to others: what is measured
-(measurement), the weights (credit), and when a trainer asks for them (rollout_credit).
+`measure_rollout` measures the policy's attention over it (in evaluation mode, without gradients, a few
+completions at a time), and `score_rollout` turns that into token scores. `RolloutCredit` calls both; your
+own training loop may call them directly. What is left to others: what is measured (measurement), the weights
+(credit), and when a trainer asks for them (rollout_credit).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _AXES = "completion, token"
 
 @dataclass(frozen=True, init=False)
 class Rollout:
-    """What a trainer has after generating; lists and arrays become tensors.
+    """Prompts with the completions that a policy sampled for them; lists and arrays become tensors.
 
     Attributes:
         prompt_ids, prompt_mask: padded left.
-        completion_ids, completion_mask: padded right; a completion may be masked entirely, as trainers do
-            with truncated ones.
-        tool_mask: False where a tool wrote, True where the policy did; None where there are no tools.
+        completion_ids, completion_mask: padded right; a completion may be fully masked, as trainers mask
+            truncated ones.
+        tool_mask: False where a tool wrote, True where the policy did; None if there are no tools.
 
     Raises:
-        BatchError: ids that are negative or not whole numbers, shapes that do not fit, or masks of
-            something else than 0 and 1.
+        BatchError: ids that are negative or not whole numbers, shapes that do not match, or masks that hold
+            anything but 0 and 1.
 
     >>> rollout = Rollout([[5, 6]], [[1, 1]], [[7, 8, 9]], [[1, 1, 1]], tool_mask=[[1, 0, 1]])
     >>> rollout.response_mask
@@ -72,7 +72,7 @@ class Rollout:
             )
         if completions.numel() == 0:
             raise BatchError(f"the completions {list(completions.shape)} have no tokens to be scored")
-        # A frozen dataclass with an __init__ of its own, since what it takes is not what it keeps.
+        # A frozen dataclass with its own __init__, since it takes lists and arrays but stores tensors.
         for name, value in (
             ("prompt_ids", prompts),
             ("prompt_mask", _mask_of(prompts, prompt_mask, "prompt_mask")),
@@ -84,14 +84,14 @@ class Rollout:
 
     @property
     def response_mask(self) -> Bool[Tensor, "completion token"]:
-        """The tokens that the policy wrote itself and is trained on: neither padding nor tool output."""
+        """Which tokens the policy wrote itself and is trained on: neither padding nor tool output."""
         return self.completion_mask if self.tool_mask is None else self.completion_mask & self.tool_mask
 
     def select(self, completions: ArrayLike) -> Rollout:
-        """Return some of the completions, by a mask `[completion]`; their width stays the same.
+        """Return some of the completions, chosen by a mask `[completion]`; their width stays the same.
 
         Raises:
-            BatchError: a mask of another length, or of something else than 0 and 1.
+            BatchError: a mask of another length, or one that holds anything but 0 and 1.
         """
         chosen = as_mask(
             completions,
@@ -112,13 +112,12 @@ class Rollout:
     def batch(self) -> TokenBatch:
         """Return prompts and completions as a batch whose response is what the policy wrote itself.
 
-        What a tool wrote is read by the policy, but does not vote in FAI and span. A completion that is
-        masked entirely is given one token, so that every process of a sharded run makes the same number
-        of forward passes.
+        The policy reads what a tool wrote, but that does not count in FAI and span. A fully masked
+        completion is given one token, so that every process of a sharded run makes the same number of
+        forward passes.
 
         Raises:
-            BatchError: masks that are not padding on the left of the prompts, on the right of the
-                completions.
+            BatchError: prompts that are not padded on the left, or completions not padded on the right.
         """
         real, own = self.completion_mask.clone(), self.response_mask.clone()
         for mask in (real, own):
@@ -155,7 +154,7 @@ def measure_rollout(
     span: bool = True,
     batch_size: int | None = None,
 ) -> HeadStatistics:
-    """Return what every head does in the completions of a rollout; columns are those of the completions.
+    """Return the statistics of every head over a rollout; positions are those of the completions.
 
     Args:
         model: the policy, or an adapter for it.
@@ -163,12 +162,12 @@ def measure_rollout(
         layers, window, horizon: as for `measure`.
         span: whether to compute span, by which heads are classified; not needed if they already are.
         batch_size: how many completions to run at a time; default: as many as fit `measure`'s memory
-            budget. Pass it where processes have to make equally many forward passes.
+            budget. Set it if all processes must make the same number of forward passes.
 
     Raises:
-        BatchError: ids outside the vocabulary, masks that do not fit, or sequences longer than the model's
+        BatchError: ids outside the vocabulary, masks that do not match, or sequences longer than the model's
             context.
-        ParameterError: a wrong `layers`, `window`, `horizon`, `span` or `batch_size`.
+        ParameterError: an invalid `layers`, `window`, `horizon`, `span` or `batch_size`.
         UnsupportedModelError: a model whose attention cannot be read.
         PatternError: attention that is not finite, as when the policy's weights are not.
     """
@@ -203,19 +202,19 @@ def score_rollout(
     *,
     entropy: ArrayLike | None = None,
 ) -> TokenScores:
-    """Return the scores of the tokens that the policy wrote, NaN elsewhere.
+    """Return the scores of the tokens that the policy wrote, `[completion, token]`; NaN elsewhere.
 
     Args:
-        statistics: of the rollout; None where no attention was measured: WAAD and FAI are NaN then.
-        heads: the head groups, in any form that `score_tokens` takes; None to classify the heads by these
+        statistics: of the rollout; None if no attention was measured: WAAD and FAI are then NaN.
+        heads: the head groups, in any form that `score_tokens` takes; None: heads are classified by these
             statistics.
         rollout: prompts and completions.
         entropy: `[completion, token]`, of the distribution that each token was sampled from, in nats.
 
     Raises:
-        ParameterError: arguments of another kind.
-        ResultError: statistics or entropy of another shape than the completions, groups of other layers,
-            heads or models, or scores that are not finite.
+        ParameterError: arguments of the wrong type.
+        ResultError: statistics or entropy that do not have the shape of the completions, groups of other
+            layers, heads or models, or scores that are not finite.
     """
     instance(rollout, Rollout, "rollout")
     mask = rollout.response_mask
@@ -245,19 +244,19 @@ def score_rollout(
 
 
 def _own(values: Float[Tensor, "completion token"], mask: Tensor, name: str) -> Tensor:
-    """Return the values of the policy's own tokens, all of which have to be finite, and NaN elsewhere."""
+    """Return the values of the policy's own tokens, all of which must be finite; NaN elsewhere."""
     mask = mask.to(values.device)
     try:
         finite(values.masked_fill(~mask, 0.0), f"{name} of the rollout", _AXES, ResultError)
     except ResultError as error:
         raise ResultError(
-            f"{error}: are the policy's weights finite? This rollout has not changed them"
+            f"{error}: are the policy's weights finite? This rollout did not change them"
         ) from None
     return values.masked_fill(~mask, torch.nan)
 
 
 def bare_policy(policy: Any) -> Any:
-    """Return a policy without what `torch.compile` and PEFT have wrapped around it."""
+    """Return a policy without the wrappers of `torch.compile` and PEFT."""
     policy = getattr(policy, "_orig_mod", policy)
     peft = sys.modules.get("peft")
     if peft is not None and isinstance(policy, peft.PeftModel):

@@ -1,1 +1,1 @@
-"""Does the reference PPO learn? A small task, three seeds, two estimators, and TRL's GRPO beside it."""
+"""Does the reference PPO learn? A small task, three seeds, two estimators, compared with TRL's GRPO."""

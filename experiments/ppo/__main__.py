@@ -1,10 +1,11 @@
-"""Does the reference PPO learn, and how does it stand beside TRL's GRPOTrainer?
+"""Does the reference PPO learn, and how does it compare with TRL's GRPOTrainer?
 
-    python -m experiments.ppo learn      # three seeds, by GAE and by groups: some 15 minutes on two cores
-    python -m experiments.ppo compare    # three seeds of ours and of TRL's in turn: as long again
+    python -m experiments.ppo learn      # three seeds, GAE and groups: about 15 minutes on two cores
+    python -m experiments.ppo compare    # three seeds, ours and TRL's in turn: about as long again
 
-Both write what each run did (JSON) and a picture of the curves; a run that is done is kept, so that an
-interruption costs one run. What is left to others: the task (task), TRL's side (trl_run), pictures.
+Both write what each run did (JSON) and a picture of the curves. Finished runs are kept, so that an
+interruption costs at most one run. What is left to others: the task (task), TRL's side (trl_run), pictures
+(figures).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from experiments.ppo.task import LENGTH, build_policy, build_problems, reward
 RESULTS = Path(__file__).parent / "results"
 STEPS, SEEDS = 150, 3
 LAST = 10
-"""A run's final reward is the mean of so many last steps."""
+"""A run's final reward is the mean over this many last steps."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "gae": {
@@ -36,11 +37,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prompts_per_step": 512,
         "group_size": 1,
         "epochs": 2,
-        "vf_coef": 5.0,  # rewards vary by little: at 0.5 it takes half as many steps again
+        "vf_coef": 5.0,  # rewards vary little: with 0.5, learning takes half as many steps again
     },
     "group": {"estimator": "group", "prompts_per_step": 64, "group_size": 8, "epochs": 1},
 }
-"""512 completions a step, by either estimator."""
+"""512 completions per step with either estimator."""
 
 app = typer.Typer(add_completion=False, help=__doc__)
 out = Console()
@@ -51,7 +52,7 @@ Output = Annotated[Path, typer.Option(help="The folder for results.")]
 
 
 def config_of(name: str, steps: int, seed: int) -> PPOConfig:
-    """Return the hyper-parameters, which differ in the estimator and in what it wants."""
+    """Return the hyper-parameters; those in `SETTINGS` depend on the estimator."""
     return PPOConfig(
         steps=steps,
         minibatch_size=128,
@@ -64,13 +65,13 @@ def config_of(name: str, steps: int, seed: int) -> PPOConfig:
 
 
 def train(config: PPOConfig) -> list[dict[str, Any]]:
-    """Train by our own PPO and return the metrics of each step."""
+    """Train with our own PPO and return the metrics of each step."""
     return PPO(build_policy(config.seed), build_problems(config.seed), reward, config).train(progress=True)
 
 
 @app.command()
 def learn(steps: Steps = STEPS, seeds: Seeds = SEEDS, output: Output = RESULTS) -> None:
-    """Train by both estimators, from random weights."""
+    """Train with both estimators, from random weights."""
     runs = [
         kept(output, name, f"{name}-{seed}", train, config_of(name, steps, seed))
         for seed in range(seeds)
@@ -82,7 +83,7 @@ def learn(steps: Steps = STEPS, seeds: Seeds = SEEDS, output: Output = RESULTS) 
 
 @app.command()
 def compare(steps: Steps = STEPS, seeds: Seeds = SEEDS, output: Output = RESULTS) -> None:
-    """Train by groups, ours and TRL's in turn, so that both meet the same machine."""
+    """Train with groups, ours and TRL's in turn, so that both run under the same conditions."""
     runs = []
     for seed in range(seeds):
         config = config_of("group", steps, seed)
@@ -90,14 +91,14 @@ def compare(steps: Steps = STEPS, seeds: Seeds = SEEDS, output: Output = RESULTS
         runs.append(kept(output, "trl", f"compare-trl-{seed}", trl_run.train, config))
     out.print(table(runs))
     ratios = [ours["seconds"] / theirs["seconds"] for ours, theirs in zip(runs[::2], runs[1::2], strict=True)]
-    out.print(f"seconds of a step, ours / TRL's: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
+    out.print(f"seconds per step, ours / TRL's: {', '.join(f'{ratio:.2f}' for ratio in ratios)}")
     figures.draw_curves(runs, "The same run by this PPO and by TRL", output / "compare.png")
 
 
 def kept(
     output: Path, name: str, key: str, run: Callable[[PPOConfig], list[dict[str, Any]]], config: PPOConfig
 ) -> dict[str, Any]:
-    """Return what a run did, from its file if it has been done with these settings."""
+    """Return what a run did, from its file if it was already done with these settings."""
     path = output / f"{key}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     settings = dataclasses.asdict(config)
@@ -116,14 +117,14 @@ def kept(
 
 
 def table(runs: list[dict[str, Any]]) -> Table:
-    """Return where each run began and ended."""
+    """Return a table of where each run began and ended."""
     shown = Table()
     for column in (
         "run",
         "first reward",
         f"mean of the last {LAST}",
         "first step above 0.9",
-        "seconds a step",
+        "seconds per step",
     ):
         shown.add_column(column, justify="right" if column != "run" else "left")
     for run in runs:

@@ -1,4 +1,4 @@
-"""Learning curves as a picture; what is left to others: the runs (`__main__`)."""
+"""Learning curves as a picture, for both commands. What is left to others: the runs (`__main__`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LABELS = {"gae": "PPO, value head and GAE", "group": "PPO, groups (Eq. 6)", "trl
 
 
 def draw_curves(runs: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Draw the reward of each run against its steps: a thin line for a seed, a thick one for their mean."""
+    """Draw the reward of each run over its steps: thin lines for the seeds, a thick one for their mean."""
     figure, axis = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     for name in dict.fromkeys(run["name"] for run in runs):
         curves = [run["reward"] for run in runs if run["name"] == name]

@@ -1,8 +1,8 @@
-"""Sorting digits: a task that a model of a million parameters learns by rewards alone, in minutes.
+"""Sorting digits: a task that a model of a million parameters learns from rewards alone, in minutes.
 
-The prompt is some digits in any order and a token that asks for them sorted; the reward is the share of
-places that hold the right token, so that a policy that draws at random gets less than a tenth. What is
-left to others: training (`__main__`).
+The prompt is a few digits in any order, and a token that asks for them sorted. The reward is the share of
+positions with the right token, so that a policy that samples at random gets less than a tenth. What is left
+to others: training (`__main__`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SORT, END = DIGITS, DIGITS + 1
 VOCABULARY = DIGITS + 2
 LENGTH = 4
 CHANCE = 1 / VOCABULARY
-"""What a policy that draws at random gets, at most: it may also end too early."""
+"""The most that a policy that samples at random gets: it may also end too early."""
 
 
 def build_policy(seed: int) -> Any:
@@ -43,11 +43,11 @@ def build_policy(seed: int) -> Any:
 def build_problems(seed: int, count: int = 20_000) -> list[dict[str, Any]]:
     """Return problems: the ids of a prompt, and of the sorted digits with the end token."""
     digits = torch.randint(0, DIGITS, (count, LENGTH), generator=torch.Generator().manual_seed(seed))
-    return [{"prompt_ids": [*row, SORT], "answer": [*sorted(row), END]} for row in digits.tolist()]
+    return [{"prompt_ids": [*given, SORT], "answer": [*sorted(given), END]} for given in digits.tolist()]
 
 
 def reward(problems: list[Any], completions: list[list[int]]) -> list[float]:
-    """Return the share of places that hold the right token.
+    """Return the share of positions with the right token.
 
     >>> reward([{"answer": [1, 2, 3, 4, 11]}], [[1, 2, 4, 4, 11]])
     [0.8]

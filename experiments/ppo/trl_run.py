@@ -1,4 +1,4 @@
-"""The same task by TRL's GRPOTrainer: the same model, problems, rewards and hyper-parameters.
+"""The same task with TRL's GRPOTrainer: the same model, problems, rewards and hyper-parameters.
 
 What is left to others: our own run and the comparison (`__main__`).
 """
@@ -13,11 +13,11 @@ from attnprobe.rl import PPOConfig
 from experiments.ppo.task import DIGITS, END, SORT, build_policy, build_problems, reward
 
 WORDS = [*map(str, range(DIGITS)), "=", "<end>"]
-"""The text of each id, by which TRL's text prompts become our ids."""
+"""The text of each id, so that TRL's text prompts become our ids."""
 
 
 def build_tokenizer() -> Any:
-    """Return a tokenizer of one id a word."""
+    """Return a tokenizer with one id per word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -30,13 +30,13 @@ def build_tokenizer() -> Any:
 
 
 def train(config: PPOConfig) -> list[dict[str, float]]:
-    """Train by GRPOTrainer and return the reward and the seconds of each rollout."""
+    """Train with GRPOTrainer and return the reward and the seconds of each rollout."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    rows = config.prompts_per_step * config.group_size
-    updates = config.epochs * rows // config.minibatch_size
+    completions = config.prompts_per_step * config.group_size
+    updates = config.epochs * completions // config.minibatch_size
     history: list[dict[str, float]] = []
     problems = build_problems(config.seed)
     dataset = Dataset.from_dict(
@@ -74,7 +74,7 @@ def train(config: PPOConfig) -> list[dict[str, float]]:
                 output_dir=folder,
                 max_steps=config.steps * updates,
                 per_device_train_batch_size=config.minibatch_size,
-                steps_per_generation=rows // config.minibatch_size,
+                steps_per_generation=completions // config.minibatch_size,
                 num_iterations=config.epochs,
                 num_generations=config.group_size,
                 max_completion_length=config.max_new_tokens,
@@ -86,8 +86,8 @@ def train(config: PPOConfig) -> list[dict[str, float]]:
                 lr_scheduler_type="constant",
                 max_grad_norm=config.max_grad_norm,
                 weight_decay=0.0,
-                optim="adamw_torch",  # not its fused one: both take the same
-                loss_type="bnpo",  # a mean over the tokens of a minibatch, as ours
+                optim="adamw_torch",  # not the fused one: the same as ours
+                loss_type="bnpo",  # a mean over the tokens of a minibatch, like ours
                 scale_rewards="group",
                 logging_steps=1,
                 report_to=[],

@@ -2,7 +2,8 @@
 
     python -m experiments.rhythm
 
-Each step keeps what it has done, so that an interrupted run continues where it stopped.
+Each step stores what it has done, so that an interrupted run continues where it stopped. What is left to
+others: the steps themselves (generate, measure, suppress, tables, document, figures).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from experiments.rhythm import document, figures, generate, measure, problems, s
 
 HERE = Path(__file__).parent
 STEPS = ("perturb", "suppress")
-"""The steps that can be left out."""
+"""The steps that can be skipped."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,13 +91,13 @@ def _draw(
     example = figures.choose_example(scores)
     heads = attnprobe.classify_heads(near)
     figures.figure_2(loaded, chosen[example], scores.select(example), heads, results / "figure-2.png")
-    figures.figure_8(scores.select(example), results / "figure-8.png")
+    figures.figure_9(scores.select(example), results / "figure-8.png")
     paper = {name: line["lift"] for name, line in document.PAPER.items()}
     figures.couplings_figure(summary["couplings"], paper, results / "couplings.png")
 
 
 class _Clock:
-    """Tells how long the run has taken so far."""
+    """Prints how long the run has taken so far."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
@@ -108,12 +109,12 @@ class _Clock:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.rhythm", description=__doc__)
     parser.add_argument("--model", help="a GGUF file or a folder; default: the packaged SmolLM2")
-    parser.add_argument("--problems", type=int, default=100, help="how many problems are asked")
-    parser.add_argument("--intervened", type=int, default=75, help="how many answers are intervened on")
-    parser.add_argument("--without", nargs="*", choices=STEPS, default=[], help="steps to leave out")
-    parser.add_argument("--threads", type=int, default=1, help="how many processor cores may be used")
+    parser.add_argument("--problems", type=int, default=100, help="how many problems to ask")
+    parser.add_argument("--intervened", type=int, default=75, help="how many answers to intervene on")
+    parser.add_argument("--without", nargs="*", choices=STEPS, default=[], help="steps to skip")
+    parser.add_argument("--threads", type=int, default=1, help="how many processor cores to use")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="where small results go")
-    parser.add_argument("--work", type=Path, default=HERE / "cache", help="where large, unfinished ones go")
+    parser.add_argument("--work", type=Path, default=HERE / "cache", help="where large intermediate files go")
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,7 @@
-"""Writing results down: raw numbers as Parquet, all estimates as JSON, tables as Markdown.
+"""Writing results to files: raw numbers as Parquet, all estimates as JSON, tables as Markdown.
 
-What is left to others: the numbers (tables) and what they mean (docs/results/rhythm.md).
+The command calls this last. What is left to others: the numbers (tables) and what they mean
+(docs/results/rhythm.md).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _TITLES = {
 def write_tokens(
     problems: Sequence[int], batch: attnprobe.TokenBatch, scores: dict[str, attnprobe.TokenScores], path: Path
 ) -> None:
-    """Write the scores of every response token, with its place in the response."""
+    """Write the scores of every response token, with its position in the response."""
     table = scores["end"].to_pandas(batch)
     # Answers too short for sentences have no receiver heads in the near setting.
     near = scores["near"].to_pandas().reindex(columns=["fai", "receiver_fai"])
@@ -53,13 +54,13 @@ def write_perturbations(problems: Sequence[int], perturbations: attnprobe.Pertur
 
 
 def _with_problems(table: pandas.DataFrame, problems: Sequence[int]) -> pandas.DataFrame:
-    """Return a table with the number of the problem in place of the example."""
+    """Return a table with problem numbers in place of example numbers."""
     numbers = [problems[example] for example in table["example"]]
     return table.assign(example=numbers).rename(columns={"example": "problem"})
 
 
 def write_lines(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write lines of numbers."""
+    """Write the lines of a table of numbers."""
     pandas.DataFrame(list(lines)).to_parquet(path, compression="zstd")
 
 

@@ -1,8 +1,8 @@
 """Figures 2 and 9 of arXiv 2510.13554v2 (v1: 2 and 8) from our own data, and the couplings with intervals.
 
-Static pictures with matplotlib: attention maps of the head groups beside the token scores of one
-answer; the answer's text coloured by its scores; and Table 2 as points. What is left to others: the
-numbers (tables).
+Static pictures with matplotlib: attention maps of the head groups next to the token scores of one answer; the
+answer's text coloured by its scores; and Table 2 as points. The command draws them at the end. What is left
+to others: the numbers (tables).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def figure_2(
     heads: attnprobe.HeadGroups,
     path: Path,
 ) -> None:
-    """Draw the group maps of one answer beside its FAI, WAAD and entropy; `scores` are of it alone."""
+    """Draw the group maps of one answer next to its FAI, WAAD and entropy; `scores` are of it alone."""
     batch = batch_of(loaded, [record])
     maps = attnprobe.group_maps(loaded.model, batch, heads)
     inside = scores.response_mask[0]
@@ -68,7 +68,7 @@ def figure_2(
     _save(figure, path)
 
 
-def figure_8(scores: attnprobe.TokenScores, path: Path, width: int = 150) -> None:
+def figure_9(scores: attnprobe.TokenScores, path: Path, width: int = 150) -> None:
     """Draw one answer's text twice, each token's background coloured by FAI and by WAAD."""
     assert scores.texts is not None
     inside = scores.response_mask[0]
@@ -87,7 +87,7 @@ def figure_8(scores: attnprobe.TokenScores, path: Path, width: int = 150) -> Non
 
 
 def _write_text(axis: Any, texts: Sequence[str], strength: Sequence[float], colours: Any, width: int) -> None:
-    """Write tokens in a fixed-width font, one cell a character, on their colours."""
+    """Write tokens in a fixed-width font, one cell per character, on their colours."""
     column, line = 0, 0
     for text, value in zip(texts[:260], strength, strict=False):
         shown = "".join(c if c.isprintable() else "·" for c in text.replace("\n", "¶"))
@@ -137,6 +137,6 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def choose_example(scores: attnprobe.TokenScores) -> int:
-    """Return the answer to show: the first one with at least as many tokens as are shown."""
+    """Return the answer to show: the first with at least as many tokens as the figures show."""
     enough = scores.response_mask.sum(-1) >= TOKENS
     return int(torch.argmax(enough.int()))

@@ -1,9 +1,9 @@
-"""The first step: let the model answer the problems, and keep each answer as soon as it is there.
+"""The first step: let the model answer the problems, and store each answer as soon as it is finished.
 
-Several problems are answered at a time, padded on the left. Sampling adds Gumbel noise to the scaled
-logits and takes the largest, which is sampling from the softmax; the noise of a problem comes from its own
-generator. So an answer depends on the problem, the seed and the temperature, and not on which problems
-were answered beside it. What is left to others: measuring what the model did (measure).
+Several problems are answered at a time, padded on the left. Sampling adds Gumbel noise to the scaled logits
+and takes the largest, which is the same as sampling from the softmax; the noise for each problem comes from
+its own generator. So an answer depends on the problem, the seed and the temperature, but not on which
+problems are answered in the same batch. What is left to others: measuring what the model did (measure).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ SEED = 0
 
 
 class GumbelNoise:
-    """A logits processor with which a greedy choice is a sample, each sequence from its own generator."""
+    """A logits processor that turns the greedy choice into a sample, each sequence by its own generator."""
 
     def __init__(self, seeds: Sequence[int], temperature: float) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scaled logits with fresh noise."""
+        """Return the scaled logits with new noise."""
         noise = torch.stack(
             [
                 torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
@@ -46,7 +46,7 @@ class GumbelNoise:
 
 
 def prompt_of(loaded: LoadedModel, problem: Problem) -> list[int]:
-    """Return a problem's prompt: as a chat where the model has a chat template, else as plain text."""
+    """Return a problem's prompt: as a chat if the model has a chat template, else as plain text."""
     if getattr(loaded.tokenizer, "chat_template", None) is not None:
         return chat_prompt_ids(loaded.tokenizer, problem.messages)
     return list(loaded.tokenizer(problem.plain_prompt)["input_ids"])

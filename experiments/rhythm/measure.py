@@ -1,6 +1,6 @@
-"""The second step: measure every head on every answer, one answer at a time, each kept in a file.
+"""The second step: measure every head on every answer, one answer at a time, each stored in a file.
 
-An answer is measured twice, with the two horizons of the paper and, by the way, with the two kinds of
+An answer is measured twice, with the two horizons of the paper and, at the same time, with the two kinds of
 receiver heads. The files are large (every head, every token) and stay in the work folder; what the tables
 need is small and goes to the results. What is left to others: answers (generate), tables (tables).
 """
@@ -16,14 +16,14 @@ import attnprobe
 from attnprobe.models import LoadedModel
 from attnprobe.progress import progress_bar
 
-# Shorter answers have no token with a whole horizon of [10, 50] after it.
+# In shorter answers no token has a complete horizon of [10, 50] after it.
 MIN_TOKENS = 60
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "end": {"horizon": (10, None), "receiver": "token"},
     "near": {"horizon": (10, 50), "receiver": "sentence"},
 }
-"""The horizon of the paper's analysis, to the end of the response, and that of its training."""
+"""The horizon of the paper's analysis, which runs to the end of the response, and that of its training."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Measured:
 
 
 def long_enough(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the answers that are measured."""
+    """Return the answers that are long enough to be measured."""
     return [record for record in records if len(record["response_ids"]) >= MIN_TOKENS]
 
 

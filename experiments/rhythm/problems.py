@@ -1,7 +1,7 @@
-"""The problems: procedural grade-school word problems, and the prompt that the paper asks them with.
+"""The problems: procedural grade-school word problems, and the paper's prompt for them.
 
-Problem `i` depends on the seed and on `i` alone, not on how many are asked for. What is left to others:
-answering them (generate).
+Problem `i` depends only on the seed and on `i`, not on how many are requested. `generate` and `train` use
+them. What is left to others: answering them (generate).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 SEED = 0
 
-# Far more than are ever asked for: the generator's own size must not change the problems.
+# Far more than are ever requested: the generator's own size must not change the problems.
 _SIZE = 100_000
 _HELD_OUT = 300
 _INSTRUCTION = "Give the result as your final answer."
@@ -30,13 +30,13 @@ class Problem:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation that asks the problem, in the paper's form."""
+        """The conversation that poses the problem, in the paper's form."""
         asked = f"Context: {self.context}\nQuestion: {self.question}"
         return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": asked}]
 
     @property
     def plain_prompt(self) -> str:
-        """The same as plain text, for a base model that knows no chat."""
+        """The same as plain text, for a base model without a chat template."""
         return f"{SYSTEM}\n\nContext: {self.context}\nQuestion: {self.question}\nAnswer:"
 
 
@@ -49,7 +49,7 @@ def make_problems(count: int) -> list[Problem]:
 def training_problems(count: int) -> list[tuple[Problem, str]]:
     """Return other problems of the same generator, from another seed, with their worked solutions.
 
-    The generator has few templates, so that a problem may come twice: those that are asked are left out.
+    The generator has few templates, so problems may repeat: those that the experiment asks are left out.
     """
     asked = {problem.plain_prompt for problem in make_problems(_HELD_OUT)}
     source = _source(SEED + 1)
@@ -71,7 +71,7 @@ def _source(seed: int) -> Any:
 
 
 def _split(index: int, entry: dict[str, Any]) -> Problem:
-    """Split a problem before the sentence that asks, which the generator's own instruction follows."""
+    """Split a problem before its question, the last sentence before the generator's own instruction."""
     text = " ".join(entry["question"].split())
     asked = text[: text.index(_INSTRUCTION)].rstrip()
     starts = [match.end() for match in re.finditer(r"[.!?]\s+", asked)]
@@ -80,13 +80,13 @@ def _split(index: int, entry: dict[str, Any]) -> Problem:
 
 
 def boxed_answer(text: str) -> str | None:
-    r"""Return what the last `\boxed{...}` of a text holds, None where there is none."""
+    r"""Return the content of the last `\boxed{...}` of a text; None if there is none."""
     found = re.findall(r"\\boxed\{([^{}]*)\}", text)
     return found[-1].strip() if found else None
 
 
 def is_right(text: str, answer: str) -> bool:
-    """Say whether a response's boxed answer, or else its last number, equals the right answer."""
+    """Return whether a response's boxed answer, or else its last number, equals the right answer."""
     given = boxed_answer(text)
     numbers = re.findall(r"-?\d[\d,]*\.?\d*", given if given is not None else text)
     if not numbers:

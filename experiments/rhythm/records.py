@@ -1,6 +1,6 @@
-"""Records: one JSON object a line, each written as soon as it is known, so that a run can continue.
+"""Records: one JSON object per line, each written as soon as it is known, so that a run can continue.
 
-What is left to others: what a record says.
+`generate` and `suppress` use them. What is left to others: what a record contains.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def append_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a file, none if there is no file.
+    """Return the records of a file; none if there is no file.
 
-    A last line without its end was interrupted: it is cut off, so that the next record starts a line.
+    An incomplete last line, left by an interruption, is removed, so that the next record starts a new line.
     """
     if not path.exists():
         return []

@@ -1,8 +1,8 @@
-"""A cheaper causal measure beside the perturbation: what later predictions lose without a token.
+"""A cheaper causal measure than the perturbation: how much later predictions change without a token.
 
-For the highest and lowest FAI position of an answer, and one drawn from a seed, attention to the token is
-suppressed and the divergence of all later predictions is measured. What is left to others:
-the measure (attnprobe.knockout_divergence) and its table (tables).
+At the positions of highest and lowest FAI of an answer, and at one drawn at random from a seed, attention to
+the token is suppressed and the divergence of all later predictions is measured. What is left to others: the
+measure (attnprobe.knockout_divergence) and its table (tables).
 """
 
 from __future__ import annotations

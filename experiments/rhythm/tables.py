@@ -34,9 +34,9 @@ def scores_for(
 ) -> attnprobe.TokenScores:
     """Return the token scores of all answers under some choices.
 
-    `per_response` ranks the heads of each answer by itself; `disjoint` takes from the receivers those heads
-    that are global too, so that the two share nothing; `sentence_receivers` finds receivers by sentence;
-    `all_tokens` finds them over the last tokens too, which few rows say anything about.
+    `per_response` ranks the heads for each answer separately; `disjoint` removes global heads from the
+    receivers, so that the two groups share none; `sentence_receivers` finds receivers by sentence;
+    `all_tokens` includes the last tokens in finding them, which only a few rows read.
     """
     statistics = measured.statistics[setting]
     if sentence_receivers:
@@ -52,7 +52,7 @@ def scores_for(
     if per_response:
         alone = [statistics.select(example) for example in range(statistics.span.shape[0])]
         parts = [attnprobe.score_tokens(part, attnprobe.classify_heads(part)) for part in alone]
-        # Heads differ from answer to answer, so that they are not told of all of them.
+        # Heads differ from answer to answer, so the joined provenance names none.
         of_all = dataclasses.replace(parts[0].provenance, heads={})
         return attnprobe.TokenScores.concatenate(
             dataclasses.replace(part, provenance=of_all) for part in parts
@@ -68,7 +68,7 @@ def scores_for(
 def _kurtosis_over_all_tokens(measured: Measured) -> torch.Tensor:
     """Return receiver kurtosis as it is with `minimum_rows=1`.
 
-    It needs no second pass: FAI to the end of the response is what that kurtosis is taken of.
+    This needs no second pass: that kurtosis is computed from FAI to the end of the response.
     """
     statistics = measured.statistics["end"]
     assert statistics.horizon == reductions.RECEIVER_HORIZON
@@ -76,7 +76,7 @@ def _kurtosis_over_all_tokens(measured: Measured) -> torch.Tensor:
 
 
 def reversed_in_time(scores: attnprobe.TokenScores) -> attnprobe.TokenScores:
-    """Return scores with every response read backwards: what followed now comes before."""
+    """Return scores with every response reversed in time: what came after now comes before."""
     names = ("waad", "fai", "entropy", "receiver_fai", "response_mask", "input_ids")
     found = {name: getattr(scores, name) for name in names}
     flipped = {name: value.flip(-1) for name, value in found.items() if value is not None}
@@ -137,7 +137,7 @@ def _coupling_line(coupling: attnprobe.Coupling | None) -> dict[str, Any]:
 
 
 def couplings_per_problem(measured: Measured) -> list[dict[str, Any]]:
-    """Return the raw sums of each problem behind Table 2, under the paper's choices."""
+    """Return the sums behind Table 2 for each problem, under the paper's choices."""
     result = attnprobe.couplings(scores_for(measured))
     lines = []
     for index, problem in enumerate(measured.problems):
@@ -151,7 +151,7 @@ def couplings_per_problem(measured: Measured) -> list[dict[str, Any]]:
 
 
 def perturbation_table(perturbations: attnprobe.Perturbations) -> dict[str, Any]:
-    """Return Table 1 against both references, and what is left of it at equal positions."""
+    """Return Table 1 against both references, and what remains of it at equal positions."""
     table: dict[str, Any] = {}
     for reference in ("response", "greedy"):
         summary = perturbations.summary(reference)
@@ -172,10 +172,10 @@ def perturbation_table(perturbations: attnprobe.Perturbations) -> dict[str, Any]
 
 
 def _at_equal_position(perturbations: attnprobe.Perturbations, reference: str) -> list[float]:
-    """Return highest less lowest overlap where both positions are equally far into the response.
+    """Return highest minus lowest overlap, as it would be with both positions equally far into the response.
 
-    The intercept of a straight line: difference in overlap on difference in relative position. Early
-    tokens have more text after them to change, and tokens of high FAI may come early.
+    This is the intercept of a regression of the difference in overlap on the difference in relative position.
+    Early tokens have more text after them to change, and tokens of high FAI may come early.
     """
     pairs: dict[int, dict[str, Any]] = {}
     for trial in perturbations.trials:
@@ -205,8 +205,8 @@ def _at_equal_position(perturbations: attnprobe.Perturbations, reference: str) -
 def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the mean divergence without the token of highest and of lowest FAI, answer by answer.
 
-    With it: over all tokens measured, the rank correlation of FAI and divergence, and the same of their
-    ranks with what the position says of both taken out.
+    Also, over the drawn tokens: the rank correlation of FAI and divergence, and their partial rank
+    correlation given position.
     """
     lines = [{token["kind"]: token["divergence"] for token in record["tokens"]} for record in records]
     highest, lowest = (
@@ -232,7 +232,7 @@ def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     )
     table["rank_correlation"] = raw
     spread = (1 - by_fai**2) * (1 - by_divergence**2)
-    # Of tokens in the order of their positions, as two always are, nothing is left.
+    # If the ranks follow from the positions, as with two tokens they always do, nothing remains.
     partial = (raw - by_fai * by_divergence) / spread**0.5 if spread > 1e-12 else float("nan")
     table["rank_correlation_without_position"] = partial
     table["drawn_tokens"] = len(drawn)
@@ -240,7 +240,7 @@ def suppression_table(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def following_without_coincidence(measured: Measured, lookback: int = 3) -> dict[str, Any]:
-    """Return how many anchors that coincide with no preplan follow one, observed and shuffled."""
+    """Return the share of anchors not coinciding with a preplan that follow one, observed and shuffled."""
     scores = scores_for(measured)
     near, same = (attnprobe.couplings(scores, lookback=k).anchor_after_preplan for k in (lookback, 0))
     parts = {
@@ -260,7 +260,7 @@ def following_without_coincidence(measured: Measured, lookback: int = 3) -> dict
 
 
 def grouping_table(measured: Measured) -> dict[str, Any]:
-    """Return how stable the groups are over problems, and how the kinds of receivers agree."""
+    """Return how stable the groups are over problems, and how well the kinds of receivers agree."""
     by_token, by_sentence = (measured.statistics[name] for name in ("end", "near"))
     table: dict[str, Any] = {}
     for name, statistics in (("token", by_token), ("sentence", by_sentence)):
@@ -300,10 +300,10 @@ def grouping_table(measured: Measured) -> dict[str, Any]:
 
 
 def _peaks_at_the_end(statistics: attnprobe.HeadStatistics, last: int = 9) -> float:
-    """Return how many receivers, chosen on each answer alone, have their highest FAI among its last tokens.
+    """Return the share of receivers, chosen for each answer alone, with their highest FAI at its end.
 
-    A share of all receivers of all answers. With the horizon to the end, fewer than ten rows say
-    anything about each of the last nine tokens with a value.
+    The share is over all receivers of all answers; the end is the last nine tokens that have an FAI, each
+    read by fewer than ten rows with a horizon to the end of the response.
     """
     found = []
     for i in range(statistics.fai.shape[0]):

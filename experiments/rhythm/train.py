@@ -3,9 +3,9 @@
     python -m experiments.rhythm.train
     python -m experiments.rhythm --model experiments/rhythm/cache/tiny-llama
 
-It has seen nothing but these problems and their worked solutions, so it says what of the rhythm comes
-with a general language model and what with any transformer that reasons in steps. What is left to
-others: the problems (problems) and the measurements.
+It has seen nothing but these problems and their worked solutions, so it helps to tell what part of the
+rhythm needs a general language model and what part appears in any transformer that reasons in steps. What is
+left to others: the problems (problems) and the measurements (the other steps).
 """
 
 from __future__ import annotations
@@ -69,21 +69,21 @@ def make_model(vocabulary: int, seed: int = 0) -> Any:
 
 
 def text_of(problem: Problem, solution: str) -> str:
-    """Return a problem with its worked solution, as the model is to write it."""
+    """Return a problem with its worked solution, as the model should write it."""
     steps = solution.split("####")[0].strip()
     return f"{problem.plain_prompt} {steps}\nThe answer is \\boxed{{{problem.answer}}}.{END}"
 
 
 def batches(sequences: list[list[int]], size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield ids and labels without end, sequences in random order, padded on the right."""
+    """Yield batches of ids and labels endlessly: sequences in random order, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(sequences), generator=generator).tolist()
         for begin in range(0, len(order) - size + 1, size):
-            rows = [sequences[i] for i in order[begin : begin + size]]
-            width = max(len(row) for row in rows)
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-            labels = torch.tensor([row + [-100] * (width - len(row)) for row in rows])
+            chosen = [sequences[i] for i in order[begin : begin + size]]
+            width = max(map(len, chosen))
+            ids = torch.tensor([each + [0] * (width - len(each)) for each in chosen])
+            labels = torch.tensor([each + [-100] * (width - len(each)) for each in chosen])
             yield ids, labels
 
 

@@ -1,4 +1,4 @@
-"""The reference PPO: `algorithm` reads from top to bottom; the other modules hold what it is given."""
+"""The reference PPO: `algorithm` is to be read from top to bottom; the other modules hold its parts."""
 
 from attnprobe.rl.ppo.algorithm import (
     PPO,

@@ -1,7 +1,7 @@
-"""ActorCritic: a policy with a value for each token, and what PPO asks of any language model.
+"""ActorCritic: a policy with a value for each token, and what PPO requires of a language model.
 
 `PPO` wraps the policy in one, to sample from it and to train it. What is left to others: sampling,
-advantages, losses (algorithm).
+advantages and losses (algorithm).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from attnprobe.validation import brief
 
 
 class ActorCritic(torch.nn.Module):
-    """A causal language model with a value head: a linear map of what its output layer reads, at first 0.
+    """A causal language model with a value head: a linear map of the output layer's input, initially 0.
 
-    The value at a position is that of the text before the token which is predicted there.
+    The value at a position is that of the text before the token that is predicted there.
 
     Args:
-        policy: a transformers causal language model; PEFT's adapters and `torch.compile` may be around it.
+        policy: a transformers causal language model; it may be wrapped by PEFT and `torch.compile`.
 
     Raises:
-        UnsupportedModelError: no transformers model, or one that takes no attention mask or no key/value
-            cache, or that has no output layer.
+        UnsupportedModelError: anything but a transformers model, or one that takes no attention mask or no
+            key/value cache, or that has no output layer.
         ParameterError: a policy with nothing to train, or in half precision.
 
     >>> from attnprobe.testing.tiny_models import tiny_model
@@ -55,7 +55,9 @@ class ActorCritic(torch.nn.Module):
             )
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         if not trained:
-            raise ParameterError("the policy has no parameter that requires a gradient: nothing to train")
+            raise ParameterError(
+                "the policy has no parameter that requires a gradient: there is nothing to train"
+            )
         half = {parameter.dtype for parameter in trained if parameter.dtype.itemsize < 4}
         if half:
             raise ParameterError(
@@ -69,7 +71,7 @@ class ActorCritic(torch.nn.Module):
                 "with AutoModelForCausalLM"
             )
         weight = head.weight
-        # Not initialised at random, which would consume numbers of the global generator.
+        # Not initialised at random, which would draw from the global generator.
         self.value_head = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], 1, device=weight.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
@@ -77,7 +79,7 @@ class ActorCritic(torch.nn.Module):
     def forward(
         self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None, use_cache: bool = False
     ) -> tuple[Tensor, Tensor, Any]:
-        """Return logits and values of the last `keep` positions, and the cache; the mask spans it too."""
+        """Return logits and values of the last `keep` positions, and the cache, which the mask covers too."""
         inputs = {
             "input_ids": ids,
             "attention_mask": mask,

@@ -5,8 +5,8 @@
     history = ppo.train()
 
 Each step samples completions from the policy, rewards them, computes an advantage for each token, and takes
-a few clipped gradient steps: the objective of Eq. 5 of arXiv 2510.13554, with the group-normalised
-advantages of Eq. 6 as the alternative to a value head. Credit enters in one line: look for
+a few clipped gradient steps: the objective of Eq. 5 of arXiv 2510.13554v2, with the group-normalised
+advantages of its Eq. 6 as the alternative to a value head. Credit enters in one line: look for
 `apply_credit`. It is a reference: one device, one precision, no accelerate, no generation server. What is
 left to others: the settings (config), the value head (actor_critic), problems and rewards (problems), the
 weights of tokens (rollout_credit), files (run_folder), and what a checkpoint holds (checkpoint).
@@ -44,11 +44,11 @@ from attnprobe.validation import ArrayLike, instance, truth
 
 @dataclass(frozen=True, kw_only=True)
 class Episodes(Rollout):
-    """A rollout with what the policy thought when it sampled; 0 after the end of a completion.
+    """A rollout with what was recorded while sampling; 0 after the end of a completion.
 
     Attributes:
-        logprobs: of each sampled token.
-        values: of the text before each token.
+        logprobs: the log-probability of each sampled token.
+        values: the value of the text before each token.
         entropy: in nats, of the distribution that each token was sampled from.
     """
 
@@ -70,7 +70,7 @@ def roll_out(
     ends: set[int],
     generator: torch.Generator,
 ) -> Episodes:
-    """Sample a completion of each prompt, all at once and with a key/value cache."""
+    """Sample a completion for each prompt, all at once and with a key/value cache."""
     device = generator.device
     width = max(len(prompt) for prompt in prompts)
     prompt_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -103,7 +103,7 @@ def token_rewards(
     mask: Bool[Tensor, "completion token"],
     kl_coef: float,
 ) -> Float[Tensor, "completion token"]:
-    """Return the reward of each token: minus what its divergence costs; the last also gets the completion's.
+    """Return the reward of each token: minus its KL penalty; the last one also gets the completion's reward.
 
     >>> mask = torch.tensor([[True, True, False]])
     >>> token_rewards(torch.ones(1), torch.tensor([[0.5, 1.0, 9.0]]), mask, 0.1)
@@ -120,9 +120,9 @@ def generalized_advantages(
     gamma: float,
     gae_lambda: float,
 ) -> Float[Tensor, "completion token"]:
-    """Return GAE (arXiv 1506.02438) over the tokens of the mask, whose gaps are crossed: a tool's text.
+    """Return GAE (arXiv 1506.02438) over the tokens of the mask, skipping its gaps (a tool's output).
 
-    After the end of a completion nothing is worth anything.
+    The value after the end of a completion is 0.
 
     >>> rewards, values = torch.tensor([[0.0, 9.0, 1.0]]), torch.tensor([[0.25, 9.0, 0.5]])
     >>> generalized_advantages(rewards, values, torch.tensor([[True, False, True]]), 1.0, 0.5)
@@ -142,10 +142,10 @@ def generalized_advantages(
 def group_advantages(
     rewards: Float[Tensor, "completion token"], mask: Bool[Tensor, "completion token"], group_size: int
 ) -> Float[Tensor, "completion token"]:
-    """Return by how many standard deviations a completion is better than its group's mean (Eq. 6).
+    """Return how many standard deviations each completion lies above its completion group's mean (Eq. 6).
 
-    The completions of a group are adjacent. All tokens of a completion get the same advantage; where all
-    completions of a group are equal, it is 0.
+    The completions of a group are adjacent. All tokens of a completion get the same advantage; it is 0 if
+    all completions of the group have the same reward.
 
     >>> mask = torch.ones(2, 2, dtype=torch.bool)
     >>> group_advantages(torch.tensor([[0.0, 1.0], [0.0, 0.0]]), mask, 2)
@@ -167,7 +167,7 @@ def whiten(
     tensor([[-1.,  1.,  0.]])
     """
     inside = values[mask]
-    # 1e-8 is added lest equal values, whose mean is rounded, be blown up to noise of variance 1.
+    # Without the 1e-8, the rounding error of equal values would be scaled up to variance 1.
     std = (inside.var(correction=0) + 1e-8).sqrt()
     return ((values - inside.mean()) / std).masked_fill(~mask, 0.0)
 
@@ -181,7 +181,7 @@ def policy_loss(
     mask: Bool[Tensor, "completion token"],
     clip_coef: float,
 ) -> Float[Tensor, ""]:
-    """Return the clipped objective (Eq. 5; with weighted advantages Eq. 12), a mean over tokens.
+    """Return the negative of the clipped objective (Eq. 5; with weighted advantages, Eq. 12), a token mean.
 
     >>> one = torch.ones(1, 1)
     >>> policy_loss(torch.tensor([[1.5]]).log(), 2 * one, one.bool(), clip_coef=0.2)
@@ -199,7 +199,7 @@ def value_loss(
     mask: Bool[Tensor, "completion token"],
     clip_coef: float,
 ) -> Float[Tensor, ""]:
-    """Return half the squared error of value or clipped value, whichever is worse; a mean over tokens.
+    """Return half the squared error of the value or the clipped value, whichever is larger; a token mean.
 
     >>> one = torch.ones(1, 1)
     >>> value_loss(0.5 * one, 0 * one, one, one.bool(), clip_coef=0.2)
@@ -217,24 +217,24 @@ class PPO:
 
     Args:
         policy: a transformers causal language model (see `ActorCritic`). It is trained in place, and in
-            evaluation mode: with dropout the policy would differ from itself.
-        problems: each a mapping with `prompt_ids`, and whatever the reward has to know.
-        reward: `(problems, completions) -> rewards`, of lists of equal length; a completion is a list of
+            evaluation mode: with dropout, its log-probabilities would differ from those it sampled with.
+        problems: mappings with `prompt_ids`, and whatever the reward needs to know.
+        reward: `(problems, completions) -> rewards`, all lists of equal length; a completion is a list of
             ids, the end token included.
         config: how to train.
-        credit: a strategy of `attnprobe.rl`, or any callable `scores -> gamma`; None: without.
+        credit: a strategy of `attnprobe.rl`, or any callable `scores -> gamma`; None: no credit.
         credit_options: further arguments of `RolloutCredit`, by name.
         ends: ids that end a completion; None: those of the policy's generation config.
-        folder: for metrics and checkpoints; None: nothing is written.
+        folder: where to write metrics and checkpoints; None: nothing is written.
 
     Attributes:
         model: the policy with its value head.
-        step: how many steps are done.
-        history: the metrics of each of them; None stands for what is not finite.
+        step: how many steps have been taken.
+        history: the metrics of each step; None in place of numbers that are not finite.
 
     Raises:
-        ParameterError: no problems, wrong settings, or a policy with nothing to train.
-        UnsupportedModelError: a policy that has no cache to sample with, or, with credit, whose attention
+        ParameterError: no problems, invalid settings, or a policy with nothing to train.
+        UnsupportedModelError: a policy that has no cache to sample with or, with credit, one whose attention
             cannot be read.
 
     >>> from attnprobe.testing.tiny_models import tiny_model
@@ -272,14 +272,14 @@ class PPO:
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
 
     def train(self, *, resume: bool = False, progress: bool = False) -> list[dict[str, Any]]:
-        """Run the steps that are left, and return the metrics of all.
+        """Run the remaining steps, and return the metrics of all steps.
 
         Ctrl-C ends the run after the current step, with a checkpoint to resume from.
 
         Raises:
             ParameterError: arguments that are not bools.
             ResultError: rewards or gradients that are not finite, a folder that cannot be used, or a
-                checkpoint of a run with other settings, credit, end tokens or model.
+                checkpoint of a run with different settings, credit, end tokens or model.
             KeyboardInterrupt: after Ctrl-C.
         """
         run, last = RunFolder(self.folder, resume=truth(resume, "resume")), self.config.steps
@@ -324,7 +324,7 @@ class PPO:
             gamma = self.credit.weigh(episodes, advantages, self.step, entropy=episodes.entropy)
             applied = credit_weights(advantages, gamma, mask)[mask & (advantages != 0)]
             metrics["credit/gamma_mean"] = applied
-            advantages = apply_credit(advantages, gamma, mask)  # Eq. 12: all that credit does
+            advantages = apply_credit(advantages, gamma, mask)  # Eq. 13: all that credit does
         metrics |= self._update(episodes, advantages, returns)
         self.step += 1
         means = {name: float(each.double().mean()) for name, each in metrics.items()}
@@ -337,7 +337,7 @@ class PPO:
     def evaluate(
         self, model: ActorCritic, episodes: Episodes, rows: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities of the vocabulary and of what was sampled, and values, in one pass."""
+        """Return log-probabilities of the vocabulary and of the sampled tokens, and values, in one pass."""
         ids = torch.cat([episodes.prompt_ids, episodes.completion_ids], dim=1)[rows]
         mask = torch.cat([episodes.prompt_mask, episodes.completion_mask], dim=1)[rows]
         count = episodes.completion_ids.shape[1]
@@ -347,7 +347,7 @@ class PPO:
         return log_softmax, logprobs, values[:, :-1]
 
     def _update(self, episodes: Episodes, advantages: Tensor, returns: Tensor) -> dict[str, Tensor]:
-        """Take gradient steps on a rollout; return what each of them saw."""
+        """Take gradient steps on a rollout; return the metrics of each."""
         config = self.config
         names = ["approx_kl", "clipfrac", "policy_loss", "grad_norm"]
         seen: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -356,7 +356,7 @@ class PPO:
         for mb in self._minibatches(len(advantages)):
             log_softmax, newlogprobs, newvalues = self.evaluate(self.model, episodes, mb)
             mask = episodes.response_mask[mb]
-            # Nothing was sampled after the end, so there is nothing to compare.
+            # Nothing was sampled after the end of a completion, so there is nothing to compare.
             logratio = (newlogprobs - episodes.logprobs[mb]).masked_fill(~mask, 0.0)
             moved = logratio.detach()[mask]
             seen["approx_kl"].append((moved.exp() - 1 - moved).mean())
@@ -370,7 +370,7 @@ class PPO:
                 seen["value_loss"].append(v_loss.detach())
                 loss = loss + config.vf_coef * v_loss
             if config.ent_coef:
-                # For a token that is ruled out, minus infinity times 0 is 0 here, and not NaN.
+                # For a token of probability 0, minus infinity times 0 must be 0, not NaN.
                 finite = log_softmax.clamp(min=torch.finfo(log_softmax.dtype).min)
                 entropy = -(log_softmax.exp() * finite).sum(-1)
                 loss = loss - config.ent_coef * entropy[mask].mean()
@@ -383,7 +383,7 @@ class PPO:
                 )
             self.optimizer.step()
             seen["grad_norm"].append(grad_norm)
-        # Where the policy had moved too far at once, there was no update to see the others.
+        # If the policy had moved too far before the first update, the other metrics have no values.
         nothing = torch.tensor([math.nan])
         return {name: torch.stack(each) if each else nothing for name, each in seen.items()}
 
@@ -394,7 +394,7 @@ class PPO:
 
     @torch.no_grad()
     def _kl_to_reference(self, episodes: Episodes) -> Float[Tensor, "completion token"]:
-        """Return by how much each token's log-probability exceeds that of the initial policy; else 0."""
+        """Return how far each token's log-probability exceeds the initial policy's; 0 without a reference."""
         if self.reference is None:
             return torch.zeros_like(episodes.logprobs)
         parts = torch.arange(len(episodes.logprobs)).split(self.config.minibatch_size)

@@ -1,7 +1,7 @@
-"""What a checkpoint of a PPO run holds, and the check that a run is resumed as the run that it was.
+"""What a checkpoint of a PPO run holds, and the check that a resumed run is still the same run.
 
-`PPO.train` calls `state_of` to save and `restore` to resume. A run that went on with another setting,
-strategy, end token or model would be neither the old run nor a new one, so it is refused. What is left to
+`PPO.train` calls `state_of` to save and `restore` to resume. Resuming with another setting, strategy, end
+token or model is refused, since the result would be neither the old run nor a new one. What is left to
 others: where and when files are written (run_folder, algorithm).
 """
 
@@ -16,11 +16,11 @@ from attnprobe.errors import ResultError
 from attnprobe.rl.scoring import bare_policy
 
 FREE = ("steps", "checkpoint_every")
-"""Settings that a resumed run may change: it is the same run, longer or saved more often."""
+"""Settings that a resumed run may change: it is still the same run, only longer or saved more often."""
 
 
 def state_of(ppo: Any) -> dict[str, Any]:
-    """Return all that the next step of a `PPO` depends on."""
+    """Return everything that the next step of a `PPO` depends on."""
     return {
         "step": ppo.step,
         "identity": identity_of(ppo),
@@ -33,10 +33,10 @@ def state_of(ppo: Any) -> dict[str, Any]:
 
 
 def restore(ppo: Any, state: dict[str, Any]) -> None:
-    """Have a `PPO` go on from what `state_of` returned.
+    """Make a `PPO` continue from what `state_of` returned.
 
     Raises:
-        ResultError: a state of a run with other settings, credit, end tokens or model, which it names.
+        ResultError: a state of a run with different settings, credit, end tokens or model; it says which.
     """
     if missing := [name for name in state_of(ppo) if name not in state]:
         raise ResultError(
@@ -45,7 +45,7 @@ def restore(ppo: Any, state: dict[str, Any]) -> None:
     saved, ours = state["identity"], identity_of(ppo)
     if differing := [name for name in {**saved, **ours} if saved.get(name) != ours.get(name)]:
         told = ", ".join(f"{name}={saved.get(name)} (not {ours.get(name)})" for name in sorted(differing))
-        raise ResultError(f"the run to resume has {told}: give it the same, or start another run")
+        raise ResultError(f"the run to resume has {told}: use the same, or start another run")
     ppo.step = state["step"]
     ppo.model.load_state_dict(state["model"])
     ppo.optimizer.load_state_dict(state["optimizer"])
@@ -57,7 +57,7 @@ def restore(ppo: Any, state: dict[str, Any]) -> None:
 
 
 def identity_of(ppo: Any) -> dict[str, str]:
-    """Return what makes a `PPO` run the run that it is, as text by name."""
+    """Return what identifies a `PPO` run, as text by name."""
     config = {name: repr(value) for name, value in dataclasses.asdict(ppo.config).items() if name not in FREE}
     credit = {"credit": "None"} if ppo.credit is None else ppo.credit.settings()
     policy = bare_policy(ppo.model.policy)

@@ -1,6 +1,6 @@
-"""PPOConfig: what can be set about a PPO run, and what each number means.
+"""PPOConfig: the settings of a PPO run, and what each of them means.
 
-Users build one and hand it to `PPO`. What is left to others: the algorithm (algorithm).
+Users build one and pass it to `PPO`. What is left to others: the algorithm (algorithm).
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _RANGES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PPOConfig:
-    """How to train; names are those of CleanRL and TRL where these have one.
+    """How to train; names are those of CleanRL and TRL where they have one.
 
     Raises:
-        ParameterError: a value of another kind or outside its range.
+        ParameterError: a value of the wrong type or outside its range.
     """
 
     steps: IntField = 100
-    """Rollouts, each followed by some epochs over its completions."""
+    """Rollouts, each followed by several epochs over its completions."""
     prompts_per_step: IntField = 32
     """Problems in a rollout, drawn without replacement until all have been seen."""
     group_size: IntField = 4
@@ -47,43 +47,43 @@ class PPOConfig:
     minibatch_size: IntField = 32
     """Completions in one optimizer step; the last of an epoch may have fewer."""
     epochs: IntField = 2
-    """How often a rollout is gone through, each time in another order."""
+    """Passes over the completions of a rollout, each in a new random order."""
     max_new_tokens: IntField = 64
     """The longest completion; one that is cut off there counts as finished."""
     temperature: FloatField = 1.0
-    """What logits are divided by, in sampling and in the objective alike."""
+    """What logits are divided by, both in sampling and in the objective."""
     estimator: Estimator = "gae"
-    """Advantages from a value head, or from a comparison with the other completions of the same problem."""
+    """Advantages from a value head ("gae"), or from comparing the completions of a problem ("group")."""
     gamma: FloatField = 1.0
-    """GAE: the discount of a reward for each token that it is away."""
+    """GAE: the discount of a future reward, per token."""
     gae_lambda: FloatField = 0.95
-    """GAE: 1 waits for the rewards themselves, 0 trusts the value of the next token."""
+    """GAE: 1 relies on the rewards alone, 0 on the value of the next token."""
     whiten: BoolField = True
-    """GAE: whether advantages get mean 0 and variance 1 over the tokens of the rollout."""
+    """GAE: whether to scale advantages to mean 0 and variance 1 over the tokens of the rollout."""
     clip_coef: FloatField = 0.2
-    """How far a token's probability ratio may leave 1 before its gradient stops; infinity: never."""
+    """How far a token's probability ratio may move from 1 before its gradient stops; infinity: never."""
     clip_coef_vf: FloatField = 0.2
-    """How far a value may leave that of the rollout before its gradient stops; infinity: never."""
+    """How far a value may move from that of the rollout before its gradient stops; infinity: never."""
     vf_coef: FloatField = 0.5
     """Weight of the value loss."""
     ent_coef: FloatField = 0.0
-    """Weight of the entropy bonus, in nats, of the policy's distributions."""
+    """Weight of the entropy bonus, per nat of entropy of the policy's distributions."""
     kl_coef: FloatField = 0.0
-    """What each nat by which a token's log-probability exceeds the initial policy's costs in reward."""
+    """Reward subtracted per nat by which a token's log-probability exceeds the initial policy's."""
     target_kl: FloatField | None = None
-    """The epochs over a rollout end when the policy has moved so far from it, in nats per token."""
+    """Stop the epochs over a rollout once the policy has moved this far, in nats per token; None: never."""
     learning_rate: FloatField = 1e-6
-    """Of AdamW without weight decay, constant."""
+    """The constant learning rate of AdamW, without weight decay."""
     max_grad_norm: FloatField = 1.0
-    """Longer gradients are shortened to this; infinity: never."""
+    """The norm that gradients are clipped to; infinity: no clipping."""
     checkpoint_every: IntField = 50
-    """Steps between checkpoints, where the run has a folder; the last step always saves one."""
+    """Steps between checkpoints, if the run has a folder; the last step always saves one."""
     seed: IntField = 0
-    """Of problems, samples and minibatches: equal seeds give equal runs, bit for bit on equal CPU threads."""
+    """For problems, samples and minibatches: runs with equal seeds and CPU threads are equal, bit for bit."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "prompts_per_step", "group_size", "minibatch_size", "epochs", "max_new_tokens")
-        # What is kept is a plain number, whatever kind of number it was given as.
+        # Plain Python numbers are stored, whatever kind of number was given.
         for name in (*counts, "checkpoint_every"):
             self._keep(name, whole_number(getattr(self, name), name, minimum=1))
         for name, limits in _RANGES.items():

@@ -1,8 +1,8 @@
-"""Problems: what a policy is asked, in which order, where its answers end, and how they are rewarded.
+"""Problems: what a policy is asked, in which order, where its completions end, and how they are rewarded.
 
-`PPO` checks what it is given with `check_problems` and `check_ends`, asks `problems_of_step` for the prompts
-of each step, and has `judge` call the user's reward. What is left to others: sampling completions, and what
-is learnt from the rewards (algorithm).
+`PPO` checks its arguments with `check_problems` and `check_ends`, asks `problems_of_step` for the problems
+of each step, and calls the user's reward through `judge`. What is left to others: sampling completions, and
+learning from the rewards (algorithm).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from attnprobe.models import end_tokens
 from attnprobe.validation import as_float_tensor, brief, whole_numbers
 
 Problem = Mapping[str, Any]
-"""A problem has `prompt_ids`, and whatever the reward has to know."""
+"""A problem has `prompt_ids`, and whatever the reward needs to know."""
 
 Reward = Callable[[list[Problem], list[list[int]]], Sequence[float]]
-"""`(problems, completions) -> rewards`, of lists of equal length; a completion is a list of ids."""
+"""`(problems, completions) -> rewards`, all lists of equal length; a completion is a list of ids."""
 
 
 def check_problems(problems: Any, reward: Any, new_tokens: int, policy: Any) -> None:
-    """Check that problems and reward can be used to train a policy.
+    """Check that a policy can be trained on these problems with this reward.
 
     Raises:
         ParameterError: no problems, a reward that cannot be called, or prompts that are empty, outside the
@@ -59,7 +59,7 @@ def check_ends(ends: Any, policy: Any) -> set[int]:
     """Return the ids that end a completion; None: those of the policy's generation config.
 
     Raises:
-        ParameterError: something else than ids of the policy's vocabulary.
+        ParameterError: anything but ids of the policy's vocabulary.
     """
     if ends is None:
         return end_tokens(policy)
@@ -69,9 +69,10 @@ def check_ends(ends: Any, policy: Any) -> set[int]:
 
 
 def problems_of_step(problems: Sequence[Problem], step: int, wanted: int, seed: int) -> list[Problem]:
-    """Return the problems of a step: all of them in a random order, then in another, and so on.
+    """Return the problems of a step: all of them in a random order, then in another one, and so on.
 
-    They depend on nothing but the arguments, so that a resumed run asks what an uninterrupted one would.
+    They depend on nothing but the arguments, so that a resumed run gets the same ones as an uninterrupted
+    run.
 
     >>> problems = [{"prompt_ids": [number]} for number in range(4)]
     >>> asked = [p["prompt_ids"][0] for step in (0, 1) for p in problems_of_step(problems, step, 2, seed=0)]
@@ -96,7 +97,7 @@ def judge(
 
     Raises:
         ParameterError: a reward that cannot be called.
-        ResultError: something else than a finite number for each completion.
+        ResultError: anything but one finite number for each completion.
 
     >>> judge(lambda problems, completions: [len(ids) for ids in completions], [{}, {}], [[1], [2, 3]])
     tensor([1., 2.])

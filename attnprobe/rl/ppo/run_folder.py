@@ -1,7 +1,7 @@
 """RunFolder: what a training run leaves on disk, written so that an interruption loses nothing.
 
-`PPO.train` opens one for each run. `metrics.jsonl` has a line for each step, written at once; TensorBoard
-gets the same numbers where it is installed. `checkpoint.pt` is always replaced as a whole. What is left to
+`PPO.train` opens one for each run. `metrics.jsonl` has a line for each step, written immediately; TensorBoard
+gets the same numbers if it is installed. `checkpoint.pt` is always replaced as a whole. What is left to
 others: what is logged (algorithm) and what a checkpoint holds (checkpoint).
 """
 
@@ -25,21 +25,21 @@ from attnprobe.validation import brief
 
 
 class RunFolder:
-    """A folder for one run; with `None` nothing is written.
+    """A folder for one run; with `None`, nothing is written.
 
     Args:
-        folder: made if it is missing.
-        resume: whether to go on from the folder's checkpoint, if it has one. Lines of steps after the
+        folder: its path; it is created if it does not exist.
+        resume: whether to continue from the folder's checkpoint, if it has one. Lines of steps after the
             checkpoint, which are run again, move to `metrics.dropped.jsonl`.
 
     Attributes:
         history: the metrics of the steps up to the checkpoint.
-        state: what the checkpoint holds; None where the run starts from the beginning.
+        state: what the checkpoint holds; None if the run starts from the beginning.
 
     Raises:
-        ParameterError: a folder that is no path.
-        ResultError: a folder that cannot be made, one that holds a run already and is not to be resumed, or
-            a damaged checkpoint.
+        ParameterError: a folder that is not a path.
+        ResultError: a folder that cannot be created, one that already holds a run without `resume`, or a
+            damaged checkpoint.
     """
 
     def __init__(self, folder: str | Path | None, *, resume: bool = False) -> None:
@@ -55,12 +55,12 @@ class RunFolder:
         self._metrics, self._checkpoint = self._folder / "metrics.jsonl", self._folder / "checkpoint.pt"
         if not resume and (self._metrics.exists() or self._checkpoint.exists()):
             raise ResultError(
-                f"{self._folder} holds a run already: resume it (resume=True), or choose another folder"
+                f"{self._folder} already holds a run: resume it (resume=True), or choose another folder"
             )
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ResultError(f"{self._folder} cannot be made: {error}") from error
+            raise ResultError(f"cannot create {self._folder}: {error}") from error
         if resume:
             self._take_up()
         self._board = _summary_writer(self._folder, len(self.history))
@@ -74,7 +74,7 @@ class RunFolder:
             except Exception as error:
                 raise ResultError(
                     f"{self._checkpoint} cannot be read ({type(error).__name__}: {error}): remove it to "
-                    "start the run from the beginning"
+                    "start from the beginning"
                 ) from error
         lines = self._metrics.read_text().splitlines(keepends=True) if self._metrics.exists() else []
         for line in lines:
@@ -82,7 +82,7 @@ class RunFolder:
                 entry = json.loads(line)
                 later = entry["step"] > step
             except (ValueError, TypeError, KeyError):
-                break  # A line that was cut off by the end of the process.
+                break  # A line that was cut off when the process ended.
             if later:
                 break
             self.history.append(entry)
@@ -105,7 +105,7 @@ class RunFolder:
             self._board.flush()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint; `state` has an entry "step" and what `torch.load` calls safe."""
+        """Replace the checkpoint; `state` has an entry "step" and only what `weights_only=True` loads."""
         if self._folder is not None:
             _replace(self._checkpoint, lambda path: torch.save(state, path))
 
@@ -118,7 +118,7 @@ class RunFolder:
 
 
 def check_folder(folder: Any) -> str | Path | None:
-    """Return a folder's path, or None where nothing is to be written.
+    """Return a folder's path, or None if nothing is to be written.
 
     Raises:
         ParameterError: something else.
@@ -130,7 +130,7 @@ def check_folder(folder: Any) -> str | Path | None:
 
 @contextmanager
 def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Postpone Ctrl-C: yield a function that says whether it was pressed; a second press acts at once.
+    """Postpone Ctrl-C: yield a function that says whether it was pressed; a second press stops at once.
 
     >>> with finish_step_on_interrupt() as interrupted:
     ...     interrupted()
@@ -157,7 +157,7 @@ def finish_step_on_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside this one, and put it in its place in one operation."""
+    """Write a new file next to this one, and put it in its place in one operation."""
     beside = path.with_name(path.name + ".new")
     write(beside)
     os.replace(beside, path)

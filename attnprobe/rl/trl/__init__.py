@@ -1,4 +1,4 @@
-"""Credit for TRL trainers that already run; trl itself is imported when a trainer is attached to."""
+"""Credit for existing TRL trainers; trl itself is imported when credit is attached to one."""
 
 from attnprobe.rl.trl.attach import CreditHandle, CreditMixin, attach_credit
 from attnprobe.rl.trl.callback import CreditCallback

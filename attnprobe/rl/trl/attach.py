@@ -1,11 +1,11 @@
-"""Credit for a TRL trainer that you already have: `attach_credit` gives it, `detach` takes it away again.
+"""Credit for a TRL trainer that you already have: `attach_credit` adds it, `detach` removes it.
 
 This is what users call; `CreditMixin` is the same for subclasses. After each generation the weights of the
 completions are computed (`TrainerCredit`) and travel with the batch; when its loss is computed, they enter by
-the route that the canary found to work. Nothing of TRL is patched but two methods of the one trainer object,
-so overrides of subclasses stay in force. Evaluation is left as it was.
+the route that the canary found to work. All that is patched in TRL is two methods of the one trainer object,
+so overrides in subclasses still apply. Evaluation is unchanged.
 
-What is left to others: measuring and weighing (trainer_credit), what is read of a trainer (trainers), the
+What is left to others: measuring and weighing (trainer_credit), what is read from a trainer (trainers), the
 ways into a loss (routes), and what goes into checkpoints (callback).
 """
 
@@ -59,26 +59,26 @@ def attach_credit(
         trainer: a `trl.GRPOTrainer` or a `trl.RLOOTrainer`, or an instance of a subclass; before or
             between calls of `train`.
         credit: the strategy, such as `CoupledRhythmCredit()`, or any callable `scores -> gamma`.
-        layers: where attention is measured: "middle" (the paper's five of the middle third), "all" or
+        layers: where to measure attention: "middle" (the paper's five layers of the middle third), "all" or
             layer numbers.
-        heads: the head groups to keep, in any form that `score_tokens` takes, with weights if you like; their
-            layers are the ones measured ("all": all heads of `layers`). None: heads are classified
-            by the run's own rollouts, over all processes.
-        reclassify_every: classify heads again every so many optimizer steps; None: only once. All
-            completions are measured in such a step; otherwise only those with a positive advantage, since
-            no other is weighted.
+        heads: fixed head groups, in any form that `score_tokens` takes, with weights if you like; their layers
+            are measured ("all": all heads of `layers`). None: heads are classified on the run's own rollouts,
+            over all processes.
+        reclassify_every: how many optimizer steps to wait before classifying heads again; None: they are
+            classified only once. In such a step all completions are measured; otherwise only those with a
+            positive advantage, since no others are weighted.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens.
         batch_size: how many completions to measure at a time; default: the trainer's own batch size per
             device.
         through: how weights enter the loss: "advantages", one for each token, or "gradient", for losses
-            with one advantage per sequence; "auto" takes the first that the trainer honours.
+            with one advantage per completion; "auto" takes the first that the trainer honours.
 
     Raises:
         MissingDependencyError: trl is not installed.
-        TrainerError: a trainer that is not understood, has credit already, or whose loss does not
-            honour a weight for each token, with the reason.
-        ParameterError: a wrong parameter.
+        TrainerError: a trainer that is not supported, already has credit, or whose loss does not honour a
+            weight for each token; the message gives the reason.
+        ParameterError: an invalid parameter.
         UnsupportedModelError: a policy whose attention cannot be read.
     """
     check_trainer(trainer)
@@ -98,11 +98,11 @@ def attach_credit(
 
 
 class CreditHandle:
-    """What `attach_credit` returns: says how credit is given, and takes it away.
+    """What `attach_credit` returns: it says how credit is given, and can remove it.
 
     Attributes:
         credit: the strategy.
-        layers: the layers that are measured; empty where the strategy needs no attention.
+        layers: the layers that are measured; empty if the strategy needs no attention.
         route: "advantages" or "gradient": how weights enter the loss.
     """
 
@@ -117,15 +117,15 @@ class CreditHandle:
 
     @property
     def groups(self) -> Groups | None:
-        """The grouping of heads in use; None before the first rollout."""
+        """The head groups in use; None before the first rollout."""
         callback = callback_of(self._trainer)
         return self._rollout_credit.heads or (None if callback is None else callback.groups)
 
     def detach(self) -> None:
-        """Take credit away: the trainer is what it was before; a second call does nothing.
+        """Remove credit, so that the trainer is as it was before; a second call does nothing.
 
         Raises:
-            TrainerError: something else has wrapped the trainer's methods since, and must go first.
+            TrainerError: something else has wrapped the trainer's methods since, and must be undone first.
         """
         trainer = self._trainer
         if vars(trainer).get(HANDLE) is not self:
@@ -151,14 +151,14 @@ class CreditHandle:
 
         def generate_and_weigh(inputs: Any) -> Any:
             output = generate(inputs)
-            # An evaluation's loss stays comparable with that of other runs.
+            # Not in evaluation, whose loss stays comparable with that of other runs.
             if trainer.model.training:
                 output[_WEIGHTS] = self._weigh(output)
             return output
 
         def compute_weighted_loss(model: Any, inputs: Any, **kwargs: Any) -> Any:
             weights = inputs.get(_WEIGHTS)
-            # A batch that was generated before credit was attached has none.
+            # A batch that was generated before credit was attached has no weights.
             if weights is None:
                 return compute_loss(model, inputs, **kwargs)
             rest = {key: value for key, value in inputs.items() if key != _WEIGHTS}
@@ -186,13 +186,13 @@ class CreditHandle:
         return weights
 
     def _log(self, tally: _Tally, seconds: float) -> None:
-        """Put what was done into the trainer's own log, over all processes."""
+        """Add credit's metrics, over all processes, to the trainer's own log."""
         accelerator = self._trainer.accelerator
         counts = torch.tensor([*dataclasses.astuple(tally), seconds], device=accelerator.device)
         total = self._rollout_credit.sum_over_processes(counts).tolist()
         tally, seconds = _Tally(*total[:-1]), total[-1] / accelerator.num_processes
         log = self._trainer._metrics["train"]
-        # There is no mean over no tokens: the trainer leaves NaN out of its averages.
+        # Without tokens there is no mean: NaN, which the trainer leaves out of its averages.
         share = 1 / tally.tokens if tally.tokens else math.nan
         log["credit/gamma_mean"].append(tally.gamma * share)
         log["credit/amplified_share"].append(tally.amplified * share)
@@ -227,10 +227,10 @@ class _Tally:
 
 
 class CreditMixin:
-    """For subclasses of a trainer: `class MyTrainer(CreditMixin, GRPOTrainer)` takes `credit=` itself.
+    """For subclasses of a trainer: `class MyTrainer(CreditMixin, GRPOTrainer)` accepts `credit=`.
 
     Args:
-        credit: the strategy; None trains as the trainer does without credit.
+        credit: the strategy; None: training without credit.
         credit_options: further arguments of `attach_credit`, by name.
 
     Attributes:

@@ -1,8 +1,9 @@
 """CreditCallback: the grouping of heads as part of a transformers Trainer's own state.
 
 `attach_credit` adds one to the trainer. The trainer writes it into its checkpoints (`trainer_state.json`),
-from which a resumed run takes it. The callback knows no trainer, so that a trainer may copy, replace or
-restore it. What is left to others: the grouping itself (grouping), measuring and weighing (rollout_credit).
+and a resumed run restores it from there. The callback holds no reference to the trainer, so that a trainer
+may copy, replace or restore it. What is left to others: the grouping itself (grouping), measuring and
+weighing (rollout_credit).
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from attnprobe.rl.grouping import HeadGrouping
 
 
 class CreditCallback(HeadGrouping, TrainerCallback, ExportableState):
-    """Keeps the grouping of heads through a run and its checkpoints.
+    """Keeps the head groups through a run and its checkpoints.
 
     Args:
-        reclassify_every: classify heads again every so many optimizer steps; None: only once.
+        reclassify_every: how many optimizer steps to wait before classifying heads again; None: they are
+            classified only once.
 
     Raises:
-        ParameterError: a number of steps below 1, or not whole.
+        ParameterError: a `reclassify_every` that is not a whole number of at least 1.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the grouping of the checkpoint that the run resumes from, if it resumes."""
+        """Restore the grouping from the checkpoint that the run resumes from, if any."""
         if state.global_step == 0:
-            # Another run from its start: steps are counted from 0 again.
+            # A new run: steps are counted from 0 again.
             if self.reclassify_every is not None:
                 self.grouped_at = None
             return
@@ -45,6 +47,6 @@ class CreditCallback(HeadGrouping, TrainerCallback, ExportableState):
 
 
 def callback_of(trainer: Any) -> CreditCallback | None:
-    """Return the credit callback that a trainer has now; None if it has none."""
+    """Return a trainer's current credit callback; None if it has none."""
     callbacks = trainer.callback_handler.callbacks
     return next((callback for callback in callbacks if isinstance(callback, CreditCallback)), None)

@@ -1,10 +1,10 @@
-"""The two routes by which weights enter a trainer's loss, and the canary that proves that one works.
+"""The two routes by which weights enter a trainer's loss, and the canary that checks that one works.
 
-`through_advantages` gives the loss one advantage per token; `through_gradient` leaves the loss alone and
+`through_advantages` gives the loss one advantage per token; `through_gradient` leaves the loss unchanged and
 weights the gradient of its log-probabilities. `attach_credit` calls `choose_route` once. Which route a
-trainer honours is found out by trying, not looked up by class or version: the canary runs the trainer's own
-loss on a small made-up batch whose log-probabilities are a leaf tensor, so that no model runs, and compares
-the gradients with what the objective says. What is left to others: making the weights (trainer_credit), and
+trainer honours is tried out, not looked up by class or version: the canary runs the trainer's own loss on a
+small made-up batch whose log-probabilities are a leaf tensor, so that no model runs, and compares the
+gradients with those of the objective. What is left to others: computing the weights (trainer_credit), and
 installing the route (attach).
 """
 
@@ -51,7 +51,7 @@ def through_gradient(
     inputs: Any,
     **options: Any,
 ) -> Tensor:
-    """Return the trainer's own loss, in which the gradients of the log-probabilities are weighted."""
+    """Return the trainer's own loss, with weighted gradients of the log-probabilities."""
     original = getattr(trainer, _LOGPS)
 
     def gated(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ def choose_route(trainer: Any, through: Through) -> str:
 
     Raises:
         ParameterError: an unknown route.
-        TrainerError: a loss that honours none of the routes asked for, with the reasons.
+        TrainerError: a loss that honours none of the requested routes; the message gives the reasons.
     """
     choice(through, "through", get_args(Through))
     reasons = []
@@ -86,7 +86,7 @@ def choose_route(trainer: Any, through: Through) -> str:
 
 @contextmanager
 def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of one object, and put back afterwards what the object itself had, if anything."""
+    """Set an attribute of one object, and afterwards restore the object's own, if it had one."""
     own = vars(target)
     missing = object()
     before = own.get(name, missing)
@@ -104,7 +104,7 @@ def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _reason_against(trainer: Any, name: str) -> str | None:
-    """Return why the trainer's loss does not honour a route, None if it does."""
+    """Return why the trainer's loss does not honour a route; None if it does."""
     canary = _Canary(trainer)
     with canary.undisturbed():
         plain_value, plain = canary.run(None, canary.advantages)
@@ -150,7 +150,7 @@ class _Canary:
         self._trainer = trainer
         device = trainer.accelerator.device
         generator = torch.Generator().manual_seed(0)
-        # More tokens than sequences: with as many, [batch] times [batch, token] would pass in silence.
+        # More tokens than completions: with equal numbers, [batch] times [batch, token] would not fail.
         batch, prompt, token = 3, 2, 5
         mask = torch.ones(batch, token, dtype=torch.long)
         mask[2, 4] = 0
@@ -177,10 +177,10 @@ class _Canary:
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Run losses in evaluation mode, in which they change no state, and forget what they logged."""
+        """Run losses in evaluation mode, in which they change no state, and discard what they logged."""
         trainer = self._trainer
         logged = {mode: {k: list(v) for k, v in values.items()} for mode, values in trainer._metrics.items()}
-        # The flag of the root module alone says which mode the loss is in.
+        # The loss reads its mode from the root module's flag alone.
         training, trainer.model.training = trainer.model.training, False
         try:
             yield

@@ -1,8 +1,8 @@
-"""TrainerCredit: `RolloutCredit` for a TRL trainer, with the few things that a trainer does otherwise.
+"""TrainerCredit: `RolloutCredit` for a TRL trainer, with the few things that a trainer does differently.
 
-`attach_credit` makes one for each trainer and `CreditHandle` holds it. The trainer's callback keeps the
-grouping of heads, its accelerator adds up over processes, its own function computes entropy, and where its
-parameters are sharded the whole model is run (`WholePassAdapter`). What is left to others: measuring and
+`attach_credit` makes one for each trainer, and `CreditHandle` holds it. The trainer's callback keeps the
+grouping of heads, its accelerator sums over processes, its own function computes entropy, and if its
+parameters are sharded, the whole model is run (`WholePassAdapter`). What is left to others: measuring and
 weighing (rollout_credit), and reading a trainer (trainers).
 """
 
@@ -26,7 +26,7 @@ from attnprobe.rl.trl.trainers import is_sharded, policy_of, token_entropy
 
 
 class TrainerCredit(RolloutCredit):
-    """Gives the tokens of a trainer's rollouts their weights.
+    """Computes the weights of the tokens of a trainer's rollouts.
 
     Args:
         trainer: a trainer that `check_trainer` accepts.
@@ -34,15 +34,15 @@ class TrainerCredit(RolloutCredit):
         options: further arguments of `RolloutCredit`.
 
     Raises:
-        ParameterError: a wrong parameter.
+        ParameterError: an invalid parameter.
         UnsupportedModelError: a policy whose attention cannot be read.
     """
 
     def __init__(self, trainer: Any, credit: Credit, **options: Any) -> None:
         super().__init__(policy_of(trainer), credit, **options)
         self._trainer = trainer
-        # Never by the memory budget: processes with completions of other lengths would make another
-        # number of forward passes, and wait for each other forever where parameters are sharded.
+        # Never by the memory budget: processes whose completions differ in length would then make different
+        # numbers of forward passes and, with sharded parameters, wait for each other forever.
         self._size: int = self.batch_size or trainer.args.per_device_train_batch_size
         self.batch_size = self._size
 
@@ -53,7 +53,7 @@ class TrainerCredit(RolloutCredit):
 
     @property
     def grouping(self) -> CreditCallback:
-        """The trainer's callback, looked up each time: a trainer may replace its callbacks by restored ones.
+        """The trainer's callback, looked up each time: a trainer may replace its callbacks on resuming.
 
         Raises:
             TrainerError: the callback was removed.
@@ -65,11 +65,11 @@ class TrainerCredit(RolloutCredit):
 
     @property
     def measures_all(self) -> bool:
-        """Whether parameters are sharded: every process then has to make the same number of passes."""
+        """Whether parameters are sharded: all processes must then make the same number of passes."""
         return is_sharded(self._trainer)
 
     def token_entropy(self, rollout: Rollout) -> Float[Tensor, "completion token"]:
-        """Return the entropy of each token by the trainer's own function: at its sampling temperature."""
+        """Return the entropy of each token at the sampling temperature, by the trainer's own function."""
         return token_entropy(self._trainer, rollout, self._size)
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
@@ -79,15 +79,15 @@ class TrainerCredit(RolloutCredit):
 
 
 class WholePassAdapter(TransformersAdapter):
-    """Reads a policy in forward passes of the module that holds it, each of which is run to its end.
+    """Reads a policy in complete forward passes of the module that holds it.
 
     Sharded parameters (FSDP, DeepSpeed) are gathered by hooks around whole forward passes of the root
-    module. So that module is called and not the policy inside it, and a pass is never stopped after the
-    last layer of interest.
+    module. So the root module is called, not the policy inside it, and a pass never stops after the last
+    layer of interest.
 
     Args:
         policy: a transformers causal language model.
-        root: the module around it that a trainer calls; it may be the policy itself.
+        root: the module around it that the trainer calls; it may be the policy itself.
 
     Raises:
         UnsupportedModelError: a policy whose attention cannot be read.
@@ -100,8 +100,8 @@ class WholePassAdapter(TransformersAdapter):
     def forward(
         self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
     ) -> Float[Tensor, "batch position vocabulary"] | None:
-        """Run the root module over right-padded rows to its end, whether logits are asked for or not."""
-        # A pass that has to give logits, of one position here, does not end early.
+        """Run the root module over right-padded sequences to its end, whether or not logits are needed."""
+        # A pass that must return logits, here of one position, does not stop early.
         at = torch.zeros(1, dtype=torch.long) if logits_at is None else logits_at
         logits = super().forward(batch, logits_at=at)
         return None if logits_at is None else logits

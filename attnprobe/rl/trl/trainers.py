@@ -1,7 +1,7 @@
-"""What a TRL trainer is asked for: its policy, its rollouts, the entropy of its tokens.
+"""What is read from a TRL trainer: its policy, its rollouts, the entropy of its tokens.
 
-All that is read of TRL's own attributes, and all trainers that are refused, stand here in one place; attach
-and trainer_credit call it. What is left to others: what is done with it (attach, trainer_credit), and the
+All access to TRL's own attributes, and all reasons to refuse a trainer, are in this one place; attach and
+trainer_credit call it. What is left to others: what is done with it (attach, trainer_credit), and the
 trainer's loss (routes).
 """
 
@@ -19,7 +19,7 @@ from attnprobe.errors import MissingDependencyError, TrainerError
 from attnprobe.rl.scoring import Rollout, bare_policy
 
 HANDLE = "_attnprobe_credit"
-"""The attribute by which a trainer knows its credit."""
+"""The attribute of a trainer that holds its credit handle."""
 
 _PARTS = (
     "_generate_and_score_completions",
@@ -34,16 +34,16 @@ _PARTS = (
 
 
 def policy_of(trainer: Any) -> Any:
-    """Return a trainer's policy without what accelerate and peft have wrapped around it."""
+    """Return a trainer's policy without the wrappers of accelerate and peft."""
     return bare_policy(trainer.accelerator.unwrap_model(trainer.model))
 
 
 def check_trainer(trainer: Any) -> None:
-    """Check that a trainer is one that is understood, and has no credit yet.
+    """Check that a trainer is supported, and has no credit yet.
 
     Raises:
         MissingDependencyError: trl is not installed.
-        TrainerError: an object of another class, an unknown version, or a trainer that has credit.
+        TrainerError: an object of another class, an unsupported version, or a trainer that has credit.
     """
     if importlib.util.find_spec("trl") is None:
         raise MissingDependencyError("credit for trainers needs trl: pip install 'attnprobe[trl]'")
@@ -63,14 +63,15 @@ def check_trainer(trainer: Any) -> None:
             "is not supported; trl 1.16 is"
         )
     if vars(trainer).get(HANDLE) is not None:
-        raise TrainerError("this trainer has credit already: call detach() on its handle first")
+        raise TrainerError("this trainer already has credit: call detach() on its handle first")
 
 
 def rollout_of(trainer: Any, output: dict[str, Any], needs: frozenset[str]) -> Rollout:
-    """Return what a trainer has generated, for a strategy that needs some scores of it.
+    """Return what a trainer has generated as a `Rollout`.
 
     Raises:
-        TrainerError: a trainer that generates something else, or prompts with pictures.
+        TrainerError: a trainer whose output lacks something, or prompts with pictures if the strategy needs
+            token scores.
     """
     names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
     missing = [name for name in (*names, "advantages") if name not in output]
@@ -82,7 +83,7 @@ def rollout_of(trainer: Any, output: dict[str, Any], needs: frozenset[str]) -> R
     if pictures and needs:
         raise TrainerError(
             f"the prompts contain pictures ({', '.join(pictures)}), but attention is measured over text: "
-            "use a strategy that needs no scores, or train on text only"
+            "use a strategy that needs no token scores, or train on text only"
         )
     prompt_ids, prompt_mask, completion_ids, completion_mask = (output[name] for name in names)
     return Rollout(prompt_ids, prompt_mask, completion_ids, completion_mask, output.get("tool_mask"))
@@ -90,7 +91,7 @@ def rollout_of(trainer: Any, output: dict[str, Any], needs: frozenset[str]) -> R
 
 @torch.no_grad()
 def token_entropy(trainer: Any, rollout: Rollout, batch_size: int) -> Float[Tensor, "completion token"]:
-    """Return the entropy of each token by the trainer's own function: at its sampling temperature."""
+    """Return the entropy of each token at the sampling temperature, by the trainer's own function."""
     with evaluation_mode(trainer.model.modules()):
         result = trainer._get_per_token_logps_and_entropies(
             trainer.model,
@@ -105,5 +106,5 @@ def token_entropy(trainer: Any, rollout: Rollout, batch_size: int) -> Float[Tens
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Return whether the processes of a run share the policy's parameters out among them."""
+    """Return whether the policy's parameters are sharded over the processes of a run."""
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
