@@ -295,7 +295,7 @@ def test_invalid_patterns_are_refused(pattern: torch.Tensor, message: str) -> No
     ("change", "message"),
     [
         ({"key": torch.zeros(1, 3, 5, 4)}, "must be a multiple of the key heads"),
-        ({"key": torch.zeros(1, 2, 5, 3)}, "batch and head size must be equal"),
+        ({"key": torch.zeros(1, 2, 5, 3)}, "batch and head sizes must be equal"),
         ({"key": torch.zeros(1, 2, 4, 4)}, "at least as many keys as queries"),
         ({"window": 0}, "at least one key, got 0"),
         ({"sinks": torch.zeros(3)}, r"each of 4 heads, got \[3\]"),

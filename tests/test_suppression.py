@@ -363,7 +363,7 @@ def test_columns_are_numbers_or_a_mask(keys) -> None:
 )
 @pytest.mark.usefixtures("as_users_call")
 def test_few_zeros_and_ones_are_numbers(keys, columns: list[int]) -> None:
-    """Two whole numbers may be columns; a mask so short is given as truth values, or by row."""
+    """Two whole numbers may be columns; a mask that short is boolean, or has a line for each example."""
     model = tiny_model("llama")
     with torch.no_grad():
         removed = [(query, key) for key in columns for query in range(key + 1, TOKENS)]
@@ -383,7 +383,7 @@ def test_a_forgotten_with_is_told() -> None:
     ("chosen", "message"),
     [
         ({"heads": [4]}, r"\(0, 4\).* heads 0\.\.3"),
-        ({"keys": torch.ones(3, TOKENS, dtype=torch.bool)}, "given for 3 rows, but the model runs 2"),
+        ({"keys": torch.ones(3, TOKENS, dtype=torch.bool)}, "given for 3 examples, but the model runs 2"),
     ],
 )
 def test_choices_that_the_call_does_not_have_are_refused(chosen: dict, message: str) -> None:
