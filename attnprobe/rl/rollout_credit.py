@@ -61,8 +61,9 @@ class RolloutCredit:
         credit: the strategy, such as `CoupledRhythmCredit()`, or any callable `scores -> gamma`.
         layers: where to measure attention: "middle" (the paper's five layers of the middle third), "all" or
             layer numbers.
-        heads: fixed head groups, in any form that `score_tokens` takes, with weights if you like; their layers
-            are measured ("all": all heads of `layers`). None: heads are classified on the rollouts themselves.
+        heads: fixed head groups, in any form that `score_tokens` takes, with weights if you like; their
+            layers are measured ("all": all heads of `layers`). None: heads are classified on the rollouts
+            themselves.
         reclassify_every: how many steps to wait before classifying heads again; None: they are classified
             only once.
         window: WAAD's window, in tokens.

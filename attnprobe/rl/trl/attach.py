@@ -61,9 +61,9 @@ def attach_credit(
         credit: the strategy, such as `CoupledRhythmCredit()`, or any callable `scores -> gamma`.
         layers: where to measure attention: "middle" (the paper's five layers of the middle third), "all" or
             layer numbers.
-        heads: fixed head groups, in any form that `score_tokens` takes, with weights if you like; their layers
-            are measured ("all": all heads of `layers`). None: heads are classified on the run's own rollouts,
-            over all processes.
+        heads: fixed head groups, in any form that `score_tokens` takes, with weights if you like; their
+            layers are measured ("all": all heads of `layers`). None: heads are classified on the run's own
+            rollouts, over all processes.
         reclassify_every: how many optimizer steps to wait before classifying heads again; None: they are
             classified only once. In such a step all completions are measured; otherwise only those with a
             positive advantage, since no others are weighted.
