@@ -73,7 +73,7 @@ def test_an_adapter_is_returned_as_it_is() -> None:
     [
         ("Wrapper", unwrapping, r"\"package\.ClassName\".*got 'Wrapper'"),
         ("package.module.Wrapper", unwrapping, "top-level package only"),
-        ("package.Wrapper", "package.MyAdapter", "\"module:name\", got 'package.MyAdapter'"),
+        ("package.Wrapper", "package.MyAdapter", "\"module:name\"; got 'package.MyAdapter'"),
         ("package.Wrapper", 3, "a class, a function or a name; got 3"),
     ],
 )

@@ -619,7 +619,7 @@ def test_an_attention_that_was_not_understood_is_refused() -> None:
         "doubled", transformers.masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     )
     model.set_attn_implementation("doubled")
-    with pytest.raises(IncompleteRunError, match=r"layer 0 .* was not understood: its output differs"):
+    with pytest.raises(IncompleteRunError, match=r"layer 0 .* attnprobe does not know: its output differs"):
         attnprobe.measure(model, attnprobe.TokenBatch.from_ids([[1, 2, 3, 4]]))
 
 
