@@ -116,10 +116,3 @@ def judge(
             f"{float(rewards[wrong[0]])} of completion {wrong[0]}"
         )
     return rewards.detach().float()
-
-
-def _check_reward(reward: Any) -> None:
-    if not callable(reward):
-        raise ParameterError(
-            f"reward must be a callable `(problems, completions) -> rewards`; got {brief(reward)}"
-        )
