@@ -55,6 +55,9 @@ def setting_types(kind: Any) -> dict[str, Any]:
 def example_indices(examples: Any, count: int) -> list[int]:
     """Return the numbers of the examples that a number, list, slice or mask selects from `count`.
 
+    One 0 or 1 for each of more than two examples is a mask, as everywhere in the library, and not a list of
+    the numbers 0 and 1 over and over.
+
     >>> example_indices(slice(1, None), 3), example_indices([True, False, True], 3), example_indices(-1, 3)
     ([1, 2], [0, 2], [2])
     """
@@ -79,7 +82,9 @@ def example_indices(examples: Any, count: int) -> list[int]:
             raise ParameterError(f"{expected}; got {brief(examples)}") from error
     if numbers.is_floating_point() or numbers.is_complex() or numbers.ndim > 1 or numbers.numel() == 0:
         raise ParameterError(f"{expected}; got {brief(examples)}")
-    if numbers.dtype == torch.bool:
+    bits = numbers.shape == (count,) and count > 2 and bool(((numbers == 0) | (numbers == 1)).all())
+    if numbers.dtype == torch.bool or bits:
+        numbers = numbers.bool()
         if numbers.shape != (count,) or not bool(numbers.any()):
             raise ParameterError(
                 f"a mask of examples must be [{count}] and choose at least one; got {brief(examples)}"

@@ -28,11 +28,11 @@ from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe, Recei
 from attnprobe.heads import GroupsLike, head_groups
 from attnprobe.layout import SequenceLayout
 from attnprobe.maps import GroupMaps
+from attnprobe.metrics import HorizonLike
 from attnprobe.probe import Probe, attach
 from attnprobe.progress import Advance, progress_bar
 from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
-from attnprobe.reductions import Horizon
 from attnprobe.sentences import sentence_ids
 from attnprobe.validation import IntLike, brief, truth, whole_number
 
@@ -46,7 +46,7 @@ def measure(
     *,
     layers: Layers = "all",
     window: IntLike = 10,
-    horizon: Horizon = (10, 50),
+    horizon: HorizonLike = (10, 50),
     span: bool = True,
     receiver: bool | ReceiverLevel = False,
     entropy: bool = True,

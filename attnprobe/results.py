@@ -121,7 +121,8 @@ class Result:
         """Return some of the examples, in the order given; the batch axis is kept.
 
         Args:
-            examples: a number, a list of numbers, a slice, or a mask `[batch]` of True and False.
+            examples: a number, a list of numbers, a slice, or a mask `[batch]` of True and False (or, for
+                more than two examples, of 0 and 1).
             trim: whether to drop the columns after the last one that any selected example uses; without it,
                 columns stay where they are, so that the same selection from several results still fits
                 together.

@@ -172,7 +172,11 @@ def check_same(ours: Result, theirs: Result) -> None:
 @st.composite
 def selections(draw: st.DrawFn, count: int = 4) -> tuple[Any, list[int]]:
     """Draw examples in any form, with the numbers that are meant."""
-    numbers = draw(st.lists(st.integers(-count, count - 1), min_size=1, max_size=6))
+    # One 0 or 1 for each example is a mask.
+    drawn = st.lists(st.integers(-count, count - 1), min_size=1, max_size=6)
+    numbers = draw(
+        drawn.filter(lambda found: len(found) != count or not {n % count for n in found} <= {0, 1})
+    )
     mask = draw(st.lists(st.booleans(), min_size=count, max_size=count).filter(any))
     first, step = draw(st.integers(-count, count - 1)), draw(st.sampled_from([1, 2, -1]))
     begin = draw(st.integers(0, count - 1))
@@ -198,6 +202,8 @@ def selections(draw: st.DrawFn, count: int = 4) -> tuple[Any, list[int]]:
         "bool list": (mask, [i for i in range(count) if mask[i]]),
         "bool tensor": (torch.tensor(mask), [i for i in range(count) if mask[i]]),
         "bool array": (np.array(mask), [i for i in range(count) if mask[i]]),
+        "bits": ([int(bit) for bit in mask], [i for i in range(count) if mask[i]]),
+        "uint8 tensor": (torch.tensor(mask).to(torch.uint8), [i for i in range(count) if mask[i]]),
     }
     return forms[draw(st.sampled_from(list(forms)))]
 

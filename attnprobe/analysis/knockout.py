@@ -21,9 +21,8 @@ from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.batch import BatchLike, TokenBatch, check_unpacked
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.measurement import check_fits
-from attnprobe.metrics import check_horizon
+from attnprobe.metrics import HorizonLike, check_horizon
 from attnprobe.progress import progress_bar
-from attnprobe.reductions import Horizon
 from attnprobe.suppression import suppress_attention
 from attnprobe.validation import ArrayLike, IntLike, as_mask, truth, whole_number
 
@@ -33,7 +32,7 @@ def knockout_divergence(
     batch: BatchLike,
     tokens: ArrayLike,
     *,
-    horizon: Horizon = (10, 50),
+    horizon: HorizonLike = (10, 50),
     layers: Layers = "all",
     heads: HeadsLike | None = None,
     batch_size: IntLike = 8,

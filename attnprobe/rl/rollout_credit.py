@@ -25,8 +25,7 @@ from attnprobe.adapters.base import Layers
 from attnprobe.errors import ParameterError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import GroupsLike, group_heads
-from attnprobe.metrics import check_horizon, check_window
-from attnprobe.reductions import Horizon
+from attnprobe.metrics import HorizonLike, check_horizon, check_window
 from attnprobe.rl.advantage import spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import Groups, HeadGrouping, choose_heads
@@ -90,7 +89,7 @@ class RolloutCredit:
         heads: GroupsLike | None = None,
         reclassify_every: IntLike | None = 10,
         window: int = 10,
-        horizon: Horizon = (10, 50),
+        horizon: HorizonLike = (10, 50),
         batch_size: IntLike | None = None,
     ) -> None:
         self.credit = credit

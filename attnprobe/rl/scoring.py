@@ -23,7 +23,7 @@ from attnprobe.errors import BatchError, ResultError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import GroupsLike, classify_heads
 from attnprobe.measurement import measure
-from attnprobe.reductions import Horizon
+from attnprobe.metrics import HorizonLike
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, as_tensor, finite, instance, truth
 
@@ -150,7 +150,7 @@ def measure_rollout(
     *,
     layers: Layers = "middle",
     window: int = 10,
-    horizon: Horizon = (10, 50),
+    horizon: HorizonLike = (10, 50),
     span: bool = True,
     batch_size: int | None = None,
 ) -> HeadStatistics:

@@ -29,6 +29,7 @@ ALLOWED = {
     # Log-probabilities, whose gradients are weighted and whose values are left alone.
     ("gate_gradient", "values"): {"nan", "infinite", "negative"},
     # None is the default.
+    ("load_model", "source"): {"NoneType 'None'"},
     ("TokenBatch.from_ids start", "response_start"): {"NoneType 'None'"},
     ("TokenBatch.from_text", "responses"): {"NoneType 'None'"},
 }

@@ -256,6 +256,7 @@ KINDS: dict[str, Kind] = {
             ("mask", lambda v: [i in v for i in range(3)]),
             ("tensor mask", lambda v: torch.tensor([i in v for i in range(3)])),
             ("numpy mask", lambda v: np.array([i in v for i in range(3)])),
+            ("mask of ints", lambda v: [int(i in v) for i in range(3)]),
         ),
     ),
     "result": Kind(

@@ -23,7 +23,7 @@ from torch import Tensor
 from attnprobe.adapters.base import Layers
 from attnprobe.errors import TrainerError
 from attnprobe.heads import GroupsLike
-from attnprobe.reductions import Horizon
+from attnprobe.metrics import HorizonLike
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import credit_weights
 from attnprobe.rl.credit import Credit
@@ -49,7 +49,7 @@ def attach_credit(
     heads: GroupsLike | None = None,
     reclassify_every: IntLike | None = 10,
     window: int = 10,
-    horizon: Horizon = (10, 50),
+    horizon: HorizonLike = (10, 50),
     batch_size: IntLike | None = None,
     through: Through = "auto",
 ) -> CreditHandle:
