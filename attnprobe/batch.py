@@ -294,7 +294,7 @@ class TokenBatch(Result):
                 columns = self.attention_mask[example].nonzero()[:, 0]
                 spans.append((example, int(columns[0]), len(columns)))
                 continue
-            for segment in range(int(self.segment_ids[example].max()) + 1):
+            for segment in self.segment_ids[example][self.attention_mask[example]].unique().tolist():
                 columns = (self.segment_ids[example] == segment).nonzero()[:, 0]
                 if bool(self.response_mask[example, columns].any()):
                     spans.append((example, int(columns[0]), len(columns)))

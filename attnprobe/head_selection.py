@@ -262,7 +262,8 @@ def _triples_of_matrix(
     weights = tensor if tensor.is_floating_point() else as_mask(tensor, name)
     if not bool(torch.isfinite(weights.float()).all()) or bool((weights.float() < 0).any()):
         raise ParameterError(f"weights of {name} must be finite and not negative")
-    return [(layers[i], head, float(weights[i, head])) for i, head in weights.nonzero().tolist()]
+    chosen = [(layers[i], head, float(weights[i, head])) for i, head in weights.nonzero().tolist()]
+    return _distinct(chosen, name)
 
 
 def _triples_of_mapping(
@@ -308,4 +309,8 @@ def _distinct(triples: list[tuple[int, int, float]], name: str) -> list[tuple[in
     )
     if repeated:
         raise ParameterError(f"{name} names (layer, head) {repeated[:5]} more than once")
+    # What float32 cannot hold would become NaN in a mean.
+    extreme = [weight for _, _, weight in triples if not 1e-30 <= weight <= 1e30]
+    if extreme:
+        raise ParameterError(f"weights of {name} must be between 1e-30 and 1e30; got {extreme[0]:g}")
     return triples

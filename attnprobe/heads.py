@@ -8,7 +8,7 @@ same model. What is left to others: measuring (measurement) and using the groups
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -211,6 +211,8 @@ def head_groups(
         ResultError: `HeadGroups` of other layers, another number of heads, or another model.
     """
     given: dict[str, Any] = {}
+    # One selection may serve several groups, and a generator gives its heads only once.
+    heads = list(heads) if isinstance(heads, Iterator) else heads
     if isinstance(heads, HeadGroups):
         heads.check_fits(layers, head_count, model_name)
         given = {group: heads[group] for group in GROUPS if getattr(heads, f"{group}_heads") is not None}

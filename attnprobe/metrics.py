@@ -249,13 +249,16 @@ def token_entropy(
     return entropy.masked_fill(~mask, torch.nan)
 
 
-def distribution_entropy(logits: Float[Tensor, "*axes vocabulary"]) -> Float[Tensor, "*axes"]:
+def distribution_entropy(logits: ArrayLike) -> Float[Tensor, "*axes"]:
     """Return the entropy, in nats, of the softmax of logits, in float32 and a few tokens at a time.
 
     Raises:
         PatternError: logits that are NaN.
     """
-    flat = logits.detach().flatten(0, -2)
+    logits = as_tensor(logits, "logits")
+    if logits.ndim < 1 or not logits.is_floating_point() or logits.numel() == 0:
+        raise ParameterError(f"logits must be floating point [..., vocabulary]; got {brief(logits)}")
+    flat = logits.detach().reshape(-1, logits.shape[-1])
     entropy = torch.empty(flat.shape[0], device=logits.device)
     size = max(1, 2**22 // flat.shape[-1])
     for begin in range(0, flat.shape[0], size):

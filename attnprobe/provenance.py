@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from attnprobe.validation import whole_numbers
+
 Align = Literal["token", "prediction"]
 
 
@@ -31,6 +33,10 @@ class Provenance:
     horizon: tuple[int, int | None] | None = None
     heads: dict[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
     align: Align = "token"
+
+    def __post_init__(self) -> None:
+        """Keep layers as a tuple."""
+        object.__setattr__(self, "layers", tuple(whole_numbers(self.layers, "layers")) if self.layers else ())
 
     def __str__(self) -> str:
         groups = ", ".join(f"{len(heads)} {name}" for name, heads in self.heads.items())

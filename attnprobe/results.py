@@ -215,21 +215,21 @@ class Result:
                 ours, theirs = getattr(first, name), getattr(part, name)
                 if name in cls._PER_EXAMPLE:
                     if (ours is None) != (theirs is None):
-                        raise ResultError(f"{cls.__name__}s cannot be joined with and without {name}")
+                        raise ResultError(f"{cls.__name__} results cannot be joined with and without {name}")
                 elif ours != theirs:
                     what, ours, theirs = _difference(name, ours, theirs)
                     raise ResultError(
-                        f"{cls.__name__}s cannot be joined if their {what} differ: {brief(ours)} and "
+                        f"{cls.__name__} results cannot be joined if their {what} differ: {brief(ours)} and "
                         f"{brief(theirs)}"
                     )
             found = {each.name: fixed_sizes(each, value) for each, value in part._tensors()}
             for name in fixed.keys() ^ found.keys():
-                raise ResultError(f"{cls.__name__}s cannot be joined with and without {name}")
+                raise ResultError(f"{cls.__name__} results cannot be joined with and without {name}")
             for name, sizes in fixed.items():
                 if found[name] != sizes:
                     raise ResultError(
-                        f"{cls.__name__}s cannot be joined if the sizes of their {name} differ: {sizes} and "
-                        f"{found[name]}"
+                        f"{cls.__name__} results cannot be joined if the sizes of their {name} differ: "
+                        f"{sizes} and {found[name]}"
                     )
 
     def to(self: ResultT, device: Any) -> ResultT:
@@ -264,7 +264,8 @@ class Result:
     # ---- showing --------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__}({self._headline()})"]
+        settings = self._headline()
+        lines = [f"{type(self).__name__}({settings})" if settings else type(self).__name__]
         for each, value in self._tensors():
             sizes = ", ".join(f"{a}={s}" for a, s in zip(each.axes, value.shape, strict=True))
             lines.append(f"  {each.name}: {str(value.dtype).removeprefix('torch.')} [{sizes}]")

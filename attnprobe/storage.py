@@ -101,12 +101,22 @@ def save_result(
         for name, tensor in tensors.items()
         if tensor is not None
     }
-    header = {"kind": kind, "versions": library_versions(), "settings": msgspec.to_builtins(settings)}
+    header = {
+        "kind": kind,
+        "versions": library_versions(),
+        "settings": msgspec.to_builtins(settings),
+        "tensors": _described(present),
+    }
     try:
         content = to_bytes(present, metadata={_KEY: json.dumps(header)})
     except SafetensorError as error:
         raise ResultError(f"cannot save {kind} as a safetensors file: {error}. Save parts of it") from error
     return write_atomically(path, content)
+
+
+def _described(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return the dtype and shape of each tensor, as text."""
+    return {name: f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for name, t in tensors.items()}
 
 
 def load_result(
@@ -141,6 +151,11 @@ def load_result(
     missing += [name for name in types if name not in settings]
     if missing:
         raise ResultError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    # What was written, so that a file that was changed in a consistent way is found out too.
+    if header.get("tensors", found := _described(tensors)) != found:
+        raise ResultError(
+            f"{path} is damaged: its tensors were saved as {header['tensors']}, but they are {found}"
+        )
     try:
         converted = {name: msgspec.convert(settings[name], wanted) for name, wanted in types.items()}
     except msgspec.ValidationError as error:

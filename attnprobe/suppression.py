@@ -132,6 +132,9 @@ def _columns(values: Columns, name: str) -> Bool[Tensor, "#batch column"]:
             f"{int(given.max())} in it. Column numbers are one list for all examples"
         )
     numbers = whole_numbers(given, name, maximum=_LAST_COLUMN)
+    if len(set(numbers)) < len(numbers):
+        # Such as a mask that holds something else than 0 and 1.
+        raise ParameterError(f"{name} names columns more than once; got {brief(values)}")
     mask = torch.zeros(1, max(numbers) + 1, dtype=torch.bool)
     mask[0, numbers] = True
     return mask

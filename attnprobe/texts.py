@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from attnprobe.errors import BatchError
@@ -53,6 +53,9 @@ def as_texts(texts: Any, name: str) -> list[str]:
     """
     if isinstance(texts, str):
         return [texts]
+    # A column of a table, or a generator, is as good as a list.
+    if isinstance(texts, Iterable) and not isinstance(texts, bytes | Mapping):
+        texts = list(texts)
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise BatchError(f"{name} must be a text or a list of texts; got {brief(texts)}")
     return list(texts)

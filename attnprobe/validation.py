@@ -42,6 +42,10 @@ def is_array(value: Any) -> bool:
     return type(value).__module__ == "numpy" and hasattr(value, "ndim")
 
 
+def _article(word: str) -> str:
+    return "an" if word[0].lower() in "aeio" else "a"
+
+
 def brief(value: Any, longest: int = 80) -> str:
     """Return a value as shown in error messages: its shape if it is a tensor, else a short repr.
 
@@ -53,10 +57,10 @@ def brief(value: Any, longest: int = 80) -> str:
         if value.is_nested:
             return f"a nested {kind} tensor"
         if value.ndim or value.is_meta:
-            return f"a {kind} tensor {list(value.shape)}"
-        return f"a {kind} tensor of {value.item()}"
+            return f"{_article(kind)} {kind} tensor {list(value.shape)}"
+        return f"{_article(kind)} {kind} tensor of {value.item()}"
     if is_array(value) and value.ndim:
-        return f"a {value.dtype} array {list(value.shape)}"
+        return f"{_article(str(value.dtype))} {value.dtype} array {list(value.shape)}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     try:
@@ -209,10 +213,12 @@ def instance(
     """
     if isinstance(value, kind):
         return value
-    article = "an" if kind.__name__[0].lower() in "aeiou" else "a"
+    article = _article(kind.__name__)
     source = f" ({hint})" if hint else ""
     found = value if isinstance(value, type | str | Tensor) else type(value)
-    told = f"a {type(value).__name__}" if found is type(value) else brief(value)
+    told = (
+        f"{_article(type(value).__name__)} {type(value).__name__}" if found is type(value) else brief(value)
+    )
     raise error(f"{name} must be {article} {kind.__name__}{source}; got {told}")
 
 

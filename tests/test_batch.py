@@ -1112,3 +1112,12 @@ def test_smollm2_chats_end_where_the_assistant_speaks(smollm2: Any) -> None:
     response = "".join(text for text, of in zip(batch.texts[0], inside, strict=True) if of)
     assert prompt.endswith("<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n")
     assert response == "4."
+
+
+def test_segments_are_told_apart_whatever_their_numbers() -> None:
+    """The time depends on how many sequences there are, and not on how they are numbered."""
+    real = torch.ones(1, 6, dtype=torch.bool)
+    segments = torch.tensor([[7, 7, 7, 2**62, 2**62, 2**62]])
+    batch = TokenBatch(torch.arange(1, 7)[None], real, real, segments)
+    sequences, _ = batch.sequences()
+    assert sequences.input_ids.tolist() == [[1, 2, 3], [4, 5, 6]]

@@ -370,7 +370,7 @@ def test_packed_rows_and_no_rows_are_refused() -> None:
     packed = dataclasses.replace(SCORES, segment_ids=torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ParameterError, match="packed"):
         measure_couplings(packed)
-    with pytest.raises(ParameterError, match="no problems"):
+    with pytest.raises(ParameterError, match=r"problem.* none"):
         measure_couplings([])
 
 

@@ -438,3 +438,16 @@ def test_a_group_of_another_model_is_refused_too() -> None:
     mask[0, 0] = True
     groups = HeadGroups(mask, mask.roll(1), None, torch.zeros(3, 4), None, LAYERS, "large")
     refused(lambda: score_tokens(statistics_of(0), groups.local), "large", "tiny", error=ParameterError)
+
+
+@pytest.mark.parametrize("weight", [1e300, 1e-300, 1e31])
+def test_weights_that_a_mean_cannot_hold_are_refused(weight: float) -> None:
+    """They would be NaN or infinite in float32."""
+    with pytest.raises(ParameterError, match="weights"):
+        HeadSelection.of({(0, 1): weight, (1, 0): 1.0}, layers=(0, 1), head_count=2)
+
+
+def test_a_generator_of_heads_serves_both_groups() -> None:
+    statistics = statistics_of(3)
+    once = score_tokens(statistics, (pair for pair in [(statistics.layers[0], 0)]))
+    assert once == score_tokens(statistics, [(statistics.layers[0], 0)])

@@ -155,3 +155,16 @@ def test_messages_have_the_facts() -> None:
     )
     with pytest.raises(ParameterError, match="packed"):
         knockout_divergence(model, packed, packed.response_mask)
+
+
+def test_a_horizon_beyond_the_text_is_the_text() -> None:
+    model = tiny_model("llama")
+    batch = attnprobe.TokenBatch.from_ids([list(range(1, 13))], response_start=4)
+    asked = torch.zeros(1, 12, dtype=torch.bool)
+    asked[0, 6] = True
+    whole = attnprobe.knockout_divergence(model, batch, asked, horizon=(1, None))
+    for far in (12, 10**9, 10**30):
+        found = attnprobe.knockout_divergence(model, batch, asked, horizon=(1, far))
+        assert torch.equal(found.nan_to_num(-1), whole.nan_to_num(-1))
+    none = attnprobe.knockout_divergence(model, batch, asked, horizon=(10**30, None))
+    assert bool(none.isnan().all())

@@ -15,7 +15,7 @@ from attnprobe import DenseAttention, FactoredAttention, PatternError
 from attnprobe.attention.kernels import carries_positions, listen
 from attnprobe.attention.masks import CausalMask
 from attnprobe.attention.operator import Attention, key_positions
-from attnprobe.errors import ParameterError
+from attnprobe.errors import AttnprobeError, ParameterError
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import CallInputs, call_inputs, patterns
 
@@ -463,3 +463,20 @@ def test_positions_are_read_along_the_way_in_passes_of_our_own(own_pass: bool, c
     pattern, positions = dense_pattern(query, key), key_positions(50, torch.float64, torch.device("cpu"))
     torch.testing.assert_close(output.double(), pattern @ value.double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(position.double(), pattern @ positions, rtol=1e-5, atol=1e-4)
+
+
+def test_questions_take_lists_and_arrays_and_refuse_the_rest() -> None:
+    """As everywhere, what stands for a tensor is one; what does not is an error of ours."""
+    query = torch.randn(1, 2, 6, 4, generator=torch.Generator().manual_seed(0))
+    for attention in (FactoredAttention(query, query), FactoredAttention(query.numpy(), query.numpy())):
+        assert torch.equal(attention.rows([1, 3]), attention.rows(torch.tensor([1, 3])))
+        features = torch.ones(1, 6, 1)
+        assert torch.equal(attention.attend(features.numpy()), attention.attend(features))
+        for wrong in ("a", None, [1.5], [99], [-1], []):
+            with pytest.raises(AttnprobeError):
+                attention.rows(wrong)
+            with pytest.raises(AttnprobeError):
+                attention.attend(wrong)
+    for wrong in ("a", None, torch.ones(2, 2), query.long()):
+        with pytest.raises(AttnprobeError):
+            FactoredAttention(wrong, query)

@@ -548,6 +548,9 @@ def test_what_does_not_belong_together_is_refused(done: tuple) -> None:
         perturb(model, TOKENIZER, packed, scores)
     with pytest.raises(BatchError, match=r"\b99\b"):
         perturb(tiny_model("llama"), TOKENIZER, batch, scores)
+    elsewhere = dataclasses.replace(scores.provenance, model_name="another-model")
+    with pytest.raises(ResultError, match="another-model"):
+        perturb(model, TOKENIZER, batch, dataclasses.replace(scores, provenance=elsewhere))
     for wrong in (None, "tokenizer", b"x", 3, type(TOKENIZER)):
         with pytest.raises(ParameterError, match="tokenizer"):
             perturb(model, wrong, batch, scores)

@@ -264,7 +264,8 @@ def test_others_can_read_the_file_as_safetensors(tmp_path: Path) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    assert header == {"kind": "Kind", "settings": {"layers": [1]}, "versions": versions}
+    tensors = {"a": "float32 [1]"}
+    assert header == {"kind": "Kind", "settings": {"layers": [1]}, "tensors": tensors, "versions": versions}
 
 
 def test_settings_that_no_header_can_hold_are_refused(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from attnprobe.adapters import Adapter, adapter_for
-from attnprobe.adapters.base import Layers, resolve_layers
+from attnprobe.adapters.base import Layers
 from attnprobe.batch import BatchLike, TokenBatch, check_unpacked
-from attnprobe.head_selection import HeadSelection, HeadsLike
+from attnprobe.head_selection import HeadsLike
 from attnprobe.measurement import check_fits
 from attnprobe.metrics import HorizonLike, check_horizon
 from attnprobe.progress import progress_bar
-from attnprobe.suppression import suppress_attention
+from attnprobe.suppression import heads_by_layer, suppress_attention
 from attnprobe.validation import ArrayLike, IntLike, as_mask, truth, whole_number
 
 
@@ -73,7 +73,9 @@ def knockout_divergence(
     truth(progress, "progress")
     adapter = adapter_for(model)
     check_fits(batch.sequences()[0], adapter)
-    places = _places(adapter, layers, heads)
+    by_layer = heads_by_layer(heads, layers, adapter)
+    every = None in by_layer.values()
+    places: dict[str, Any] = {"layers": list(by_layer)} if every else {"heads": by_layer}
     asked = mask & batch.response_mask
     result = torch.full(tuple(asked.shape), torch.nan)
     with progress_bar("suppressing", int(asked.sum()), shown=progress) as advance:
@@ -89,22 +91,13 @@ def knockout_divergence(
                 keys = torch.tensor([column - shift for column in part])
                 divergence = runs.without(keys, places)
                 for column, key, of_queries in zip(part, keys.tolist(), divergence, strict=True):
-                    inside = runs.queries >= key + low
+                    inside = runs.queries >= key + min(low, alone.token_count)
                     if high is not None:
-                        inside &= runs.queries <= key + high
+                        inside &= runs.queries <= key + min(high, alone.token_count)
                     # The mean over no queries is NaN.
                     result[example, column] = of_queries[inside].mean()
                     advance()
     return result
-
-
-def _places(adapter: Adapter, layers: Layers, heads: HeadsLike | None) -> dict[str, Any]:
-    """Return where attention is suppressed, as arguments of `suppress_attention`."""
-    chosen = resolve_layers(layers, adapter)
-    if heads is None:
-        return {"layers": chosen}
-    selection = HeadSelection.of(heads, chosen, adapter.head_count, model_name=adapter.model_name)
-    return {"heads": selection.by_layer()}
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,9 @@ def perturb(
     parameters: dict[str, Any] = {**counts, "model": check_generates(model)}
     check_vocabulary(model, batch.input_ids)
     _check_same_responses(batch, scores)
+    scored = scores.provenance.model_name
+    if scored and scored != parameters["model"]:
+        raise ResultError(f"the scores are of {scored}, but the model is {parameters['model']}")
     chosen = [
         (example, kind, column)
         for example in range(batch.batch_size)

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.attention.block_scores import BAND_QUERIES, LOG2_E, BlockScores
@@ -28,6 +28,8 @@ from attnprobe.attention.masks import CausalMask
 from attnprobe.attention.operator import Attention
 from attnprobe.attention.row_sums import sum_rows
 from attnprobe.attention.tiles import TILE_KEYS, TILE_QUERIES, Tile, plan_tiles, query_slices
+from attnprobe.errors import PatternError
+from attnprobe.validation import ArrayLike, as_tensor, brief
 
 # The largest size of the products of a band at a time; several copies of them are made.
 _BAND_BYTES = 4 * 2**20
@@ -64,8 +66,8 @@ class FactoredAttention(Attention):
 
     def __init__(
         self,
-        query: Float[Tensor, "batch head query d"],
-        key: Float[Tensor, "batch key_head key d"],
+        query: ArrayLike,
+        key: ArrayLike,
         *,
         scaling: float | None = None,
         mask: Tensor | CausalMask | None = None,
@@ -78,6 +80,13 @@ class FactoredAttention(Attention):
         mean_position: Float[Tensor, "batch head query"] | None = None,
         key_start: int = 0,
     ) -> None:
+        query = as_tensor(query, "query", PatternError)
+        key = as_tensor(key, "key", PatternError)
+        if query.ndim != 4 or key.ndim != 4 or not (query.is_floating_point() and key.is_floating_point()):
+            raise PatternError(
+                f"query and key must be floating point [batch, head, token, d]; got {brief(query)} and "
+                f"{brief(key)}"
+            )
         self._scores = BlockScores.of_call(
             query,
             key,
@@ -115,9 +124,7 @@ class FactoredAttention(Attention):
 
     # ---- the four questions -------------------------------------------------------------------
 
-    def attend(
-        self, features: Float[Tensor, "batch key feature"]
-    ) -> Float[Tensor, "batch head query feature"]:
+    def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`."""
         features = self._check_features(features, "key", self.key_count)
         shape = (self.batch_size, self.head_count, self.query_count, features.shape[-1])
@@ -128,7 +135,7 @@ class FactoredAttention(Attention):
 
     def receive(
         self,
-        weights: Float[Tensor, "batch query feature"],
+        weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
@@ -160,7 +167,7 @@ class FactoredAttention(Attention):
             answer[:, :, queries, :width] = score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
         return answer
 
-    def rows(self, queries: Int[Tensor, " row"]) -> Float[Tensor, "batch head row key"]:
+    def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of `A`, dense."""
         queries = self._check_rows(queries)
         score = self._scores.block(queries, slice(0, self.key_count))

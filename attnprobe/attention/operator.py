@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.errors import ParameterError, PatternError
@@ -63,15 +63,13 @@ class Attention(ABC):
         return None
 
     @abstractmethod
-    def attend(
-        self, features: Float[Tensor, "batch key feature"]
-    ) -> Float[Tensor, "batch head query feature"]:
+    def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`: what each query reads when the keys carry `features`."""
 
     @abstractmethod
     def receive(
         self,
-        weights: Float[Tensor, "batch query feature"],
+        weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
@@ -90,7 +88,7 @@ class Attention(ABC):
         """
 
     @abstractmethod
-    def rows(self, queries: Int[Tensor, " row"]) -> Float[Tensor, "batch head row key"]:
+    def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of `A`, dense: for pictures and checks, since each holds every key."""
 
     @abstractmethod
@@ -114,7 +112,8 @@ class Attention(ABC):
         position = self.key_positions()[self.query_offset :]
         return position * self.row_mass() - self.mean_position()
 
-    def _check_features(self, features: Tensor, axis: str, count: int) -> Tensor:
+    def _check_features(self, features: ArrayLike, axis: str, count: int) -> Tensor:
+        features = as_tensor(features, "features")
         if features.ndim != 3 or features.shape[:2] != (self.batch_size, count):
             raise ParameterError(
                 f"expected [batch={self.batch_size}, {axis}={count}, feature], got {list(features.shape)}"
@@ -141,7 +140,8 @@ class Attention(ABC):
             raise ParameterError(f"distances need 0 <= start < stop; got start={start}, stop={stop}")
         return min(start, self.key_count), None if stop >= self.key_count else stop
 
-    def _check_rows(self, queries: Tensor) -> Tensor:
+    def _check_rows(self, queries: ArrayLike) -> Tensor:
+        queries = as_tensor(queries, "queries")
         whole = not queries.is_floating_point() and queries.dtype != torch.bool
         if not whole or queries.ndim != 1 or queries.numel() == 0:
             raise ParameterError(f"rows takes a non-empty 1-D tensor of query indices, got {brief(queries)}")
@@ -230,16 +230,14 @@ class DenseAttention(Attention):
         if mass > 1 + max(tolerance, 1e-5):
             raise PatternError(f"a row of the pattern sums to {mass:.6g}, more than 1")
 
-    def attend(
-        self, features: Float[Tensor, "batch key feature"]
-    ) -> Float[Tensor, "batch head query feature"]:
+    def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`."""
         features = self._check_features(features, "key", self.key_count)
         return self.pattern @ features[:, None]
 
     def receive(
         self,
-        weights: Float[Tensor, "batch query feature"],
+        weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
@@ -260,7 +258,7 @@ class DenseAttention(Attention):
         index = key.clamp(min=0).expand(self.batch_size, self.head_count, -1, -1)
         return self.pattern.gather(-1, index).masked_fill(key < 0, 0.0)
 
-    def rows(self, queries: Int[Tensor, " row"]) -> Float[Tensor, "batch head row key"]:
+    def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of the pattern."""
         return self.pattern[:, :, self._check_rows(queries)]
 
