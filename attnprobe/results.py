@@ -264,8 +264,7 @@ class Result:
     # ---- showing --------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        settings = self._headline()
-        lines = [f"{type(self).__name__}({settings})" if settings else type(self).__name__]
+        lines = [f"{type(self).__name__}({self._headline()})"]
         for each, value in self._tensors():
             sizes = ", ".join(f"{a}={s}" for a, s in zip(each.axes, value.shape, strict=True))
             lines.append(f"  {each.name}: {str(value.dtype).removeprefix('torch.')} [{sizes}]")

@@ -152,10 +152,9 @@ def load_result(
     if missing:
         raise ResultError(f"{path} is damaged: it lacks {', '.join(missing)}")
     # What was written, so that a file that was changed in a consistent way is found out too.
-    if header.get("tensors", found := _described(tensors)) != found:
-        raise ResultError(
-            f"{path} is damaged: its tensors were saved as {header['tensors']}, but they are {found}"
-        )
+    saved, found = header.get("tensors", {}), _described(tensors)
+    if not isinstance(saved, dict) or any(found.get(name) != was for name, was in saved.items()):
+        raise ResultError(f"{path} is damaged: its tensors were saved as {saved}, but they are {found}")
     try:
         converted = {name: msgspec.convert(settings[name], wanted) for name, wanted in types.items()}
     except msgspec.ValidationError as error:
