@@ -210,7 +210,9 @@ class HeadStatisticsProbe(Probe):
 
     A pass with a KV cache continues the sequences of the pass before, so that `generate` gives one result
     for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of a single pass
-    over the whole sequence. The last generated token is never run through the model, and has no row.
+    over the whole sequence. The last generated token is never run through the model, and has no row. Nor have
+    prompt tokens in layers that the model does not run for them (the last ones of Gemma 4 in `generate`):
+    what depends on such a row of the response is NaN.
 
     Args:
         window: WAAD's window, in tokens.
@@ -258,7 +260,8 @@ class HeadStatisticsProbe(Probe):
             self._distribution_entropy = metrics.distribution_entropy(value)
             return
         assert layer is not None
-        self._continues = value.key_start + value.query_offset > 0
+        # Not from the first query: a layer may be given only the last tokens of a pass.
+        self._continues = value.key_start + value.key_count > batch.token_count
         before = self._sequence.layers.get(layer) if self._continues else None
         far = reductions.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
