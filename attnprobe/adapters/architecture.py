@@ -66,7 +66,7 @@ def architecture_of(model: nn.Module) -> Architecture:
         raise UnsupportedModelError(
             f"{family} has no attention layer that can be found: there is nothing to read"
         )
-    root = _decoder(model)
+    root = decoder_of(model)
     layers = {number: _layer(root, name, number) for number, name in sorted(found.items())}
     if not any(getattr(layer.attention, "is_causal", True) for layer in layers.values()) or (
         not _is_decoder(model)
@@ -95,7 +95,8 @@ def _named_attention(module: nn.Module) -> bool:
     return "attention" in name and "linear" not in name and WRAPPED not in module._modules
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the part of a model that reads text."""
     known: Any = model
     decoder = known.get_decoder() if hasattr(known, "get_decoder") else None
     root: nn.Module = decoder if decoder is not None else known.base_model
@@ -104,7 +105,7 @@ def _decoder(model: nn.Module) -> nn.Module:
 
 def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[int, str]:
     """Return the names of the outermost wanted modules of the text decoder, by their layer's number."""
-    root = _decoder(model)
+    root = decoder_of(model)
     found: dict[int, str] = {}
     inside: list[str] = []
     for name, module in root.named_modules():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -109,6 +109,13 @@ class Adapter(ABC):
         self, observer: Observer, sites: Sequence[str], layers: Sequence[int]
     ) -> AbstractContextManager[None]:
         """Show the observer every forward pass of the model while the context is open."""
+
+    def regime(self, length: int) -> Hashable:
+        """Return what a sequence's length means to the model: only sequences of one regime run together.
+
+        Some models look at the whole batch, so that a sequence's numbers would depend on its neighbours.
+        """
+        return None
 
     @abstractmethod
     def forward(

@@ -13,7 +13,7 @@ maps that their eager attention returns. `adapter_for` makes the adapter. What i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attnprobe.adapters.architecture import architecture_of
+from attnprobe.adapters.architecture import architecture_of, decoder_of
 from attnprobe.adapters.attention_call import (
     AttentionCall,
     calls_watched,
@@ -31,6 +31,7 @@ from attnprobe.adapters.attention_call import (
     suppresses_calls,
 )
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
+from attnprobe.adapters.positions import Regimes, context_length
 from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
@@ -65,7 +66,9 @@ class TransformersAdapter(Adapter):
         self.head_count = heads if isinstance(heads, int) else None
         embedding = model.get_input_embeddings()
         self.vocabulary_size = int(getattr(embedding, "num_embeddings", text_config.vocab_size))
-        self.context_length = getattr(text_config, "max_position_embeddings", None)
+        decoder = decoder_of(model)
+        self.context_length = context_length(decoder, text_config)
+        self._regimes = Regimes(decoder, text_config)
         self.device = next(embedding.parameters()).device
         self.activation_bytes = _activation_width(text_config) * next(embedding.parameters()).element_size()
         self._innermost: Reading | None = None
@@ -119,6 +122,10 @@ class TransformersAdapter(Adapter):
             finally:
                 self._innermost = before
 
+    def regime(self, length: int) -> Hashable:
+        """Return which sequences a sequence may run with."""
+        return self._regimes.of_length(length)
+
     @torch.no_grad()
     def forward(
         self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
@@ -139,6 +146,7 @@ class TransformersAdapter(Adapter):
             arguments["logits_to_keep"] = at.to(self.device)
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self._all_modules()))
+            stack.enter_context(self._regimes.undisturbed())
             stack.enter_context(own_pass(layer.attention for layer in self._architecture.layers.values()))
             if logits_at is None:
                 if self._innermost is not None:
