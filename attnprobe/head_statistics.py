@@ -218,7 +218,8 @@ class HeadStatisticsProbe(Probe):
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
         receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
         entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
-            did not compute, such as prompt tokens in `generate`.
+            did not compute, such as prompt tokens in `generate`. None: where the model shows next-token
+            logits. True: it is an error if it does not.
 
     Raises:
         ParameterError: an invalid window or horizon.
@@ -235,13 +236,17 @@ class HeadStatisticsProbe(Probe):
         horizon: HorizonLike = (10, 50),
         span: bool = True,
         receiver: bool = False,
-        entropy: bool = True,
+        entropy: bool | None = None,
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
         self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
-        self.sites = frozenset({"attention", "logits"} if truth(entropy, "entropy") else {"attention"})
+        logits = (
+            frozenset() if entropy is not None and not truth(entropy, "entropy") else frozenset({"logits"})
+        )
+        self.sites = frozenset({"attention"}) | (logits if entropy else frozenset())
+        self.optional_sites = logits
         self._sequence = _Sequence()
         self._pass: dict[int, LayerSums] = {}
         self._continues = False

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attnprobe.adapters.reading import logits_of
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import TrainerError
@@ -109,6 +110,5 @@ class WholePassAdapter(TransformersAdapter):
     def _all_modules(self) -> Iterator[nn.Module]:
         return self._root.modules()
 
-    def _logits(self, arguments: dict[str, Any]) -> Tensor:
-        logits: Tensor = self._root(**arguments).logits
-        return logits
+    def _logits(self, arguments: dict[str, Any]) -> Tensor | None:
+        return logits_of(self._root(**arguments))
