@@ -260,14 +260,16 @@ class _Run:
             repeated = [layer for layer in self.layers if self._seen[site, layer] > 1]
             problems += [f"layers {silent} were silent{at}"] if silent else []
             problems += [f"layers {repeated} were seen more than once{at}"] if repeated else []
-        if self._needs_logits and "logits" not in self._skipped and self._seen["logits", None] == 0:
-            problems.append(
-                "there were no logits (was the model called below its head, or did it drop them?)"
-            )
         if problems:
             raise IncompleteRunError(
                 f"{' and '.join(problems)} in a forward pass of {self.adapter.full_name} through "
-                f"{self.adapter.backend}; each site must be seen exactly once, so this pass was discarded"
+                f"{self.adapter.backend}; each layer must be seen exactly once, so this pass was discarded"
+            )
+        if self._needs_logits and "logits" not in self._skipped and self._seen["logits", None] == 0:
+            raise IncompleteRunError(
+                f"a forward pass of {self.adapter.full_name} showed no logits, which a probe needs, so it was "
+                "discarded: call the whole model, not its forward or the base model inside it, and without "
+                "options that leave logits out"
             )
 
 

@@ -380,7 +380,7 @@ def _as_multiplied(call: AttentionCall) -> AttentionCall:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which products keep their dtype: the user's autocast is for the model, not for us."""
+    """Return a context in which products keep their dtype: the user's autocast is the model's."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -144,27 +144,31 @@ def uncompiled() -> Iterator[None]:
 # ---- what to say about everything else --------------------------------------------------------
 
 
-def models_inside(thing: Any, is_known: Callable[[Any], bool]) -> dict[str, Any]:
-    """Return the outermost known models inside an object, by the Python expression that leads to each.
+def models_inside(thing: Any, is_known: Callable[[Any], bool]) -> dict[str, str]:
+    """Return the class of each outermost known model inside an object, by the path that leads to it.
 
     Modules are searched to the bottom, other objects (a pipeline, a trainer) one attribute deep.
 
     >>> wrapper = nn.ModuleDict({"policy": nn.ModuleList([nn.Linear(1, 1), nn.Identity()])})
     >>> models_inside(wrapper, lambda module: isinstance(module, nn.Linear))
-    {'.policy[0]': Linear(in_features=1, out_features=1, bias=True)}
+    {'.policy[0]': 'Linear'}
     """
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     if isinstance(thing, nn.Module):
         inside: list[str] = []
         for name, module in thing.named_modules():
-            if name and is_known(module) and not any(name.startswith(f"{outer}.") for outer in inside):
+            if (
+                name
+                and is_known(look_through(module))
+                and not any(name.startswith(f"{outer}.") for outer in inside)
+            ):
                 inside.append(name)
                 parts = (f"[{part}]" if part.isdigit() else f".{part}" for part in name.split("."))
-                found["".join(parts)] = module
+                found["".join(parts)] = type(look_through(module)).__name__
     elif not isinstance(thing, type):
         for name, value in getattr(thing, "__dict__", {}).items():
-            if is_known(value):
-                found[f".{name}"] = value
+            if is_known(look_through(value)):
+                found[f".{name}"] = type(look_through(value)).__name__
     return found
 
 
@@ -174,13 +178,10 @@ def refusal(thing: Any, is_known: Callable[[Any], bool]) -> str:
     said = f"no adapter knows {kind.__module__}.{kind.__qualname__}"
     found = models_inside(thing, is_known)
     if len(found) == 1:
-        (path, model), name = *found.items(), kind.__name__
-        return (
-            f"{said}, but it holds a {type(model).__name__}: pass that, {name}{path}; what you run through "
-            f"the {name} is then seen too"
-        )
+        ((path, name),) = found.items()
+        return f"{said}, but it holds a model that can be tried: pass wrapper{path}, a {name}"
     if found:
-        each = ", ".join(f"{path} (a {type(model).__name__})" for path, model in found.items())
+        each = ", ".join(f"wrapper{path} (a {name})" for path, name in found.items())
         return f"{said}, but it holds several models: pass one of {each}"
     return (
         f"{said}: pass a transformers causal language model, a TransformerBridge, an nnsight wrapper, or "

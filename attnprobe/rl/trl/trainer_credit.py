@@ -40,7 +40,7 @@ class TrainerCredit(RolloutCredit):
     """
 
     def __init__(self, trainer: Any, credit: Credit, **options: Any) -> None:
-        super().__init__(policy_of(trainer), credit, **options)
+        super().__init__(trainer.accelerator.unwrap_model(trainer.model), credit, **options)
         self._trainer = trainer
         # Never by the memory budget: processes whose completions differ in length would then make different
         # numbers of forward passes and, with sharded parameters, wait for each other forever.
