@@ -267,7 +267,7 @@ class _Run:
             )
         if self._needs_logits and "logits" not in self._skipped and self._seen["logits", None] == 0:
             raise IncompleteRunError(
-                f"a forward pass of {self.adapter.full_name} showed no logits, which a probe needs, so it was "
+                f"a forward pass of {self.adapter.full_name} showed no logits, which a probe needs, and was "
                 "discarded: call the whole model, not its forward or the base model inside it, and without "
                 "options that leave logits out"
             )

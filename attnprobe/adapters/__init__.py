@@ -91,7 +91,9 @@ def adapter_for(model: Any) -> Adapter:
     found = known[name]
     adapter = (_imported(found) if isinstance(found, str) else found)(read)
     if not isinstance(adapter, Adapter):
-        raise AttnprobeError(f"what is registered for {name} gave a {type(adapter).__name__}, not an Adapter")
+        raise AttnprobeError(
+            f"what is registered for {name.partition('.')[2]} gave a {type(adapter).__name__}, not an Adapter"
+        )
     return adapter
 
 

@@ -76,9 +76,7 @@ def _check_peft(model: Any) -> None:
     for config in model.peft_config.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "is_prompt_learning", False):
-            reason = (
-                "it adds virtual tokens that exist only inside the wrapper, so positions would not be yours"
-            )
+            reason = "it adds virtual tokens, which exist only inside the wrapper, before your own"
         elif getattr(config, "is_adaption_prompt", False):
             reason = "each of its layers also attends to a learned prompt, outside the model's attention call"
         elif kind == "XLORA":
