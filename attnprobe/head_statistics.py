@@ -311,7 +311,9 @@ class HeadStatisticsProbe(Probe):
         heads = max(values["waad"].shape[1] for values in reduced)
         joined: dict[str, Any] = {"span": None, "receiver_kurtosis": None}
         for name in reduced[0]:
-            joined[name] = torch.stack([_pad_heads(values[name], heads) for values in reduced], dim=1)
+            # Layers may lie on different devices.
+            padded = [_pad_heads(values[name], heads).to(mask.device) for values in reduced]
+            joined[name] = torch.stack(padded, dim=1)
         return [
             HeadStatistics(
                 **joined,
@@ -328,6 +330,7 @@ class HeadStatisticsProbe(Probe):
 
     def _reduced(self, sums: LayerSums, mask: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
         """Return a layer's statistics from its sums."""
+        mask = mask.to(sums.waad.device)
         reduced = {
             "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
             "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),

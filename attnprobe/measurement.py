@@ -236,7 +236,9 @@ class _GroupMapProbe(Probe):
                 raise ParameterError(f"layer {layer} has heads 0..{len(rows) - 1}, got {list(heads)}")
             share = torch.tensor(weights, dtype=rows.dtype, device=rows.device)
             part = torch.einsum("h,hqk->qk", share, rows[list(heads)])
-            self._total[name] = part + self._total.get(name, 0.0)
+            total = self._total.get(name)
+            # Layers may lie on different devices.
+            self._total[name] = part if total is None else total + part.to(total.device)
 
     def maps(self) -> dict[str, Float[Tensor, "query key"]]:
         """Return the weighted mean of each group."""

@@ -367,6 +367,7 @@ class Pipeline:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.model_wrapped = torch.compile(model)
 
 
 @pytest.mark.parametrize(
@@ -378,13 +379,14 @@ class Pipeline:
         (nn.DataParallel, "wrapper.module"),
         (nn.Sequential, "wrapper[0]"),
         (Pipeline, "wrapper.model"),
+        (lambda model: torch.compile(ValueHead(model)), "wrapper.pretrained_model"),
     ],
 )
 def test_other_wrappers_are_refused_and_the_model_inside_is_named(wrap, path: str) -> None:
     wrapper = wrap(tiny_model("llama"))
     message = refused(
         lambda: attnprobe.measure(wrapper, BATCH),
-        type(wrapper).__name__,
+        type(look_through(wrapper)).__name__,
         f"pass {path}, a LlamaForCausalLM",
         error=UnsupportedModelError,
     )

@@ -86,7 +86,7 @@ def adapter_for(model: Any) -> Adapter:
     name = next((name for name in class_names(read) if name in known), None)
     if name is None:
         raise UnsupportedModelError(
-            refusal(model, lambda part: any(name in known for name in class_names(part)))
+            refusal(read, lambda part: any(name in known for name in class_names(part)))
         )
     found = known[name]
     adapter = (_imported(found) if isinstance(found, str) else found)(read)

@@ -273,7 +273,7 @@ class Reading(ForwardWatch):
         if not self.is_running:
             return
         assert self._batch is not None
-        real = self._batch.attention_mask[:, None, :, None]
+        real = self._batch.attention_mask[:, None, :, None].to(pattern.device)
         # Eager masks spread the rows of padding queries, which may see nothing, over all keys.
         with torch.no_grad(), _without_autocast(pattern.device):
             pattern = pattern.detach()[..., : self.cached + pattern.shape[2]].masked_fill(~real, 0.0)

@@ -152,6 +152,7 @@ def models_inside(thing: Any, is_known: Callable[[Any], bool]) -> dict[str, str]
     {'.policy[0]': 'Linear'}
     """
     found: dict[str, str] = {}
+    seen: list[Any] = []
     if isinstance(thing, nn.Module):
         inside: list[str] = []
         for name, module in thing.named_modules():
@@ -165,8 +166,11 @@ def models_inside(thing: Any, is_known: Callable[[Any], bool]) -> dict[str, str]
                 found["".join(parts)] = type(look_through(module)).__name__
     elif not isinstance(thing, type):
         for name, value in getattr(thing, "__dict__", {}).items():
-            if is_known(look_through(value)):
-                found[f".{name}"] = type(look_through(value)).__name__
+            model = look_through(value)
+            # A trainer holds its model under several names, some of them wrapped.
+            if is_known(model) and not any(model is other for other in seen):
+                seen.append(model)
+                found[f".{name}"] = type(model).__name__
     return found
 
 
