@@ -220,7 +220,8 @@ class HeadStatisticsProbe(Probe):
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
         receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
         entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
-            did not compute, such as prompt tokens in `generate`.
+            did not compute, such as prompt tokens in `generate`. None: where the model shows next-token
+            logits. True: it is an error if it does not.
 
     Raises:
         ParameterError: an invalid window or horizon.
@@ -237,13 +238,17 @@ class HeadStatisticsProbe(Probe):
         horizon: HorizonLike = (10, 50),
         span: bool = True,
         receiver: bool = False,
-        entropy: bool = True,
+        entropy: bool | None = None,
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
         self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
-        self.sites = frozenset({"attention", "logits"} if truth(entropy, "entropy") else {"attention"})
+        logits = (
+            frozenset() if entropy is not None and not truth(entropy, "entropy") else frozenset({"logits"})
+        )
+        self.sites = frozenset({"attention"}) | (logits if entropy else frozenset())
+        self.optional_sites = logits
         self._sequence = _Sequence()
         self._pass: dict[int, LayerSums] = {}
         self._continues = False
@@ -309,7 +314,9 @@ class HeadStatisticsProbe(Probe):
         heads = max(values["waad"].shape[1] for values in reduced)
         joined: dict[str, Any] = {"span": None, "receiver_kurtosis": None}
         for name in reduced[0]:
-            joined[name] = torch.stack([_pad_heads(values[name], heads) for values in reduced], dim=1)
+            # Layers may lie on different devices.
+            padded = [_pad_heads(values[name], heads).to(mask.device) for values in reduced]
+            joined[name] = torch.stack(padded, dim=1)
         return [
             HeadStatistics(
                 **joined,
@@ -326,6 +333,7 @@ class HeadStatisticsProbe(Probe):
 
     def _reduced(self, sums: LayerSums, mask: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
         """Return a layer's statistics from its sums."""
+        mask = mask.to(sums.waad.device)
         reduced = {
             "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
             "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),
