@@ -16,6 +16,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -82,6 +83,7 @@ class Adapter(ABC):
         head_count: how many heads a layer has; None if that is not known, or if layers differ.
         vocabulary_size: token ids below it are valid.
         context_length: the largest number of tokens that the model takes; None if there is no limit.
+        media_tokens: the ids that stand for a part of an image, video or sound, each with which of them.
         device: the device of the model's embeddings.
         activation_bytes: roughly how many bytes a layer holds at once for each token; 0 if not known.
     """
@@ -96,6 +98,7 @@ class Adapter(ABC):
     head_count: int | None = None
     vocabulary_size: int
     context_length: int | None
+    media_tokens: Mapping[int, str] = MappingProxyType({})
     device: torch.device
     activation_bytes: int = 0
 
@@ -116,8 +119,8 @@ class Adapter(ABC):
     ) -> Float[Tensor, "batch position vocabulary"] | None:
         """Run the model over right-padded sequences, in evaluation mode and without gradients.
 
-        Returns the logits at `logits_at`; None without it, and then nothing is computed after the last
-        observed layer.
+        A batch with further inputs is run as it is, with whatever padding it has. Returns the logits at
+        `logits_at`; None without it, and then nothing is computed after the last observed layer.
         """
 
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> AbstractContextManager[None]:

@@ -29,6 +29,9 @@ from attnprobe.adapters.attention_call import (
     reads_calls,
 )
 from attnprobe.adapters.base import Observer
+from attnprobe.adapters.multimodal import media_tokens, why_not_causal
+from attnprobe.attention.factored import FactoredAttention
+from attnprobe.attention.masks import LaterKeysError
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
@@ -238,11 +241,22 @@ class Reading(ForwardWatch):
             return
         layer = self._layer_of[id(call.module)]
         with torch.no_grad():
-            attention = read_attention(call, self._masks, self.cached, self.has_cache)
+            attention = self._attention_of(call)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
                 check_against_output(attention, call, f"layer {layer} of {self._name}")
             self._show(layer, attention)
+
+    def _attention_of(self, call: AttentionCall) -> FactoredAttention:
+        """Return the attention of a call, or say what makes it look at later tokens."""
+        assert self._batch is not None
+        try:
+            return read_attention(call, self._masks, self.cached, self.has_cache)
+        except LaterKeysError as error:
+            config = self._model.config
+            if not media_tokens(config).keys().isdisjoint(self._batch.input_ids.flatten().tolist()):
+                raise UnsupportedModelError(why_not_causal(config, self._name)) from error
+            raise
 
     def read_pattern(self, layer: int, pattern: Tensor) -> None:
         """Show a map that the backend computed for a layer."""

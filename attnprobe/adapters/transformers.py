@@ -31,6 +31,12 @@ from attnprobe.adapters.attention_call import (
     watched_implementation,
 )
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
+from attnprobe.adapters.multimodal import (
+    media_tokens,
+    pass_arguments,
+    positions_kept,
+    telling_mismatches,
+)
 from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
@@ -65,6 +71,7 @@ class TransformersAdapter(Adapter):
         self.head_count = heads if isinstance(heads, int) else None
         embedding = model.get_input_embeddings()
         self.vocabulary_size = int(getattr(embedding, "num_embeddings", text_config.vocab_size))
+        self.media_tokens = media_tokens(config)
         self.context_length = getattr(text_config, "max_position_embeddings", None)
         self.device = next(embedding.parameters()).device
         self.activation_bytes = _activation_width(text_config) * next(embedding.parameters()).element_size()
@@ -123,19 +130,25 @@ class TransformersAdapter(Adapter):
     def forward(
         self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
     ) -> Float[Tensor, "batch position vocabulary"] | None:
-        """Run the model over right-padded sequences, in evaluation mode and without gradients."""
+        """Run the model over right-padded sequences, or as they are with what goes along with them."""
         accepted = inspect.signature(type(self.model).forward).parameters
-        ids = batch.input_ids.to(self.device)
+        batch = batch.to(self.device)
+        ids = batch.input_ids
         # Right-padded sequences need no mask in a causal model: no real token can see the padding after it.
         # Positions are passed nevertheless, since some families would otherwise guess them.
         arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if "position_ids" in accepted:
+        if batch.model_inputs is not None:
+            arguments |= pass_arguments(batch, self.model, self.full_name)
+        elif "position_ids" in accepted:
             arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
         keeps = "logits_to_keep" in accepted
         if keeps:
             arguments["logits_to_keep"] = 1 if logits_at is None else logits_at.to(self.device)
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self._all_modules()))
+            if batch.model_inputs is not None:
+                stack.enter_context(positions_kept(self._all_modules()))
+                stack.enter_context(telling_mismatches(self.full_name))
             stack.enter_context(own_pass(layer.attention for layer in self._architecture.layers.values()))
             if logits_at is None:
                 if self._innermost is not None:
