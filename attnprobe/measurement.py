@@ -26,7 +26,7 @@ from attnprobe.errors import BatchError, ParameterError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe, ReceiverLevel
 from attnprobe.heads import GroupsLike, head_groups
-from attnprobe.layout import SequenceLayout
+from attnprobe.layout import SequenceLayout, check_padding
 from attnprobe.maps import GroupMaps
 from attnprobe.metrics import HorizonLike
 from attnprobe.probe import Probe, attach
@@ -59,7 +59,7 @@ def measure(
     Args:
         model: a model that an adapter knows, such as a transformers causal language model.
         batch: the tokens, in any layout: a `TokenBatch`, or anything that `TokenBatch.of` accepts, such as a
-            tokenizer's output. Results are aligned with it.
+            tokenizer's output, or a processor's with images. Results are aligned with it.
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
@@ -69,14 +69,14 @@ def measure(
         entropy: whether to compute token entropy; without it, nothing after the last measured layer is run.
             None: if the model computes next-token logits; a base model and a classifier do not.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
-            Results do not depend on it.
+            Results do not depend on it. A batch with images is always run as a whole.
         memory_budget: roughly how many bytes the activations and logits of the sequences run together may
             take; at least one sequence is run at a time. Estimated from the model's widths; not a hard limit.
         progress: whether to show a progress bar.
 
     Raises:
-        BatchError: ids outside the vocabulary, sequences longer than the model's context, or
-            `receiver="sentence"` for a batch without texts.
+        BatchError: ids outside the vocabulary, sequences longer than the model's context, an image's tokens
+            without its pixels, or `receiver="sentence"` for a batch without texts.
         ParameterError: invalid layers, window, horizon or receiver.
         UnsupportedModelError: a model whose attention cannot be read, or `entropy=True` for a model without
             next-token logits.
@@ -187,15 +187,17 @@ def group_maps(
     )
     mapped = {str(group): groups[group] for group in ("local", "global")}
     layers = sorted({layer for selection in mapped.values() for layer in selection.layers})
-    run = _Run.prepare(adapter, batch.select(example), layers)
-    if run.sequences.batch_size > 1:
+    # With images, all examples are run together.
+    row = 0 if batch.model_inputs is None else example
+    run = _Run.prepare(adapter, batch.select(example) if batch.model_inputs is None else batch, layers)
+    if batch.segment_ids is not None and run.sequences.batch_size > 1:
         raise ParameterError(
             f"example {example} packs {run.sequences.batch_size} sequences, but maps need one sequence "
             "in each example: use batch.sequences()[0]"
         )
     part = next(run.parts())
-    inside = part.response_mask[0].nonzero()[:, 0]
-    probe = _GroupMapProbe(mapped, inside)
+    inside = part.response_mask[row].nonzero()[:, 0]
+    probe = _GroupMapProbe(mapped, row, inside)
     with (
         run.progress(progress, "mapping") as ticking,
         attach(run.adapter, probe, ticking, layers=run.layers),
@@ -205,8 +207,8 @@ def group_maps(
     return GroupMaps(
         maps["local"],
         maps["global"],
-        columns=(inside + int(run.layout.start[0]))[None],
-        input_ids=part.input_ids[:, inside],
+        columns=(inside + int(run.layout.start[row]))[None],
+        input_ids=part.input_ids[row, inside][None],
         provenance=Provenance(
             model_name=adapter.model_name,
             layers=tuple(layers),
@@ -218,15 +220,16 @@ def group_maps(
 class _GroupMapProbe(Probe):
     """Sums the maps of each group's heads over the response."""
 
-    def __init__(self, groups: dict[str, HeadSelection], inside: Tensor) -> None:
+    def __init__(self, groups: dict[str, HeadSelection], example: int, inside: Tensor) -> None:
         self._groups = groups
+        self._example = example
         self._inside = inside
         self._total: dict[str, Tensor] = {}
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
         assert isinstance(value, Attention)
         assert layer is not None
-        rows = value.rows(self._inside)[0][..., self._inside]  # [head, query, key]
+        rows = value.rows(self._inside)[self._example][..., self._inside]  # [head, query, key]
         for name, selection in self._groups.items():
             of_layer = [(head, weight) for number, head, weight in selection.heads if number == layer]
             if not of_layer:
@@ -269,10 +272,20 @@ class _Run:
     ) -> _Run:
         adapter = adapter_for(model)
         chosen = resolve_layers(layers, adapter)
-        sequences, layout = batch.sequences()
-        check_fits(sequences, adapter)
         if batch_size is not None:
             batch_size = whole_number(batch_size, "batch_size", minimum=1)
+        if batch.model_inputs is not None:
+            check_fits(batch, adapter)
+            check_padding(batch.attention_mask)
+            if batch_size is not None and batch_size < batch.batch_size:
+                raise ParameterError(
+                    f"a batch with {', '.join(batch.model_inputs)} is run as a whole, not {batch_size} of "
+                    f"its {batch.batch_size} examples at a time: measure smaller batches instead"
+                )
+            layout = SequenceLayout.unchanged(batch.batch_size, batch.token_count)
+            return _Run(adapter, chosen, batch, layout, batch.batch_size)
+        sequences, layout = batch.sequences()
+        check_fits(sequences, adapter)
         size = batch_size or _sequences_within(memory_budget, sequences, adapter, entropy)
         return _Run(adapter, chosen, sequences, layout, size)
 
@@ -282,7 +295,8 @@ class _Run:
 
     def parts(self) -> Iterator[TokenBatch]:
         for begin in range(0, self.sequences.batch_size, self.size):
-            part = self.sequences.select(slice(begin, begin + self.size), trim=True)
+            trim = self.sequences.model_inputs is None
+            part = self.sequences.select(slice(begin, begin + self.size), trim=trim)
             yield part.to(self.adapter.device)
 
     @contextmanager
@@ -315,9 +329,14 @@ def check_fits(sequences: TokenBatch, adapter: Adapter) -> None:
     """Check that a model can run these tokens.
 
     Raises:
-        BatchError: ids outside the vocabulary, or sequences longer than the model's context.
+        BatchError: ids outside the vocabulary, sequences longer than the model's context, or an image's
+            tokens without its pixels.
     """
-    largest = int(sequences.input_ids.max())
+    _check_media(sequences, adapter)
+    # Those of images may lie outside: the model puts something else in their place.
+    ids = sequences.input_ids
+    media = torch.tensor(list(adapter.media_tokens), dtype=ids.dtype, device=ids.device)
+    largest = int(ids.masked_fill(torch.isin(ids, media), 0).max())
     if largest >= adapter.vocabulary_size:
         raise BatchError(
             f"token id {largest} is outside the vocabulary of {adapter.model_name}, which has "
@@ -329,6 +348,22 @@ def check_fits(sequences: TokenBatch, adapter: Adapter) -> None:
             f"a sequence of {sequences.token_count} tokens is longer than the context of "
             f"{adapter.model_name}, {limit} tokens: shorten the prompt or response"
         )
+
+
+def _check_media(batch: TokenBatch, adapter: Adapter) -> None:
+    """Check that images whose tokens are in the text are there."""
+    given = batch.model_inputs or {}
+    for token, medium in adapter.media_tokens.items():
+        is_there = any(medium in name or (medium == "image" and "pixel" in name) for name in given)
+        if medium == "audio":
+            is_there = is_there or "input_features" in given
+        count = int((batch.input_ids == token).sum())
+        if count and not is_there:
+            raise BatchError(
+                f"the batch has {count} {medium} tokens ({token}), but holds no {medium}: pass all that the "
+                f"processor of {adapter.model_name} returned to measure, pixels included. The tokens alone "
+                "would be read as if they were text"
+            )
 
 
 def _run_for_entropy(adapter: Adapter, part: TokenBatch, width: int) -> Float[Tensor, "batch token"]:
@@ -344,5 +379,7 @@ def _run_for_entropy(adapter: Adapter, part: TokenBatch, width: int) -> Float[Te
     logits = adapter.forward(part, logits_at=before)
     assert logits is not None
     entropy[:, before + 1] = metrics.distribution_entropy(logits).to(entropy.device)
-    inside = torch.nn.functional.pad(part.response_mask, (0, width - part.token_count))
+    # A first token was not sampled: what stands before it is padding, if anything.
+    follows = torch.nn.functional.pad(part.attention_mask[:, :-1], (1, 0))
+    inside = torch.nn.functional.pad(part.response_mask & follows, (0, width - part.token_count))
     return entropy.masked_fill(~inside, torch.nan)
