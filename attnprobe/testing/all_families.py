@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from attnprobe.errors import UnsupportedModelError
+
 VOCABULARY = 99
 WINDOW = 7
 """Windows, chunks, blocks and the budgets of sparse attention: all shorter than the sequences of the checks."""
@@ -170,12 +172,130 @@ _SIZES: dict[str, Any] = {
 }
 """The settings of the recipe, each used where a config class has a field of that name."""
 
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+_OMIT = object()
+"""In the table: leave a field of the recipe at the class's own default."""
+
 _FAMILIES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 4},
+    "big_bird": {"block_size": 4, "num_random_blocks": 1},
+    "blt": {
+        "vocab_size": 260,
+        "num_hidden_layers": 2,
+        "patch_size": 4,
+        "max_patch_length": _OMIT,
+        "encoder_hash_byte_group_vocab": 64,
+        "local_attention_window_len": WINDOW,
+        "encoder_config": {"vocab_size": 260, "num_hidden_layers": 1, "hidden_size_global": 32},
+        "decoder_config": {"vocab_size": 260, "num_hidden_layers": 2, "hidden_size_global": 32},
+        "patcher_config": {"vocab_size": 260, "num_hidden_layers": 1},
+    },
+    "cohere_compass_text": {
+        "layer_types": _ALTERNATING,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in set(_ALTERNATING)
+        },
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "deepseek_v4": {
+        "layer_types": [
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+            "compressed_sparse_attention",
+        ],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "num_key_value_heads": 1,
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"],
+    },
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense"] * 4},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+    },
+    "fuyu": {"text_config": {"model_type": "persimmon"}},
+    "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "hrm_text": {"num_hidden_layers": 2, "H_cycles": 1, "L_cycles": 1, "L_bp_cycles": _OMIT},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "laguna": {"layer_types": _ALTERNATING},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "lfm3": {"layer_types": ["conv", "full_attention", "conv", "sliding_attention"]},
+    "longcat_flash": {"num_layers": 2, "head_dim": 4},
+    "mellum": {"layer_types": _ALTERNATING},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_block_size": 4,
+        "index_topk_blocks": 2,
+    },
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "moshi": {"audio_vocab_size": 32},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention"],
+    },
+    "qwen2": {"layer_types": _ALTERNATING},
+    "qwen2_moe": {"layer_types": _ALTERNATING},
+    "qwen3": {"layer_types": _ALTERNATING},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 8,
+    },
+    "reformer": {
+        "hidden_size": 32,
+        "axial_pos_embds_dim": (16, 16),
+        "axial_pos_shape": (8, 8),
+        "attn_layers": ["local", "lsh", "local", "lsh"],
+        "num_hidden_layers": 4,
+        "local_attn_chunk_length": 8,
+        "lsh_attn_chunk_length": 8,
+        "num_buckets": 4,
+    },
+    "smollm3": {"layer_types": _ALTERNATING},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {
+        "num_experts_per_tok": 1,
+        "layer_types": ["hybrid", "hybrid_sliding"] * 2,
+        "router_hidden_size": 16,
+    },
 }
+_FAMILIES["qwen4_exp"] = {"text_config": _FAMILIES["qwen4_exp_text"]}
 """What single families need beyond the recipe, by `model_type`."""
 
-_FACTORS: dict[str, float] = {}
+_FACTORS: dict[str, float] = {
+    "blt": 3.0,
+    "gemma4": 6.0,
+    "gemma4_text": 6.0,
+    "gemma4_unified": 6.0,
+    "gemma4_unified_text": 6.0,
+    "hy_v4": 20.0,
+    "jetmoe": 30.0,
+    "minicpm3": 4.0,
+    "recurrent_gemma": 3.0,
+    "roformer": 5.0,
+    "youtu": 5.0,
+    "zaya": 30.0,
+}
 """By how much weights are multiplied, where 12 gives maps that are uniform, one-hot or not finite."""
+
+
+NOT_ALONE: dict[str, str] = {
+    "gemma4_assistant": "drafts tokens from the hidden states and keys of another model",
+    "gemma4_unified_assistant": "drafts tokens from the hidden states and keys of another model",
+    "musicgen": "its input is audio codes of several codebooks, and its causal class takes its decoder's config",
+    "musicgen_melody": (
+        "its input is audio codes of several codebooks, and its causal class takes its decoder's config"
+    ),
+}
+"""Families that cannot be run on token ids alone, with the reason."""
 
 
 def causal_families() -> list[str]:
@@ -202,19 +322,15 @@ def _settings(name: str, config_class: Any) -> dict[str, Any]:
         # Latent attention: every head has its own keys, made of two parts.
         settings |= {"num_key_value_heads": 4, "head_dim": _OMIT}
     settings |= _layer_kinds(config_class, fields, settings | special)
-    for part, part_class in (getattr(config_class, "sub_configs", None) or {}).items():
-        if not isinstance(part_class, type) or part_class.__name__ in ("AutoConfig", "PreTrainedConfig"):
-            continue
-        settings[part] = _settings(part_class.model_type, part_class)
+    for part in getattr(config_class, "sub_configs", None) or {}:
+        part_class = type(getattr(config_class(), part, None))
+        if hasattr(part_class, "model_type"):
+            settings[part] = {"model_type": part_class.model_type, **_settings(part_class.model_type, part_class)}
     for field, value in special.items():
         if isinstance(value, dict) and isinstance(settings.get(field), dict):
             value = {**settings[field], **value}
         settings[field] = value
     return {field: value for field, value in settings.items() if value is not _OMIT}
-
-
-_OMIT = object()
-"""In the table: leave a field of the recipe at the class's own default."""
 
 
 def _fields(config_class: Any) -> list[str]:
@@ -245,13 +361,15 @@ def build_family(name: str, implementation: str | None = None, *, seed: int = 0,
         changes: settings of the config, in place of those of the recipe.
 
     Raises:
-        Whatever the family's classes raise, if they cannot be built here.
+        UnsupportedModelError: the family does not run on token ids alone, or needs a missing package.
 
     >>> build_family("gemma2").config.layer_types
     ['sliding_attention', 'full_attention', 'sliding_attention', 'full_attention']
     """
     from transformers import AutoModelForCausalLM
 
+    if name in NOT_ALONE:
+        raise UnsupportedModelError(f"{name} {NOT_ALONE[name]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
