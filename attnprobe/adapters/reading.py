@@ -10,11 +10,9 @@ what observers do with it (`attnprobe.probe`).
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,6 +27,8 @@ from attnprobe.adapters.attention_call import (
     reads_calls,
 )
 from attnprobe.adapters.base import Observer
+from attnprobe.adapters.forward_call import Columns, arguments_of, tokens_of
+from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
@@ -45,8 +45,7 @@ class ForwardWatch:
     """Notices when a forward pass of a model begins, ends or fails: subclasses override those three methods.
 
     Attributes:
-        cached: how many columns of cached keys come before the tokens of the pass under way.
-        has_cache: whether the pass has a cache.
+        columns: where the tokens of the pass under way are in their sequences.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -54,8 +53,7 @@ class ForwardWatch:
         self._name = name
         self._depth = 0
         self._thread: int | None = None
-        self.cached = 0
-        self.has_cache = False
+        self.columns = Columns(0, 0, has_cache=False)
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Prepare for a pass with these arguments, and return arguments to add."""
@@ -81,10 +79,8 @@ class ForwardWatch:
         with ExitStack() as stack:
             # The base model is watched too: a user may call it without the language-model head.
             for module in {id(m): m for m in (self._model, self._model.base_model)}.values():
-                before = module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
-                stack.callback(before.remove)
-                after = module.register_forward_hook(self._after, always_call=True)
-                stack.callback(after.remove)
+                stack.enter_context(before_forward(module, self._before, first=True))
+                stack.enter_context(after_forward(module, self._after, always=True))
             yield
 
     def _before(
@@ -105,9 +101,10 @@ class ForwardWatch:
             return None
         self._thread = thread
         try:
-            given = _arguments(module, args, kwargs)
-            self.cached, self.has_cache = _cached_columns(given)
-            added = self.began(_batch_of_call(given), given)
+            given = arguments_of(module, args, kwargs)
+            config: Any = self._model.config
+            batch, self.columns = tokens_of(given, config._attn_implementation or "eager")
+            added = self.began(batch, given)
         except BaseException:
             self._depth = 0
             raise
@@ -151,6 +148,7 @@ class Reading(ForwardWatch):
         self._maps_by_hook = False
         self._asked_for_maps = False
         self._masks = MaskMemory()
+        self._layers_read: set[int] = set()
         self._last_layer: int | None = None
         self._ends_early = False
 
@@ -164,8 +162,9 @@ class Reading(ForwardWatch):
                 layer = self._architecture.layers[number]
                 if "attention" in self._sites:
                     stack.enter_context(reads_calls(layer.attention, self._read_call))
-                    if self._maps_by_hook:
-                        stack.callback(layer.attention.register_forward_hook(self._read_map).remove)
+                    # A bridge's own attention shows its pattern at a hook.
+                    if layer.attention is layer.attention_outer:
+                        stack.enter_context(after_forward(layer.attention, self._read_map))
                 for site, module in (
                     ("attention_output", layer.attention_outer),
                     ("mlp_output", layer.feed_forward),
@@ -173,12 +172,9 @@ class Reading(ForwardWatch):
                 ):
                     if site in self._sites:
                         assert module is not None
-                        hook = self._output_hook(site, number)
-                        stack.callback(module.register_forward_hook(hook).remove)
+                        stack.enter_context(after_forward(module, self._output_hook(site, number)))
                 if "layer_input" in self._sites:
-                    hook = self._input_hook(number)
-                    handle = layer.block.register_forward_pre_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
+                    stack.enter_context(before_forward(layer.block, self._input_hook(number)))
             stack.enter_context(self.installed())
             yield
 
@@ -204,7 +200,8 @@ class Reading(ForwardWatch):
         """Tell the observer, and ask for maps if there is no other way to read attention."""
         self._logits_are_last = not isinstance(given.get("logits_to_keep"), Tensor)
         self._batch = batch
-        self._observer.begin(batch, self.cached)
+        self._layers_read = set()
+        self._observer.begin(batch, self.columns.cached)
         if self._maps_by_hook:
             self._asked_for_maps = not given.get("output_attentions")
             return {"output_attentions": True}
@@ -238,7 +235,7 @@ class Reading(ForwardWatch):
             return
         layer = self._layer_of[id(call.module)]
         with torch.no_grad():
-            attention = read_attention(call, self._masks, self.cached, self.has_cache)
+            attention = read_attention(call, self._masks, self.columns)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
                 check_against_output(attention, call, f"layer {layer} of {self._name}")
@@ -252,17 +249,25 @@ class Reading(ForwardWatch):
         real = self._batch.attention_mask[:, None, :, None]
         # Eager masks spread the rows of padding queries, which may see nothing, over all keys.
         with torch.no_grad():
-            pattern = pattern.detach()[..., : self.cached + pattern.shape[2]].masked_fill(~real, 0.0)
-            start = self.cached + pattern.shape[2] - pattern.shape[3]
+            real = real[:, :, -pattern.shape[2] :]
+            pattern = pattern.detach()[..., : self.columns.end].masked_fill(~real, 0.0)
+            start = self.columns.end - pattern.shape[3]
             self._show(layer, DenseAttention(pattern, key_start=start))
 
     def _read_map(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Read the map that an eager attention module returns, and remove it from the output."""
-        if not self.is_running:
-            return None
+        """Read the map that an eager attention module returns, and remove it from the output.
+
+        Modules that look up an attention function may still compute attention themselves (GPT-2 with
+        `reorder_and_upcast_attn`): then the map is all there is to read.
+        """
         layer = self._layer_of[id(module)]
+        if not self.is_running or (layer in self._layers_read and not self._maps_by_hook):
+            return None
         entries = output if isinstance(output, tuple) else (output,)
         place = next((i for i, entry in enumerate(entries) if _is_map(entry)), None)
+        if place is None and not self._maps_by_hook:
+            # The layer stays silent, which the end of the pass reports.
+            return None
         if place is None:
             raise UnsupportedModelError(
                 f"layer {layer} of {self._name} ({type(module).__name__}) neither calls an attention "
@@ -277,6 +282,7 @@ class Reading(ForwardWatch):
 
     def _show(self, layer: int, attention: Attention) -> None:
         """Show a layer's attention to the observer, and end the pass if nothing more is needed."""
+        self._layers_read.add(layer)
         self._observer.observe("attention", layer, attention)
         if self._ends_early and layer == self._last_layer:
             self.cut_off()
@@ -341,53 +347,7 @@ def computes_layers_again(model: nn.Module) -> bool:
     return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
-# ---- a forward call ---------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=64)
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    signature = inspect.signature(forward)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward call by name."""
-    # From the class: a wrapper may have put another callable into the instance.
-    bound = _signature(type(module).forward).bind_partial(*args, **kwargs).arguments
-    return {**bound, **bound.get("kwargs", {})}
-
-
-def _cached_columns(given: dict[str, Any]) -> tuple[int, bool]:
-    """Return how many columns a call's cache already holds, and whether it has a cache."""
-    cache = given.get("past_key_values")
-    if cache is None:
-        return 0, False
-    if not hasattr(cache, "get_seq_length"):
-        raise UnsupportedModelError(
-            f"cannot tell how long a cache of type {type(cache).__name__} is: use a transformers Cache"
-        )
-    return int(cache.get_seq_length()), True
-
-
-def _batch_of_call(given: dict[str, Any]) -> TokenBatch:
-    """Return the tokens of a forward call."""
-    ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-    if ids is None:
-        if embeddings is None:
-            raise AttnprobeError("the model was called with neither input_ids nor inputs_embeds")
-        ids = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.long)
-    mask = given.get("attention_mask")
-    real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        real = mask[:, -ids.shape[1] :].to(ids.device) != 0
-    segments = None
-    positions = given.get("position_ids")
-    if mask is None and isinstance(positions, Tensor) and positions.ndim == 2:
-        steps = positions[:, 1:] - positions[:, :-1]
-        if bool((steps != 1).any()):
-            starts = torch.nn.functional.pad((steps != 1).long(), (1, 0))
-            segments = starts.cumsum(-1).expand(ids.shape)
-    return TokenBatch(ids, real, real, segments)
+# ---- the output ------------------------------------------------------------------------------
 
 
 def _with_logits(output: Any, logits: Tensor) -> Any:

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from attnprobe.adapters.attention_call import (
     AttentionCall,
+    calls_watched,
     implementation_changed,
     reads_calls,
-    watched_implementation,
 )
 from attnprobe.adapters.base import Adapter
 from attnprobe.adapters.reading import Reading
@@ -79,6 +79,7 @@ class TransformerLensAdapter(TransformersAdapter):
         with ExitStack() as stack:
             if self.reads == "factored":
                 stack.enter_context(implementation_changed(self.model, self._implementation))
+                stack.enter_context(calls_watched())
             # Every layer, so that what a layer computes does not depend on which are observed.
             for number, layer in self._architecture.layers.items():
                 outer, inner = layer.attention_outer, layer.attention
@@ -91,8 +92,8 @@ class TransformerLensAdapter(TransformersAdapter):
 
     def _implementation(self, implementation: str) -> str:
         if implementation == "eager" and getattr(self.model, "_supports_sdpa", False):
-            implementation = "sdpa"
-        return watched_implementation(implementation)
+            return "sdpa"
+        return implementation
 
 
 class _Handover:

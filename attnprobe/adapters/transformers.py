@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from attnprobe.adapters.architecture import architecture_of
 from attnprobe.adapters.attention_call import (
     AttentionCall,
+    calls_watched,
     implementation_changed,
     own_pass,
     suppresses_calls,
-    watched_implementation,
 )
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
 from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again
@@ -85,7 +85,7 @@ class TransformersAdapter(Adapter):
                 "bridge itself"
             )
         if self.reads == "factored":
-            with implementation_changed(self.model, watched_implementation):
+            with calls_watched():
                 yield
         else:
             # Falcon returns maps under sdpa too, but computes them with the wrong mask.
@@ -133,7 +133,10 @@ class TransformersAdapter(Adapter):
             arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
         keeps = "logits_to_keep" in accepted
         if keeps:
-            arguments["logits_to_keep"] = 1 if logits_at is None else logits_at.to(self.device)
+            # A tensor even for the last position: given a number, some families (Gemma 4) leave the other
+            # tokens out of their last layers.
+            at = torch.tensor([ids.shape[1] - 1]) if logits_at is None else logits_at
+            arguments["logits_to_keep"] = at.to(self.device)
         with ExitStack() as stack:
             stack.enter_context(evaluation_mode(self._all_modules()))
             stack.enter_context(own_pass(layer.attention for layer in self._architecture.layers.values()))
@@ -208,13 +211,13 @@ class _Suppressing(ForwardWatch):
         if not self.is_running:
             raise AttnprobeError(f"a layer of {self._name} was called outside a forward pass of the model")
         self._applied.add(layer)
-        query_count, key_count = call.query.shape[2], call.key.shape[2]
-        # A sliding cache has dropped the first keys; one of fixed size has room for later ones.
-        first_key = max(0, self.cached + query_count - key_count) if self.has_cache else 0
+        device = call.query.device
+        queries = self.columns.of_queries(call.query.shape[2])
+        keys = self.columns.of_keys(call.key.shape[2])
         return self._suppression.removed(
             layer,
             call.query.shape[0],
             call.query.shape[1],
-            torch.arange(self.cached, self.cached + query_count, device=call.query.device),
-            torch.arange(first_key, first_key + key_count, device=call.query.device),
+            torch.arange(queries.start, queries.stop, device=device),
+            torch.arange(keys.start, keys.stop, device=device),
         )

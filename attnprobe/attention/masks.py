@@ -90,6 +90,16 @@ class CausalMask:
         every = causal.block(slice(0, query_count), slice(0, key_count))
         return CausalMask(causal.first, causal.last, every & kept[:, None, None], plain=False)
 
+    @staticmethod
+    def from_segments(segment_ids: Int[Tensor, "batch token"], window: int | None = None) -> CausalMask:
+        """Return the causal mask in which a token sees only its own segment; segments are contiguous."""
+        count = segment_ids.shape[1]
+        causal = CausalMask.causal(count, count, window, segment_ids.device)
+        begins = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+        column = torch.arange(count, device=segment_ids.device)
+        start = column.where(begins, column.new_zeros(())).cummax(-1).values
+        return CausalMask(torch.maximum(causal.first, start), causal.last, None, plain=False)
+
     def block(self, queries: slice | Tensor, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
         """Return the mask of one block."""
         if self.exact is not None:
