@@ -105,7 +105,8 @@ _SIZES: dict[str, Any] = {
     "v_head_dim": 8,
     "index_topk": WINDOW,
     "index_head_dim": 16,
-    "index_n_heads": 2,
+    # Fewer heads would give exact ties at the edge of the top-k, which the width of a call decides.
+    "index_n_heads": 16,
     "o_lora_rank": 8,
     "o_groups": 2,
     # Vision and audio towers, which are built but not run.
@@ -229,6 +230,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mellum": {"layer_types": _ALTERNATING},
     "minimax_m3_vl_text": {
         "layer_types": ["full_attention", "minimax_m3_sparse"] * 2,
+        "index_n_heads": 2,
         "index_block_size": 4,
         "index_topk_blocks": 2,
     },
@@ -242,7 +244,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"layer_types": _ALTERNATING},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"] * 2,
-        "indexer_n_heads": 2,
+        "indexer_n_heads": 16,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
         "indexer_budget": 8,
@@ -325,7 +327,10 @@ def _settings(name: str, config_class: Any) -> dict[str, Any]:
     for part in getattr(config_class, "sub_configs", None) or {}:
         part_class = type(getattr(config_class(), part, None))
         if hasattr(part_class, "model_type"):
-            settings[part] = {"model_type": part_class.model_type, **_settings(part_class.model_type, part_class)}
+            settings[part] = {
+                "model_type": part_class.model_type,
+                **_settings(part_class.model_type, part_class),
+            }
     for field, value in special.items():
         if isinstance(value, dict) and isinstance(settings.get(field), dict):
             value = {**settings[field], **value}
@@ -335,7 +340,11 @@ def _settings(name: str, config_class: Any) -> dict[str, Any]:
 
 def _fields(config_class: Any) -> list[str]:
     """Return the names of the settings that a config class and its bases declare."""
-    return list(dict.fromkeys(field for base in config_class.__mro__ for field in vars(base).get("__annotations__", {})))
+    return list(
+        dict.fromkeys(
+            field for base in config_class.__mro__ for field in vars(base).get("__annotations__", {})
+        )
+    )
 
 
 def _layer_kinds(config_class: Any, fields: list[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -388,3 +397,9 @@ def _sharpen(model: Any, factor: float) -> None:
                 parameter.mul_(factor)
             else:
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+if __name__ == "__main__":
+    from attnprobe.testing.families import main
+
+    main()

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from attnprobe import metrics
-from attnprobe.adapters import adapter_for
 from attnprobe.errors import AttnprobeError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.testing.all_families import VOCABULARY, build_family
@@ -225,8 +224,12 @@ class FamilyCase:
                 kept = products.setdefault(number, [])
                 attention = layer.self_attn
                 handles += [
-                    attention.v_proj.register_forward_hook(lambda m, a, output, kept=kept: kept.append(output)),
-                    attention.o_proj.register_forward_pre_hook(lambda m, args, kept=kept: kept.append(args[0])),
+                    attention.v_proj.register_forward_hook(
+                        lambda m, a, output, kept=kept: kept.append(output)
+                    ),
+                    attention.o_proj.register_forward_pre_hook(
+                        lambda m, args, kept=kept: kept.append(args[0])
+                    ),
                 ]
         try:
             yield
