@@ -210,7 +210,9 @@ class HeadStatisticsProbe(Probe):
 
     A pass with a KV cache continues the sequences of the pass before, so that `generate` gives one result
     for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of a single pass
-    over the whole sequence. The last generated token is never run through the model, and has no row.
+    over the whole sequence. The last generated token is never run through the model, and has no row. Nor have
+    prompt tokens in layers that the model does not run for them (the last ones of Gemma 4 in `generate`):
+    what depends on such a row of the response is NaN.
 
     Args:
         window: WAAD's window, in tokens.
@@ -218,7 +220,8 @@ class HeadStatisticsProbe(Probe):
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
         receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
         entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
-            did not compute, such as prompt tokens in `generate`.
+            did not compute, such as prompt tokens in `generate`. None: where the model shows next-token
+            logits. True: it is an error if it does not.
 
     Raises:
         ParameterError: an invalid window or horizon.
@@ -235,13 +238,17 @@ class HeadStatisticsProbe(Probe):
         horizon: HorizonLike = (10, 50),
         span: bool = True,
         receiver: bool = False,
-        entropy: bool = True,
+        entropy: bool | None = None,
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
         self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
-        self.sites = frozenset({"attention", "logits"} if truth(entropy, "entropy") else {"attention"})
+        logits = (
+            frozenset() if entropy is not None and not truth(entropy, "entropy") else frozenset({"logits"})
+        )
+        self.sites = frozenset({"attention"}) | (logits if entropy else frozenset())
+        self.optional_sites = logits
         self._sequence = _Sequence()
         self._pass: dict[int, LayerSums] = {}
         self._continues = False
@@ -258,7 +265,8 @@ class HeadStatisticsProbe(Probe):
             self._distribution_entropy = metrics.distribution_entropy(value)
             return
         assert layer is not None
-        self._continues = value.key_start + value.query_offset > 0
+        # Not from the first query: a layer may be given only the last tokens of a pass.
+        self._continues = value.key_start + value.key_count > batch.token_count
         before = self._sequence.layers.get(layer) if self._continues else None
         far = reductions.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
@@ -306,7 +314,9 @@ class HeadStatisticsProbe(Probe):
         heads = max(values["waad"].shape[1] for values in reduced)
         joined: dict[str, Any] = {"span": None, "receiver_kurtosis": None}
         for name in reduced[0]:
-            joined[name] = torch.stack([_pad_heads(values[name], heads) for values in reduced], dim=1)
+            # Layers may lie on different devices.
+            padded = [_pad_heads(values[name], heads).to(mask.device) for values in reduced]
+            joined[name] = torch.stack(padded, dim=1)
         return [
             HeadStatistics(
                 **joined,
@@ -323,6 +333,7 @@ class HeadStatisticsProbe(Probe):
 
     def _reduced(self, sums: LayerSums, mask: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
         """Return a layer's statistics from its sums."""
+        mask = mask.to(sums.waad.device)
         reduced = {
             "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
             "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),

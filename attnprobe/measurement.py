@@ -49,7 +49,7 @@ def measure(
     horizon: HorizonLike = (10, 50),
     span: bool = True,
     receiver: bool | ReceiverLevel = False,
-    entropy: bool = True,
+    entropy: bool | None = None,
     batch_size: IntLike | None = None,
     memory_budget: IntLike = MEMORY_BUDGET,
     progress: bool = False,
@@ -67,6 +67,7 @@ def measure(
         receiver: whether to compute receiver kurtosis too (one more pass over the attention): over
             tokens ("token" or True), or over sentences ("sentence"), for which the batch needs texts.
         entropy: whether to compute token entropy; without it, nothing after the last measured layer is run.
+            None: if the model computes next-token logits; a base model and a classifier do not.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
             Results do not depend on it.
         memory_budget: roughly how many bytes the activations and logits of the sequences run together may
@@ -77,19 +78,24 @@ def measure(
         BatchError: ids outside the vocabulary, sequences longer than the model's context, or
             `receiver="sentence"` for a batch without texts.
         ParameterError: invalid layers, window, horizon or receiver.
-        UnsupportedModelError: a model whose attention cannot be read.
+        UnsupportedModelError: a model whose attention cannot be read, or `entropy=True` for a model without
+            next-token logits.
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
     """
     batch = TokenBatch.of(batch)
     memory_budget = whole_number(memory_budget, "memory_budget", minimum=1)
-    truth(entropy, "entropy")
+    adapter = adapter_for(model)
+    if entropy is None:
+        entropy = adapter.has_next_token_logits
+    elif truth(entropy, "entropy"):
+        adapter.check_next_token_logits("entropy=True")
     truth(progress, "progress")
     level = _receiver_level(receiver)
     probe = HeadStatisticsProbe(
         window=window, horizon=horizon, span=span, receiver=level == "token", entropy=False
     )
-    run = _Run.prepare(model, batch, layers, batch_size, memory_budget, entropy)
+    run = _Run.prepare(adapter, batch, layers, batch_size, memory_budget, entropy)
     sentences = sentence_ids(run.sequences) if level == "sentence" else None
     by_sentence = None if sentences is None else SentenceReceiverProbe(sentences)
     probes: list[Probe] = [probe] if by_sentence is None else [probe, by_sentence]
@@ -230,7 +236,9 @@ class _GroupMapProbe(Probe):
                 raise ParameterError(f"layer {layer} has heads 0..{len(rows) - 1}, got {list(heads)}")
             share = torch.tensor(weights, dtype=rows.dtype, device=rows.device)
             part = torch.einsum("h,hqk->qk", share, rows[list(heads)])
-            self._total[name] = part + self._total.get(name, 0.0)
+            total = self._total.get(name)
+            # Layers may lie on different devices.
+            self._total[name] = part if total is None else total + part.to(total.device)
 
     def maps(self) -> dict[str, Float[Tensor, "query key"]]:
         """Return the weighted mean of each group."""
@@ -335,6 +343,6 @@ def _run_for_entropy(adapter: Adapter, part: TokenBatch, width: int) -> Float[Te
         return entropy
     logits = adapter.forward(part, logits_at=before)
     assert logits is not None
-    entropy[:, before + 1] = metrics.distribution_entropy(logits)
+    entropy[:, before + 1] = metrics.distribution_entropy(logits).to(entropy.device)
     inside = torch.nn.functional.pad(part.response_mask, (0, width - part.token_count))
     return entropy.masked_fill(~inside, torch.nan)

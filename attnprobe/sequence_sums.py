@@ -48,7 +48,7 @@ class LayerSums:
 def add_rows(
     before: LayerSums | None,
     attention: Attention,
-    response_mask: Bool[Tensor, "batch query"],
+    response_mask: Bool[Tensor, "batch pass_token"],
     window: int,
     horizon: Horizon,
     far_horizon: Horizon | None,
@@ -57,19 +57,28 @@ def add_rows(
 ) -> LayerSums:
     """Return the sums with the rows of another pass added.
 
+    A layer may be given only the last tokens of a pass (Gemma 4 in the prefill of `generate`). Sums that
+    need a response row which it did not compute are NaN.
+
     Raises:
         PatternError: a pass that does not continue the one before.
     """
-    start = attention.key_start + attention.query_offset
+    columns = attention.key_start + attention.key_count
+    start = columns - response_mask.shape[1]
     _check_continues(before, attention, start)
-    mask = metrics.check_mask(attention, response_mask)
+    missing = response_mask.shape[1] - attention.query_count
+    mask = metrics.check_mask(attention, response_mask[:, missing:])
+    lacking = response_mask[:, :missing]
     # One band serves both WAAD and FAI.
     near = reductions.near_band(attention, window, horizon)
-    columns = start + attention.query_count
     distance = None
     if span:
         distance = (attention.mean_distance() * mask[:, None].to(attention.dtype)).sum(-1)
     waad = reductions.windowed_distance_by_row(attention, window, near)
+    if missing:
+        waad = torch.nn.functional.pad(waad, (missing, 0), value=torch.nan)
+        if distance is not None:
+            distance = distance.masked_fill(lacking.any(-1, keepdim=True), torch.nan)
 
     def placed(received: Tensor, earlier: Tensor | None) -> Tensor:
         """Add what this pass's keys received to what the columns had received before."""
@@ -83,6 +92,10 @@ def add_rows(
         reductions.received_by_key(attention, mask, horizon, near),
         None if before is None else before.received,
     )
+    if missing:
+        rows = torch.nn.functional.pad(lacking, (start, columns - start - missing))
+        unknown = reductions.rows_in_horizon(rows, *horizon, None) > 0
+        received = received.masked_fill(unknown.to(received.device)[:, None], torch.nan)
     received_far = None
     if far_horizon == horizon:
         received_far = received
@@ -91,6 +104,9 @@ def add_rows(
             reductions.received_by_key(attention, mask, far_horizon),
             None if before is None else before.received_far,
         )
+    if received_far is not None and missing:
+        # Kurtosis leaves NaN out, but is not known unless all tokens are.
+        received_far = received_far.masked_fill(lacking.any(-1)[:, None, None], torch.nan)
     fingerprint = attention.key_fingerprint()
     if before is not None:
         if distance is not None and before.distance is not None:

@@ -68,7 +68,7 @@ class TransformerLensAdapter(TransformersAdapter):
     def _maps_by_hook(self) -> bool:
         return False
 
-    def _logits(self, arguments: dict[str, Any]) -> Tensor:
+    def _logits(self, arguments: dict[str, Any]) -> Tensor | None:
         ids = arguments.pop("input_ids")
         logits: Tensor = self._bridge(ids, return_type="logits", **arguments)
         return logits
