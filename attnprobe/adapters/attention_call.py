@@ -6,10 +6,9 @@ so that outputs stay bitwise the same, and then shows it to the readers. The alt
 in the model's config, was rejected: modeling code compares the name, so that sparse families lost their
 top-k mask, and the name leaked into copies, saved files and other libraries' errors.
 
-`read_attention` makes a `FactoredAttention` from a call, and `check_against_output` compares it with the
-model's own output on sampled rows, so that an unknown option of some family cannot lead to a wrong number.
-The transformers adapter and its readings call them. What is left to others: forward passes as a whole and
-the other sites (reading).
+`read_attention` makes a `FactoredAttention` from a call. The transformers adapter and its readings call it.
+What is left to others: whether what was read gives the model's own output (output_check), and forward passes
+as a whole and the other sites (reading).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from attnprobe.adapters.forward_call import TAKES_PAIRS, Columns
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.kernels import FlashResult, listen
 from attnprobe.attention.masks import CausalMask, split_mask
-from attnprobe.errors import IncompleteRunError, UnsupportedModelError
+from attnprobe.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -350,35 +349,3 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
         mean_position=mean_position,
         key_start=end - key_count,
     )
-
-
-def check_against_output(attention: FactoredAttention, call: AttentionCall, where: str) -> None:
-    """Check that sampled rows of the attention give the model's own attention output.
-
-    Raises:
-        IncompleteRunError: they do not.
-    """
-    assert call.output is not None
-    count = attention.query_count
-    sampled = torch.tensor(sorted({count // 2, count - 1}), device=attention.device)
-    rows = attention.rows(sampled)
-    value = call.value[:, :, : attention.key_count]
-    values = value.detach().to(rows.dtype)
-    # Heads that share a key head go into one product, so that values are not copied for each head.
-    grouped = rows.unflatten(1, (value.shape[1], -1)).flatten(2, 3)
-    expected = (grouped @ values).view(*rows.shape[:3], -1)
-    actual = call.output.detach()[:, sampled].transpose(1, 2).to(rows.dtype)
-    if actual.shape != expected.shape:
-        difference = float("inf")
-    else:
-        # A padding query sees nothing, and its output is meaningless.
-        seeing = rows.sum(-1, keepdim=True) > 0
-        difference = float(((actual - expected) * seeing).abs().max())
-    scale = float(values.abs().max())
-    tolerance = 64 * torch.finfo(call.output.dtype).eps * max(scale, 1e-3)
-    if not difference <= tolerance:
-        raise IncompleteRunError(
-            f"{where} does something to its attention that attnprobe does not know: its output differs by "
-            f"{difference:.3g} from what its query, key and mask give (options of the call: "
-            f"{sorted(call.options)}), so this pass was discarded"
-        )

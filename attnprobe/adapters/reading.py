@@ -23,13 +23,13 @@ from attnprobe.adapters.architecture import Architecture
 from attnprobe.adapters.attention_call import (
     AttentionCall,
     MaskMemory,
-    check_against_output,
     read_attention,
     reads_calls,
 )
 from attnprobe.adapters.base import Observer
 from attnprobe.adapters.forward_call import Columns, arguments_of, tokens_of
 from attnprobe.adapters.hooks import after_forward, before_forward
+from attnprobe.adapters.output_check import OutputCheck
 from attnprobe.adapters.wrappers import look_through
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
@@ -155,6 +155,7 @@ class Reading(ForwardWatch):
         self._asked_for_maps = False
         self._masks = MaskMemory()
         self._layers_read: set[int] = set()
+        self._output_check = OutputCheck()
         self._last_layer: int | None = None
         self._ends_early = False
 
@@ -262,7 +263,7 @@ class Reading(ForwardWatch):
             attention = read_attention(call, self._masks, self.columns)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
-                check_against_output(attention, call, f"layer {layer} of {self._name}")
+                self._output_check.check(attention, call, f"layer {layer} of {self._name}")
             self._show(layer, attention)
 
     def read_pattern(self, layer: int, pattern: Tensor) -> None:
