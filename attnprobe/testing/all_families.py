@@ -18,7 +18,7 @@ from attnprobe.errors import UnsupportedModelError
 
 VOCABULARY = 99
 WINDOW = 7
-"""Windows, chunks, blocks and the budgets of sparse attention: all shorter than the sequences of the checks."""
+"""Windows, chunks and the budgets of sparse attention: all shorter than the sequences of the checks."""
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -216,6 +216,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense"] * 4},
         "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
     },
+    "dots3_note_text": {
+        "swa_num_attention_heads": 2,
+        "swa_num_key_value_heads": 2,
+        "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 12,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
     "fuyu": {"text_config": {"model_type": "persimmon"}},
     "glm_moe_dsa": {"indexer_types": ["full", "shared", "full", "shared"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -292,10 +301,8 @@ _FACTORS: dict[str, float] = {
 NOT_ALONE: dict[str, str] = {
     "gemma4_assistant": "drafts tokens from the hidden states and keys of another model",
     "gemma4_unified_assistant": "drafts tokens from the hidden states and keys of another model",
-    "musicgen": "its input is audio codes of several codebooks, and its causal class takes its decoder's config",
-    "musicgen_melody": (
-        "its input is audio codes of several codebooks, and its causal class takes its decoder's config"
-    ),
+    "musicgen": "takes audio codes of several codebooks",
+    "musicgen_melody": "takes audio codes of several codebooks",
 }
 """Families that cannot be run on token ids alone, with the reason."""
 
@@ -325,12 +332,10 @@ def _settings(name: str, config_class: Any) -> dict[str, Any]:
         settings |= {"num_key_value_heads": 4, "head_dim": _OMIT}
     settings |= _layer_kinds(config_class, fields, settings | special)
     for part in getattr(config_class, "sub_configs", None) or {}:
-        part_class = type(getattr(config_class(), part, None))
-        if hasattr(part_class, "model_type"):
-            settings[part] = {
-                "model_type": part_class.model_type,
-                **_settings(part_class.model_type, part_class),
-            }
+        default: Any = getattr(config_class(), part, None)
+        if default is not None:
+            kind = default.model_type
+            settings[part] = {"model_type": kind, **_settings(kind, type(default))}
     for field, value in special.items():
         if isinstance(value, dict) and isinstance(settings.get(field), dict):
             value = {**settings[field], **value}
@@ -350,7 +355,7 @@ def _fields(config_class: Any) -> list[str]:
 def _layer_kinds(config_class: Any, fields: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     """Return lists of layer kinds that repeat each kind that the class has by default."""
     depth = settings.get("num_hidden_layers", 4)
-    kinds = {}
+    kinds: dict[str, Any] = {}
     for field in ("layer_types", "mlp_layer_types", "layers_block_type"):
         if field in fields and field not in settings:
             default = getattr(config_class(), field, None)

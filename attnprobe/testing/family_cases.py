@@ -206,7 +206,7 @@ class FamilyCase:
         return maps, output.logits
 
     def _of_layers(self, given: Any) -> list[Tensor]:
-        """Return the maps, of all that a model returned, that belong to the layers whose attention is read."""
+        """Return those of a model's maps that belong to the layers whose attention is read."""
         given = list(given or ())
         found = [pattern for pattern in given if isinstance(pattern, Tensor) and pattern.ndim == 4]
         if len(given) > len(self.layers) and len(given) > max(self.layers):
