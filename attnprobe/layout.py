@@ -27,6 +27,13 @@ class SequenceLayout:
     length: Int[Tensor, " sequence"]
     shape: tuple[int, int]
 
+    @staticmethod
+    def unchanged(batch_size: int, token_count: int) -> SequenceLayout:
+        """Return the layout of examples that are run as they are, padding included."""
+        every = torch.arange(batch_size)
+        start, length = torch.zeros_like(every), torch.full_like(every, token_count)
+        return SequenceLayout(every, start, length, (batch_size, token_count))
+
     def tokens(
         self, values: Float[Tensor, "sequence *axes sequence_token"]
     ) -> Float[Tensor, "batch *axes token"]:

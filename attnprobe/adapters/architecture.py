@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from attnprobe.adapters.multimodal import why_not_causal
 from attnprobe.adapters.wrappers import look_through
 from attnprobe.errors import UnsupportedModelError
 
@@ -59,7 +60,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     Raises:
         UnsupportedModelError: no attention layer, an encoder, or layers with several attention modules.
     """
-    family = type(model).__name__
+    family, config = type(model).__name__, model.config
     found = _attention_modules(model, calls_attention_function)
     reads = "factored" if found else "dense"
     if not found:
@@ -73,10 +74,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     if not any(getattr(layer.attention, "is_causal", True) for layer in layers.values()) or (
         not _is_decoder(model)
     ):
-        raise UnsupportedModelError(
-            f"{family} is an encoder: its attention looks at later tokens. attnprobe reads causal "
-            "language models"
-        )
+        raise UnsupportedModelError(why_not_causal(config, family))
     return Architecture(layers, reads, _refused_sites(family, layers))
 
 

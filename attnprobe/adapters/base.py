@@ -16,6 +16,7 @@ from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -88,6 +89,7 @@ class Adapter(ABC):
         context_length: the largest number of tokens that the model takes; None if there is no limit.
         has_next_token_logits: whether the model's logits are those of the next token; a base model has none,
             and a classifier's are something else.
+        media_tokens: the ids that stand for a part of an image, video or sound, each with which of them.
         device: the device on which the model's embeddings are computed.
         activation_bytes: roughly how many bytes a layer holds at once for each token; 0 if not known.
     """
@@ -103,6 +105,7 @@ class Adapter(ABC):
     vocabulary_size: int
     context_length: int | None
     has_next_token_logits: bool = True
+    media_tokens: Mapping[int, str] = MappingProxyType({})
     device: torch.device
     activation_bytes: int = 0
 
@@ -130,23 +133,25 @@ class Adapter(ABC):
     ) -> Float[Tensor, "batch position vocabulary"] | None:
         """Run the model over right-padded sequences, in evaluation mode and without gradients.
 
-        Returns the logits at `logits_at`; None without it, and then nothing is computed after the last
-        observed layer.
+        A batch with further inputs is run as it is, with whatever padding it has. Returns the logits at
+        `logits_at`; None without it, and then nothing is computed after the last observed layer.
 
         Raises:
             UnsupportedModelError: `logits_at` for a model without next-token logits.
         """
 
-    def check_next_token_logits(self, purpose: str) -> None:
+    def check_next_token_logits(self, purpose: str, otherwise: str = "") -> None:
         """Check that the model predicts the next token, which something needs.
+
+        `otherwise` says in the error what else the caller can do.
 
         Raises:
             UnsupportedModelError: it does not.
         """
         if not self.has_next_token_logits:
             raise UnsupportedModelError(
-                f"{purpose} needs next-token logits, which {self.full_name} does not compute: load the model "
-                "with AutoModelForCausalLM"
+                f"{purpose} needs next-token logits, which {self.full_name} does not compute: {otherwise}load "
+                "the model with AutoModelForCausalLM"
             )
 
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> AbstractContextManager[None]:

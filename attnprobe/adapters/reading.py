@@ -29,8 +29,11 @@ from attnprobe.adapters.attention_call import (
 from attnprobe.adapters.base import Observer
 from attnprobe.adapters.forward_call import Columns, arguments_of, tokens_of
 from attnprobe.adapters.hooks import after_forward, before_forward
+from attnprobe.adapters.multimodal import media_tokens, why_not_causal
 from attnprobe.adapters.output_check import OutputCheck
 from attnprobe.adapters.wrappers import look_through
+from attnprobe.attention.factored import FactoredAttention
+from attnprobe.attention.masks import LaterKeysError
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
@@ -260,11 +263,22 @@ class Reading(ForwardWatch):
         layer = self._layer_of[id(call.module)]
         call = _as_multiplied(call)
         with torch.no_grad(), _without_autocast(call.query.device):
-            attention = read_attention(call, self._masks, self.columns)
+            attention = self._attention_of(call)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
                 self._output_check.check(attention, call, f"layer {layer} of {self._name}")
             self._show(layer, attention)
+
+    def _attention_of(self, call: AttentionCall) -> FactoredAttention:
+        """Return the attention of a call, or say what makes it look at later tokens."""
+        assert self._batch is not None
+        try:
+            return read_attention(call, self._masks, self.columns)
+        except LaterKeysError as error:
+            config = self._model.config
+            if not media_tokens(config).keys().isdisjoint(self._batch.input_ids.flatten().tolist()):
+                raise UnsupportedModelError(why_not_causal(config, self._name)) from error
+            raise
 
     def read_pattern(self, layer: int, pattern: Tensor) -> None:
         """Show a map that the backend computed for a layer."""

@@ -31,6 +31,12 @@ from attnprobe.adapters.attention_call import (
     suppresses_calls,
 )
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
+from attnprobe.adapters.multimodal import (
+    media_tokens,
+    pass_arguments,
+    positions_kept,
+    telling_mismatches,
+)
 from attnprobe.adapters.positions import Regimes, context_length
 from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again, logits_of
 from attnprobe.adapters.wrappers import execution_device, look_through, transformers_model, uncompiled
@@ -80,6 +86,7 @@ class TransformersAdapter(Adapter):
         self.head_count = _head_count(text_config)
         embedding = model.get_input_embeddings()
         self.vocabulary_size = int(getattr(embedding, "num_embeddings", text_config.vocab_size))
+        self.media_tokens = media_tokens(config)
         decoder = decoder_of(model)
         self.context_length = context_length(decoder, text_config)
         self._regimes = Regimes(decoder, text_config)
@@ -144,15 +151,18 @@ class TransformersAdapter(Adapter):
     def forward(
         self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
     ) -> Float[Tensor, "batch position vocabulary"] | None:
-        """Run the model over right-padded sequences, in evaluation mode and without gradients."""
+        """Run the model over right-padded sequences, or as they are with what goes along with them."""
         if logits_at is not None:
             self.check_next_token_logits("logits_at")
         accepted = inspect.signature(type(self.model).forward).parameters
-        ids = batch.input_ids.to(self.device)
+        batch = batch.to(self.device)
+        ids = batch.input_ids
         # Right-padded sequences need no mask in a causal model: no real token can see the padding after it.
         # Positions are passed nevertheless, since some families would otherwise guess them.
         arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if "position_ids" in accepted:
+        if batch.model_inputs is not None:
+            arguments |= pass_arguments(batch, self.model, self.full_name)
+        elif "position_ids" in accepted:
             # For each row, since some families index them by row (Qwen4-Exp).
             arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         keeps = "logits_to_keep" in accepted
@@ -165,6 +175,9 @@ class TransformersAdapter(Adapter):
             stack.enter_context(uncompiled())
             stack.enter_context(evaluation_mode(self._all_modules()))
             stack.enter_context(self._regimes.undisturbed())
+            if batch.model_inputs is not None:
+                stack.enter_context(positions_kept(self._all_modules()))
+                stack.enter_context(telling_mismatches(self.full_name))
             stack.enter_context(own_pass(layer.attention for layer in self._architecture.layers.values()))
             if logits_at is None:
                 if self._innermost is not None:

@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from attnprobe.adapters.base import display_name, evaluation_mode
+from attnprobe.adapters.multimodal import media_tokens
 from attnprobe.adapters.wrappers import execution_device
 from attnprobe.errors import BatchError, ParameterError, UnsupportedModelError
 from attnprobe.models import end_tokens
@@ -52,8 +53,14 @@ def check_vocabulary(model: Any, ids: Int[Tensor, "..."]) -> None:
     """Check that a model has embeddings for all ids.
 
     Raises:
-        BatchError: ids outside the vocabulary.
+        BatchError: ids outside the vocabulary, or ids that stand for an image, which is not there.
     """
+    media = media_tokens(model.config)
+    if not media.keys().isdisjoint(ids.flatten().tolist()):
+        raise BatchError(
+            f"there are {' or '.join(sorted(set(media.values())))} tokens among the ids, but only text can "
+            f"be continued from forced tokens: {display_name(model)} would read them as if they were text"
+        )
     size = int(model.get_input_embeddings().weight.shape[0])
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise BatchError(
