@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from attnprobe.testing.all_families import causal_families
-from attnprobe.testing.family_checks import FamilyReport, Outcome, check_family
+from attnprobe.testing.family_checks import check_family
+from attnprobe.testing.family_report import FamilyReport, Outcome
 from attnprobe.testing.tiny_models import TRAITS
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
@@ -79,7 +80,7 @@ def family_row(report: FamilyReport) -> tuple[str, ...]:
         report.status,
         _numbers(reading),
         _numbers(generating),
-        "yes" if report.is_bitwise else "no",
+        "yes" if report.is_bitwise else report.changes[0],
         _cell(outcomes.get("suppression")),
         _cell(outcomes.get("transformer_lens")),
         _cell(outcomes.get("nnsight")),
