@@ -124,6 +124,11 @@ def measure(
         fai=layout.tokens(statistics.fai),
         entropy=layout.tokens(torch.cat(entropies)[order]) if entropies else None,
         receiver_kurtosis=None if kurtosis is None else layout.examples(kurtosis, weights),
+        sequence_span=(
+            None
+            if statistics.span is None or batch.segment_ids is None
+            else layout.by_sequence(statistics.span)
+        ),
         receiver_level=level,
         response_mask=batch.response_mask.to(run.adapter.device),
         segment_ids=None if batch.segment_ids is None else batch.segment_ids.to(run.adapter.device),
