@@ -292,7 +292,8 @@ _FACTORS: dict[str, float] = {
     "minicpm3": 4.0,
     "recurrent_gemma": 3.0,
     "roformer": 5.0,
-    "youtu": 5.0,
+    "youtu": 3.0,
+    "zamba2": 6.0,
     "zaya": 30.0,
 }
 """By how much weights are multiplied, where 12 gives maps that are uniform, one-hot or not finite."""

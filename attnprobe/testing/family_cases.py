@@ -100,6 +100,12 @@ class FamilyCase:
         """The names of the arguments that the model's forward takes."""
         return frozenset(inspect.signature(type(self.model).forward).parameters)
 
+    @property
+    def skips_rows(self) -> bool:
+        """Whether the model computes the last layers for the last token only, where it needs no more."""
+        config = self.model.config.get_text_config(decoder=True)
+        return bool(getattr(config, "num_kv_shared_layers", 0))
+
     # ---- calls ----------------------------------------------------------------------------------
 
     def call(self, side: str) -> Call:
@@ -239,8 +245,13 @@ class FamilyCase:
 
     # ---- comparing ------------------------------------------------------------------------------
 
-    def difference(self, found: HeadStatistics, row: int, columns: Tensor, maps: list[Tensor]) -> float:
-        """Return the largest difference between a row's statistics and the metrics of its maps."""
+    def difference(
+        self, found: HeadStatistics, row: int, columns: Tensor, maps: list[Tensor], *, partly: bool = False
+    ) -> float:
+        """Return the largest difference between a row's statistics and the metrics of its maps.
+
+        With `partly`, the statistics may be undefined where the maps are not.
+        """
         response = torch.arange(len(columns))[None] >= RESPONSE
         worst = 0.0
         for index, pattern in enumerate(maps):
@@ -257,6 +268,9 @@ class FamilyCase:
             for name, value in expected.items():
                 measured = getattr(found, name)[row, index, : pattern.shape[1]]
                 measured = measured[:, columns] if name in ("waad", "fai") else measured
+                if partly:
+                    # Rows that the model did not compute are undefined, and so is what needs them.
+                    value = value.masked_fill(measured.isnan(), torch.nan)
                 worst = max(worst, gap(measured, value[0]))
         return worst
 

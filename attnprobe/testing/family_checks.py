@@ -145,7 +145,8 @@ def _compared(
     alone = itself = 0.0
     for index, (ids, columns) in enumerate(rows):
         maps, logits = case.alone(ids)
-        alone = max(alone, case.difference(found, index, columns, maps))
+        partly = generated and case.skips_rows
+        alone = max(alone, case.difference(found, index, columns, maps, partly=partly))
         if own is not None:
             # In generate, the logits begin with those of the prompt's last column.
             known = columns >= (columns[-1] + 1 - own.shape[1] if generated else 0)
@@ -326,10 +327,11 @@ def _shared(case: FamilyCase, call: Call, key: int) -> float:
         attach(case.model, after, layers=[layer]),
     ):
         case.run(call)
-    expected = before.maps[layer].clone()
-    expected[:, :, _QUERY] /= 1 - expected[:, :, _QUERY, key, None]
+    # Multiplied, not divided: where one key has nearly all of a row, the quotient would be mostly rounding.
+    expected, found = before.maps[layer].clone(), after.maps[layer].clone()
     expected[:, :, _QUERY, key] = 0
-    return gap(after.maps[layer], expected)
+    found[:, :, _QUERY] *= 1 - before.maps[layer][:, :, _QUERY, key, None]
+    return gap(found, expected)
 
 
 # ---- the other backends -----------------------------------------------------------------------
