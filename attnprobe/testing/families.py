@@ -81,7 +81,7 @@ def family_row(report: FamilyReport) -> tuple[str, ...]:
         _numbers(reading),
         _numbers(generating),
         "yes" if report.is_bitwise else report.changes[0],
-        _cell(outcomes.get("suppression")),
+        _suppression(outcomes.get("suppression")),
         _cell(outcomes.get("transformer_lens")),
         _cell(outcomes.get("nnsight")),
         ", ".join(f"`{site}`" for site in report.refused_sites) or "none",
@@ -96,11 +96,19 @@ def _numbers(outcomes: Sequence[Outcome]) -> str:
     said = []
     if any(outcome.note == "as each row alone" for outcome in outcomes):
         said.append("as each row alone")
+    if any(outcome.note.startswith("as each row alone,") for outcome in outcomes):
+        said.append("as each row alone, in the rows that the model computes")
     if any(outcome.note.startswith("as the model") for outcome in outcomes):
         said.append("as the call, where the model itself depends on padding or cache")
-    said += [f"refused: {first_sentence(o.note)}" for o in outcomes if o.kind == "refused"]
+    refused = [f"refused: {first_sentence(o.note)}" for o in outcomes if o.kind == "refused"]
+    said += ["several rows refused"] if said and len(refused) == 1 and "cache" in refused[0] else refused
     said += ["not comparable in some calls" for o in outcomes if o.kind == "model"]
     return "; ".join(dict.fromkeys(said))
+
+
+def _suppression(outcome: Outcome | None) -> str:
+    """Return whether attention can be suppressed; it cannot where no attention function is called."""
+    return "no" if outcome is not None and outcome.kind == "refused" else _cell(outcome)
 
 
 def _cell(outcome: Outcome | None) -> str:

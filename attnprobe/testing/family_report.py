@@ -78,7 +78,7 @@ class FamilyReport:
     def changes(self) -> list[str]:
         """How the logits or the text changed while a probe was attached; empty if they did not."""
         tried = [o for title, o in self.outcomes.items() if title.startswith(("logits", "text"))]
-        return [o.note for o in tried if o.kind == "wrong" or (o.kind == "good" and o.note != BITWISE)]
+        return [outcome.note for outcome in tried if outcome.kind == "wrong"]
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain data."""
