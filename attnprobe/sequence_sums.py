@@ -60,6 +60,11 @@ class LayerSums:
         )
 
     @property
+    def remembered(self) -> int:
+        """How many of the last rows can be taken back."""
+        return 0 if self.drafts is None else self.drafts.received.rows.shape[2]
+
+    @property
     def column_count(self) -> int:
         """How many columns the sequence has so far."""
         return self.waad.shape[-1]
@@ -129,6 +134,7 @@ def add_rows(
     # One band serves both WAAD and FAI.
     near = reductions.near_band(attention, window, horizon)
     columns = start + attention.query_count
+    drafted = min(drafted, attention.query_count)
     lasting = mask.clone()
     lasting[:, mask.shape[1] - drafted :] = False
     guesses = None
