@@ -381,8 +381,8 @@ class _Sequence:
         if count > remembered:
             raise PatternError(
                 f"{count} tokens were taken from the KV cache again, but what they added is remembered for "
-                f"the last {remembered} only: let assisted decoding make fewer guesses at a time, or measure the "
-                "finished sequence"
+                f"the last {remembered} only: let assisted decoding make fewer guesses at a time, or measure "
+                "the finished sequence"
             )
         ids, segments, entropy, last = self.input_ids, self.segment_ids, self.entropy, self.last_entropy
         return _Sequence(
