@@ -64,6 +64,8 @@ class HeadStatistics(Result):
         segment_ids: in packed examples, which sequence each token belongs to; else None.
         receiver_level: whether the kurtosis is over tokens or over sentences; None if not measured.
         input_ids, texts: the tokens that were measured, as in the batch; None where they are not known.
+        sequence_span: the span of each packed sequence that has a response, in the order of their numbers in
+            `segment_ids`; None unless examples are packed. `sequences` makes an example of each.
 
     Raises:
         ResultError: tensors of other dtypes or shapes than these.
@@ -85,6 +87,7 @@ class HeadStatistics(Result):
     receiver_level: ReceiverLevel | None = None
     input_ids: Int[Tensor, "batch token"] | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
+    sequence_span: Float[Tensor, "batch layer head sequence"] | None = None
 
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
@@ -112,6 +115,29 @@ class HeadStatistics(Result):
         index = [self.layers.index(layer) for layer in chosen]
         changed: dict[str, Any] = {f.name: t[:, index] for f, t in self._tensors() if "layer" in f.axes}
         return dataclasses.replace(self, **changed, layers=chosen)
+
+    def sequences(self) -> HeadStatistics:
+        """Return the same statistics with an example for each sequence that has a response.
+
+        Examples that are not packed stay as they are. Receiver kurtosis is known only for whole examples, and
+        is None for packed ones.
+        """
+        if self.segment_ids is None:
+            return self
+        parts = []
+        for example in range(len(self.response_mask)):
+            row = self.select([example])
+            segments = self.segment_ids[example]
+            with_response = segments[self.response_mask[example].to(segments.device)].unique().tolist()
+            for place, segment in enumerate(with_response):
+                columns = (segments == segment).nonzero()[:, 0]
+                span = None if row.sequence_span is None else row.sequence_span[..., place]
+                part = dataclasses.replace(
+                    row, span=span, receiver_kurtosis=None, receiver_level=None, sequence_span=None
+                )
+                cut = part.at_columns(slice(int(columns[0]), int(columns[-1]) + 1))
+                parts.append(dataclasses.replace(cut, segment_ids=None))
+        return HeadStatistics.concatenate(parts)
 
     def _table(self, *, per: Literal["head", "token"] = "head") -> dict[str, Any]:
         """Return a line for each example and head or, with `per="token"`, for each example, head and token.
@@ -213,8 +239,10 @@ class HeadStatisticsProbe(Probe):
 
     A pass with a KV cache continues the sequences of the pass before, so that `generate` gives one result
     for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of a single pass
-    over the whole sequence. The last generated token is never run through the model, and has no row. Guesses
-    of assisted decoding that were taken from the cache again have none either.
+    over the whole sequence. The last generated token is never run through the model, and has no row. Nor have
+    guesses of assisted decoding that were taken from the cache again, and prompt tokens in layers that the
+    model does not run for them (the last ones of Gemma 4 in `generate`): what depends on such a row of the
+    response is NaN.
 
     Args:
         window: WAAD's window, in tokens.
@@ -222,7 +250,8 @@ class HeadStatisticsProbe(Probe):
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
         receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
         entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
-            did not compute, such as prompt tokens in `generate`.
+            did not compute, such as prompt tokens in `generate`. None: where the model shows next-token
+            logits. True: it is an error if it does not.
 
     Raises:
         ParameterError: an invalid window or horizon.
@@ -239,13 +268,17 @@ class HeadStatisticsProbe(Probe):
         horizon: HorizonLike = (10, 50),
         span: bool = True,
         receiver: bool = False,
-        entropy: bool = True,
+        entropy: bool | None = None,
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
         self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
-        self.sites = frozenset({"attention", "logits"} if truth(entropy, "entropy") else {"attention"})
+        logits = (
+            frozenset() if entropy is not None and not truth(entropy, "entropy") else frozenset({"logits"})
+        )
+        self.sites = frozenset({"attention"}) | (logits if entropy else frozenset())
+        self.optional_sites = logits
         self._sequence = _Sequence()
         self._pass: dict[int, LayerSums] = {}
         self._continues = False
@@ -268,7 +301,8 @@ class HeadStatisticsProbe(Probe):
             self._distribution_entropy = metrics.distribution_entropy(value)
             return
         assert layer is not None
-        self._continues = value.key_start + value.query_offset > 0
+        # Not from the first query: a layer may be given only the last tokens of a pass.
+        self._continues = value.key_start + value.key_count > batch.token_count
         before = self._sequence.layers.get(layer) if self._continues else None
         far = reductions.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
@@ -324,7 +358,9 @@ class HeadStatisticsProbe(Probe):
         heads = max(values["waad"].shape[1] for values in reduced)
         joined: dict[str, Any] = {"span": None, "receiver_kurtosis": None}
         for name in reduced[0]:
-            joined[name] = torch.stack([_pad_heads(values[name], heads) for values in reduced], dim=1)
+            # Layers may lie on different devices.
+            padded = [_pad_heads(values[name], heads).to(mask.device) for values in reduced]
+            joined[name] = torch.stack(padded, dim=1)
         return [
             HeadStatistics(
                 **joined,
@@ -341,13 +377,15 @@ class HeadStatisticsProbe(Probe):
 
     def _reduced(self, sums: LayerSums, mask: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
         """Return a layer's statistics from its sums."""
+        mask = mask.to(sums.waad.device)
         reduced = {
             "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
             "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),
         }
         if sums.distance is not None:
-            count = mask.sum(-1, keepdim=True).to(sums.distance.dtype)
-            reduced["span"] = sums.distance / count.masked_fill(count == 0, torch.nan)
+            reduced["span"] = _mean_of_rows(sums.distance, mask)
+            if segments is not None:
+                reduced["sequence_span"] = _mean_by_sequence(sums.distance, mask, segments)
         if sums.received_far is not None:
             reduced["receiver_kurtosis"] = reductions.selectivity_of(
                 sums.received_far, mask, segment_ids=segments
@@ -439,6 +477,32 @@ class _Sequence:
         if segments is not None:
             follows = follows & (segments[:, 1:] == segments[:, :-1])
         return torch.nn.functional.pad(follows, (1, 0), value=self.last_entropy is not None)
+
+
+def _mean_of_rows(
+    distance: Float[Tensor, "batch head token"], rows: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch head"]:
+    """Return the mean distance of the marked rows; NaN if there is none."""
+    total = distance.masked_fill(~rows[:, None], 0.0).sum(-1)
+    count = rows.sum(-1, keepdim=True).to(total.dtype)
+    return total / count.masked_fill(count == 0, torch.nan)
+
+
+def _mean_by_sequence(
+    distance: Float[Tensor, "batch head token"],
+    rows: Bool[Tensor, "batch token"],
+    segments: Int[Tensor, "batch token"],
+) -> Float[Tensor, "batch head sequence"]:
+    """Return the mean distance of the marked rows of each sequence that has some; NaN where there is none."""
+    numbers = [ids[marked].unique() for ids, marked in zip(segments.to(rows.device), rows, strict=True)]
+    count = max(1, *(len(each) for each in numbers))
+    means = []
+    for place in range(count):
+        number = torch.stack(
+            [each[place] if place < len(each) else -rows.new_ones((), dtype=torch.long) for each in numbers]
+        )
+        means.append(_mean_of_rows(distance, rows & (segments.to(rows.device) == number[:, None])))
+    return torch.stack(means, dim=-1)
 
 
 def _pad_heads(values: Tensor, heads: int) -> Tensor:

@@ -43,6 +43,10 @@ class Probe:
     """
 
     sites: frozenset[str] = frozenset({"attention"})
+    """The sites that the probe needs: it is an error if the model has no such site, or does not show it."""
+
+    optional_sites: frozenset[str] = frozenset()
+    """Further sites, which the probe looks at if they are there."""
 
     def follow(self, cache: GrowingCache | None) -> None:
         """Learn which KV cache the pass that is about to begin adds to; None without one."""
@@ -100,7 +104,7 @@ def attach(
             or layers that the model does not have.
         UnsupportedModelError: a model whose attention cannot be read, or a site whose usual meaning this
             family's modules cannot give.
-        IncompleteRunError: in a forward pass, some layer was not seen exactly once.
+        IncompleteRunError: in a forward pass, some layer was not seen exactly once, or no logits were seen.
         InterventionError: in a forward pass, a probe returned something that cannot replace a tensor.
 
     The model's own outputs change only where a probe replaces something, and however the block ends, the
@@ -118,8 +122,8 @@ def attach(
     >>> probe.heads
     8
     """
-    sites = _sites_of(probes)
-    unknown = sites - set(SITES)
+    sites, optional = _sites_of(probes, "sites"), _sites_of(probes, "optional_sites")
+    unknown = (sites | optional) - set(SITES)
     if unknown:
         raise ParameterError(f"unknown sites {sorted(unknown)}; the sites are {', '.join(SITES)}")
     adapter = adapter_for(model)
@@ -127,7 +131,8 @@ def attach(
         raise UnsupportedModelError(f"there is no site {site} here: {adapter.refused_sites[site]}")
     chosen = resolve_layers(layers, adapter)
     mask = None if response_mask is None else _response_mask(response_mask)
-    return WithBlock("attach", _attached(_Run(adapter, probes, chosen, sites, mask), sorted(sites)))
+    shown = sites | (optional - set(adapter.refused_sites))
+    return WithBlock("attach", _attached(_Run(adapter, probes, chosen, sites, mask), sorted(shown)))
 
 
 @contextmanager
@@ -136,8 +141,8 @@ def _attached(run: _Run, sites: Sequence[str]) -> Iterator[Attachment]:
         yield Attachment(run.adapter, run.layers)
 
 
-def _sites_of(probes: Sequence[Any]) -> set[str]:
-    """Return the sites that probes want, or raise an error that names what is not a probe."""
+def _sites_of(probes: Sequence[Any], attribute: str) -> set[str]:
+    """Return the sites that probes name in an attribute, or raise an error that names what is not a probe."""
     if not probes:
         raise ParameterError("attach needs at least one probe")
     for probe in probes:
@@ -157,12 +162,13 @@ def _sites_of(probes: Sequence[Any]) -> set[str]:
                 f"attach needs probes, instances of subclasses of attnprobe.Probe; got {brief(probe)}, a "
                 f"{type(probe).__name__}, which has no {(missing or ['sites'])[0]}"
             )
-        if isinstance(probe.sites, str) or not isinstance(probe.sites, Iterable):
+        sites: Any = getattr(probe, attribute, frozenset())
+        if isinstance(sites, str) or not isinstance(sites, Iterable):
             raise ParameterError(
-                f"the sites of {type(probe).__name__} must be a set of names, as in "
-                f"frozenset({{'attention'}}); got {brief(probe.sites)}"
+                f"the {attribute} of {type(probe).__name__} must be a set of names, as in "
+                f"frozenset({{'attention'}}); got {brief(sites)}"
             )
-    return {site for probe in probes for site in probe.sites}
+    return {site for probe in probes for site in getattr(probe, attribute, frozenset())}
 
 
 def _response_mask(given: ArrayLike) -> Tensor:
@@ -189,10 +195,12 @@ class _Run:
         self.layers = layers
         self._probes = probes
         self._sites = [site for site in LAYER_SITES if site in sites]
+        self._needs_logits = "logits" in sites
         self._response_mask = response_mask
         self._repeats = 1
         self._first_ids: Tensor | None = None
         self._seen: Counter[tuple[str, int | None]] = Counter()
+        self._skipped: set[str] = set()
         self._batch: TokenBatch | None = None
 
     def begin(self, batch: TokenBatch, cached: int, cache: GrowingCache | None = None) -> None:
@@ -201,6 +209,7 @@ class _Run:
             batch = replace(batch, response_mask=marked)
         self._batch = batch
         self._seen.clear()
+        self._skipped.clear()
         for probe in self._probes:
             # Probes need not be subclasses of Probe.
             if hasattr(probe, "follow"):
@@ -228,6 +237,9 @@ class _Run:
         mask = mask.to(batch.input_ids.device)[:, cached : cached + tokens]
         return torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=True)
 
+    def skip(self, site: str) -> None:
+        self._skipped.add(site)
+
     def _repeats_in(self, batch: TokenBatch) -> int:
         """Return how often each example of the mask is repeated, as for several continuations of a prompt."""
         assert self._response_mask is not None
@@ -254,7 +266,7 @@ class _Run:
         self._seen[site, layer] += 1
         replaced: Tensor | None = None
         for probe in self._probes:
-            if site in probe.sites:
+            if site in probe.sites or site in getattr(probe, "optional_sites", ()):
                 given = probe.observe(site, layer, value, self._batch)
                 if given is not None:
                     _check_replacement(probe, site, value, given)
@@ -291,6 +303,12 @@ class _Run:
             raise IncompleteRunError(
                 f"{' and '.join(problems)} in a forward pass of {self.adapter.full_name} through "
                 f"{self.adapter.backend}; each layer must be seen exactly once, so this pass was discarded"
+            )
+        if self._needs_logits and "logits" not in self._skipped and self._seen["logits", None] == 0:
+            raise IncompleteRunError(
+                f"a forward pass of {self.adapter.full_name} showed no logits, which a probe needs, and was "
+                "discarded: call the whole model, not its forward or the base model inside it, and without "
+                "options that leave logits out"
             )
 
 

@@ -29,7 +29,7 @@ class LayerSums:
     """What the rows of one layer's attention add up to so far.
 
     Attributes:
-        distance: the sum of the mean distances of response rows; None if not wanted.
+        distance: the mean distance of each row; None if not wanted.
         waad: the WAAD of each row.
         received: what each column received within FAI's horizon.
         received_far: what each column received within the horizon of receiver kurtosis; None if not wanted.
@@ -37,7 +37,7 @@ class LayerSums:
         drafts: what the last rows added, if they may be taken back.
     """
 
-    distance: Float[Tensor, "batch head"] | None
+    distance: Float[Tensor, "batch head token"] | None
     waad: Float[Tensor, "batch head token"]
     received: Float[Tensor, "batch head token"]
     received_far: Float[Tensor, "batch head token"] | None
@@ -51,7 +51,7 @@ class LayerSums:
         drafts = drafts.without_last(count)
         return replace(
             self,
-            distance=None if drafts.distance is None else drafts.distance.total(columns),
+            distance=None if self.distance is None else self.distance[..., :columns],
             waad=self.waad[..., :columns],
             received=drafts.received.total(columns),
             received_far=None if drafts.received_far is None else drafts.received_far.total(columns),
@@ -75,19 +75,17 @@ class _Addends:
     """A sum, with what each of its last rows added to it.
 
     Attributes:
-        before: the sum without these rows, `[batch, head]` or `[batch, head, column]`.
+        before: the sum without these rows.
         rows: what each row added, with an axis for rows after the heads, from the first column on.
         first: the column that the rows' first number belongs to.
     """
 
-    before: Float[Tensor, "batch head *column"]
-    rows: Float[Tensor, "batch head row *reach"]
+    before: Float[Tensor, "batch head column"]
+    rows: Float[Tensor, "batch head row reach"]
     first: int = 0
 
-    def total(self, columns: int) -> Float[Tensor, "batch head *column"]:
+    def total(self, columns: int) -> Float[Tensor, "batch head column"]:
         """Return the sum, of so many columns."""
-        if self.before.ndim == 2:
-            return self.before + self.rows.sum(2)
         total = self.before[..., :columns].clone()
         total[..., self.first :] += self.rows[..., : columns - self.first].sum(2)
         return total
@@ -97,7 +95,6 @@ class _Addends:
 class _Drafts:
     """What the last rows, which may be taken back, added to the sums of a layer."""
 
-    distance: _Addends | None
     received: _Addends
     received_far: _Addends | None
 
@@ -109,13 +106,13 @@ class _Drafts:
 
         received = kept(self.received)
         assert received is not None
-        return _Drafts(kept(self.distance), received, kept(self.received_far))
+        return _Drafts(received, kept(self.received_far))
 
 
 def add_rows(
     before: LayerSums | None,
     attention: Attention,
-    response_mask: Bool[Tensor, "batch query"],
+    response_mask: Bool[Tensor, "batch pass_token"],
     window: int,
     horizon: Horizon,
     far_horizon: Horizon | None,
@@ -125,15 +122,20 @@ def add_rows(
 ) -> LayerSums:
     """Return the sums with the rows of another pass added; the last `drafted` rows may be taken back.
 
+    A layer may be given only the last tokens of a pass (Gemma 4 in the prefill of `generate`). Sums that
+    need a response row which it did not compute are NaN.
+
     Raises:
         PatternError: a pass that does not continue the one before.
     """
-    start = attention.key_start + attention.query_offset
+    columns = attention.key_start + attention.key_count
+    start = columns - response_mask.shape[1]
     _check_continues(before, attention, start)
-    mask = metrics.check_mask(attention, response_mask)
+    missing = response_mask.shape[1] - attention.query_count
+    mask = metrics.check_mask(attention, response_mask[:, missing:])
+    lacking = response_mask[:, :missing]
     # One band serves both WAAD and FAI.
     near = reductions.near_band(attention, window, horizon)
-    columns = start + attention.query_count
     drafted = min(drafted, attention.query_count)
     lasting = mask.clone()
     lasting[:, mask.shape[1] - drafted :] = False
@@ -141,48 +143,59 @@ def add_rows(
     if drafted:
         last = torch.arange(attention.query_count - drafted, attention.query_count)
         guesses = attention.rows(last) * mask[:, None, last.to(mask.device), None]
-    distance, distance_drafts = None, None
-    if span:
-        by_row = attention.mean_distance() * mask[:, None].to(attention.dtype)
-        distance = by_row.sum(-1)
-        if before is not None and before.distance is not None:
-            distance = before.distance + distance
-        if drafted:
-            rows = by_row[..., -drafted:]
-            distance_drafts = _Addends(distance - rows.sum(-1), rows)
+    distance = attention.mean_distance() if span else None
     waad = reductions.windowed_distance_by_row(attention, window, near)
+    if missing:
+        waad = torch.nn.functional.pad(waad, (missing, 0), value=torch.nan)
+        if distance is not None:
+            distance = torch.nn.functional.pad(distance, (missing, 0), value=torch.nan)
 
-    def placed(received: Tensor, earlier: Tensor | None, within: Horizon) -> tuple[Tensor, _Addends | None]:
-        """Add what this pass's keys received to what the columns had received before."""
+    def placed(
+        received: Tensor, earlier: Tensor | None, within: Horizon, unknown: Tensor | None
+    ) -> tuple[Tensor, _Addends | None]:
+        """Add what this pass's keys received to what the columns had received before; NaN where unknown."""
         total = received.new_zeros(*received.shape[:2], columns)
         if earlier is not None:
             total[..., : earlier.shape[-1]] = earlier
         total[..., attention.key_start :] += received
+        if unknown is not None:
+            total = total.masked_fill(unknown.to(total.device)[:, None], torch.nan)
         if guesses is None:
             return total, None
         drafts = _Addends(total, *_within(guesses, attention, within))
         return drafts.total(columns), drafts
 
+    unknown, unknown_far = None, None
+    if missing:
+        # Response rows that were not computed, by column.
+        absent = torch.nn.functional.pad(lacking, (start, columns - start - missing))
+        unknown = reductions.rows_in_horizon(absent, *horizon, None) > 0
+        # Kurtosis leaves NaN out, but is not known unless all tokens are.
+        unknown_far = absent.any(-1, keepdim=True)
     received, drafts = placed(
         reductions.received_by_key(attention, lasting, horizon, near),
         None if before is None else before.received,
         horizon,
+        unknown,
     )
     received_far, drafts_far = None, None
-    if far_horizon == horizon:
+    if far_horizon == horizon and not missing:
         received_far, drafts_far = received, drafts
     elif far_horizon is not None:
         received_far, drafts_far = placed(
             reductions.received_by_key(attention, lasting, far_horizon),
             None if before is None else before.received_far,
             far_horizon,
+            unknown_far,
         )
     fingerprint = attention.key_fingerprint()
     if before is not None:
+        if distance is not None and before.distance is not None:
+            distance = torch.cat([before.distance, distance], dim=-1)
         waad = torch.cat([before.waad, waad], dim=-1)
         if fingerprint is not None and before.fingerprint is not None:
             fingerprint = torch.cat([before.fingerprint[:, : attention.key_start], fingerprint], dim=-1)
-    of_guesses = None if drafts is None else _Drafts(distance_drafts, drafts, drafts_far)
+    of_guesses = None if drafts is None else _Drafts(drafts, drafts_far)
     return LayerSums(distance, waad, received, received_far, fingerprint, of_guesses)
 
 

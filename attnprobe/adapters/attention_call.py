@@ -6,10 +6,9 @@ so that outputs stay bitwise the same, and then shows it to the readers. The alt
 in the model's config, was rejected: modeling code compares the name, so that sparse families lost their
 top-k mask, and the name leaked into copies, saved files and other libraries' errors.
 
-`read_attention` makes a `FactoredAttention` from a call, and `check_against_output` compares it with the
-model's own output on sampled rows, so that an unknown option of some family cannot lead to a wrong number.
-The transformers adapter and its readings call them. What is left to others: forward passes as a whole and
-the other sites (reading).
+`read_attention` makes a `FactoredAttention` from a call. The transformers adapter and its readings call it.
+What is left to others: whether what was read gives the model's own output (output_check), and forward passes
+as a whole and the other sites (reading).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,13 +26,15 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from attnprobe.adapters.forward_call import TAKES_PAIRS, Columns
+from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.kernels import FlashResult, listen
 from attnprobe.attention.masks import CausalMask, split_mask
-from attnprobe.errors import IncompleteRunError, UnsupportedModelError
+from attnprobe.errors import UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,65 @@ def _watched_call(
     for reader in readers:
         reader(call)
     return output
+
+
+class _KernelCalls(TorchFunctionMode):
+    """Shows the calls of PyTorch's attention to the readers of the module that makes them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            call = _kernel_call(self._module, output, *args, **(kwargs or {}))
+            for reader in tuple(_readers.get(self._module, ())):
+                reader(call)
+        return output
+
+
+def _kernel_call(
+    module: nn.Module,
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """Return a call of PyTorch's attention in the form of one of transformers' attention functions."""
+    # A single query sees all keys.
+    causal = is_causal or query.shape[2] == 1
+    options = {"scaling": scale, "dropout": dropout_p, "is_causal": causal}
+    return AttentionCall("sdpa", module, query, key, value, attn_mask, options, output.transpose(1, 2))
+
+
+@contextmanager
+def kernel_calls_watched(module: nn.Module) -> Iterator[None]:
+    """Show the calls of PyTorch's attention in a module's forward to its readers while the context is open.
+
+    This is for families that make them without an attention function (Falcon).
+    """
+    stack = ExitStack()
+
+    def enter(*_: Any) -> None:
+        stack.enter_context(_KernelCalls(module))
+
+    def leave(*_: Any) -> None:
+        stack.close()
+
+    with before_forward(module, enter), after_forward(module, leave, always=True):
+        yield
 
 
 # For each config whose implementation is changed: what it was, and how many contexts need the change.
@@ -350,35 +410,3 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
         mean_position=mean_position,
         key_start=end - key_count,
     )
-
-
-def check_against_output(attention: FactoredAttention, call: AttentionCall, where: str) -> None:
-    """Check that sampled rows of the attention give the model's own attention output.
-
-    Raises:
-        IncompleteRunError: they do not.
-    """
-    assert call.output is not None
-    count = attention.query_count
-    sampled = torch.tensor(sorted({count // 2, count - 1}), device=attention.device)
-    rows = attention.rows(sampled)
-    value = call.value[:, :, : attention.key_count]
-    values = value.detach().to(rows.dtype)
-    # Heads that share a key head go into one product, so that values are not copied for each head.
-    grouped = rows.unflatten(1, (value.shape[1], -1)).flatten(2, 3)
-    expected = (grouped @ values).view(*rows.shape[:3], -1)
-    actual = call.output.detach()[:, sampled].transpose(1, 2).to(rows.dtype)
-    if actual.shape != expected.shape:
-        difference = float("inf")
-    else:
-        # A padding query sees nothing, and its output is meaningless.
-        seeing = rows.sum(-1, keepdim=True) > 0
-        difference = float(((actual - expected) * seeing).abs().max())
-    scale = float(values.abs().max())
-    tolerance = 64 * torch.finfo(call.output.dtype).eps * max(scale, 1e-3)
-    if not difference <= tolerance:
-        raise IncompleteRunError(
-            f"{where} does something to its attention that attnprobe does not know: its output differs by "
-            f"{difference:.3g} from what its query, key and mask give (options of the call: "
-            f"{sorted(call.options)}), so this pass was discarded"
-        )

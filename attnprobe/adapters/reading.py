@@ -11,8 +11,9 @@ what observers do with it (`attnprobe.probe`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from attnprobe.adapters.architecture import Architecture
 from attnprobe.adapters.attention_call import (
     AttentionCall,
     MaskMemory,
-    check_against_output,
     read_attention,
     reads_calls,
 )
@@ -30,6 +30,8 @@ from attnprobe.adapters.base import Observer
 from attnprobe.adapters.forward_call import Columns, arguments_of, cache_of, tokens_of
 from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.adapters.multimodal import media_tokens, why_not_causal
+from attnprobe.adapters.output_check import OutputCheck
+from attnprobe.adapters.wrappers import look_through
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.masks import LaterKeysError
 from attnprobe.attention.operator import Attention, DenseAttention
@@ -49,6 +51,7 @@ class ForwardWatch:
 
     Attributes:
         columns: where the tokens of the pass under way are in their sequences.
+        is_whole: whether the pass was started at the model itself, not at the base model inside it.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -57,6 +60,7 @@ class ForwardWatch:
         self._depth = 0
         self._thread: int | None = None
         self.columns = Columns(0, 0, has_cache=False)
+        self.is_whole = True
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Prepare for a pass with these arguments, and return arguments to add."""
@@ -81,7 +85,8 @@ class ForwardWatch:
         """Watch the model while the context is open."""
         with ExitStack() as stack:
             # The base model is watched too: a user may call it without the language-model head.
-            for module in {id(m): m for m in (self._model, self._model.base_model)}.values():
+            base = look_through(self._model.base_model)
+            for module in {id(m): m for m in (self._model, base)}.values():
                 stack.enter_context(before_forward(module, self._before, first=True))
                 stack.enter_context(after_forward(module, self._after, always=True))
             yield
@@ -102,7 +107,7 @@ class ForwardWatch:
         self._depth += 1
         if self._depth > 1:
             return None
-        self._thread = thread
+        self._thread, self.is_whole = thread, module is self._model
         try:
             given = arguments_of(module, args, kwargs)
             config: Any = self._model.config
@@ -148,10 +153,12 @@ class Reading(ForwardWatch):
         self._layer_of = {id(layer.attention): number for number, layer in architecture.layers.items()}
         self._batch: TokenBatch | None = None
         self._logits_are_last = True
+        self._computes_loss = False
         self._maps_by_hook = False
         self._asked_for_maps = False
         self._masks = MaskMemory()
         self._layers_read: set[int] = set()
+        self._output_check = OutputCheck()
         self._last_layer: int | None = None
         self._ends_early = False
         self._refusal: UnsupportedModelError | None = None
@@ -206,9 +213,12 @@ class Reading(ForwardWatch):
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Tell the observer, and ask for maps if there is no other way to read attention."""
         self._logits_are_last = not isinstance(given.get("logits_to_keep"), Tensor)
+        self._computes_loss = given.get("labels") is not None
         self._batch = batch
         self._layers_read = set()
         self._observer.begin(batch, self.columns.cached, cache_of(given, self.columns))
+        if "logits" in self._sites and not self._logits_are_last:
+            self._observer.skip("logits")
         if self._maps_by_hook:
             self._asked_for_maps = not given.get("output_attentions")
             return {"output_attentions": True}
@@ -217,16 +227,30 @@ class Reading(ForwardWatch):
     def ended(self, output: Any) -> Any:
         """Show the logits, tell the observer, and remove maps that the user did not ask for."""
         self._masks = MaskMemory()
-        logits = getattr(output, "logits", None)
         changed = None
-        if "logits" in self._sites and logits is not None and self._logits_are_last:
-            replaced = self._observe_tensor("logits", None, logits)
+        # A base model's output has none, though in a tuple it looks alike.
+        if "logits" in self._sites and self._logits_are_last and self.is_whole:
+            logits = logits_of(output)
+            replaced = None if logits is None else self._observe_tensor("logits", None, logits)
             if replaced is not None:
-                changed = _with_logits(output, replaced)
+                changed = self._with_logits(output, replaced)
         self._observer.end()
         if self._asked_for_maps and output is not None:
             changed = _without_maps(output if changed is None else changed)
         return changed
+
+    def _with_logits(self, output: Any, logits: Tensor) -> Any:
+        """Return the model's output with other logits."""
+        if self._computes_loss:
+            raise InterventionError(
+                "the logits cannot be replaced if the model computes the loss itself, since it uses the old "
+                "ones: call it without labels"
+            )
+        if isinstance(output, Mapping):
+            return type(output)(**{**output, "logits": logits})
+        place = _place_of_logits(output)
+        assert place is not None
+        return (*output[:place], logits, *output[place + 1 :])
 
     def failed(self) -> None:
         """Tell the observer that the pass has failed."""
@@ -241,11 +265,12 @@ class Reading(ForwardWatch):
         if not self.is_running:
             return
         layer = self._layer_of[id(call.module)]
-        with torch.no_grad():
+        call = _as_multiplied(call)
+        with torch.no_grad(), _without_autocast(call.query.device):
             attention = self._attention_of(call)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
-                check_against_output(attention, call, f"layer {layer} of {self._name}")
+                self._output_check.check(attention, call, f"layer {layer} of {self._name}")
             self._show(layer, attention)
 
     def _attention_of(self, call: AttentionCall) -> FactoredAttention:
@@ -267,9 +292,9 @@ class Reading(ForwardWatch):
         if not self.is_running:
             return
         assert self._batch is not None
-        real = self._batch.attention_mask[:, None, :, None]
+        real = self._batch.attention_mask[:, None, :, None].to(pattern.device)
         # Eager masks spread the rows of padding queries, which may see nothing, over all keys.
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(pattern.device):
             real = real[:, :, -pattern.shape[2] :]
             pattern = pattern.detach()[..., : self.columns.end].masked_fill(~real, 0.0)
             start = self.columns.end - pattern.shape[3]
@@ -368,17 +393,44 @@ def computes_layers_again(model: nn.Module) -> bool:
     return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
+def _as_multiplied(call: AttentionCall) -> AttentionCall:
+    """Return a call with the tensors that the model's products see: autocast narrows them on the way."""
+    device = call.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    # float64 is left as it is.
+    narrow = torch.get_autocast_dtype(device)
+    query, key, value = (
+        part.to(narrow) if part.dtype == torch.float32 else part
+        for part in (call.query, call.key, call.value)
+    )
+    return replace(call, query=query, key=key, value=value)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep their dtype: the user's autocast is the model's."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 # ---- the output ------------------------------------------------------------------------------
 
 
-def _with_logits(output: Any, logits: Tensor) -> Any:
-    """Return a model's output with other logits."""
-    if getattr(output, "loss", None) is not None:
-        raise InterventionError(
-            "the logits cannot be replaced if the model computes the loss itself, since it uses the old "
-            "ones: call it without labels"
-        )
-    return type(output)(**{**output, "logits": logits})
+def logits_of(output: Any) -> Tensor | None:
+    """Return the logits in what a model returned, in any form; None if there are none."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if isinstance(output, tuple):
+        place = _place_of_logits(output)
+        return None if place is None else output[place]
+    return None
+
+
+def _place_of_logits(output: tuple[Any, ...]) -> int | None:
+    """Return where a tuple has the logits: losses, which have no axis for tokens, may come before them."""
+    places = (i for i, entry in enumerate(output) if isinstance(entry, Tensor) and entry.ndim == 3)
+    return next(places, None)
 
 
 def _without_maps(output: Any) -> Any:

@@ -65,10 +65,15 @@ class TransformerLensAdapter(TransformersAdapter):
         return chain(self._bridge.modules(), self.model.modules())
 
     @property
+    def _calls_kernel(self) -> bool:
+        """A bridge computes attention itself where there is no attention function to hand over to."""
+        return False
+
+    @property
     def _maps_by_hook(self) -> bool:
         return False
 
-    def _logits(self, arguments: dict[str, Any]) -> Tensor:
+    def _logits(self, arguments: dict[str, Any]) -> Tensor | None:
         ids = arguments.pop("input_ids")
         logits: Tensor = self._bridge(ids, return_type="logits", **arguments)
         return logits

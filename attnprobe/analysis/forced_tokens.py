@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnprobe.adapters.base import display_name, evaluation_mode
 from attnprobe.adapters.multimodal import media_tokens
+from attnprobe.adapters.wrappers import execution_device
 from attnprobe.errors import BatchError, ParameterError, UnsupportedModelError
 from attnprobe.models import end_tokens
 from attnprobe.validation import ArrayLike, IntLike, as_tensor, brief, whole_number
@@ -94,7 +95,8 @@ def force_tokens(
     if text.ndim != 1 or len(text) == 0 or text.is_floating_point():
         raise ParameterError(f"before must be the ids [token] of a non-empty text; got {brief(text)}")
     check_vocabulary(model, torch.cat([text, text.new_tensor([token])]))
-    text = text.to(model.device)
+    # Not model.device, which says where offloaded weights wait.
+    text = text.to(execution_device(model.get_input_embeddings(), model))
     with evaluation_mode(model.modules()):
         seen = model(text[None], use_cache=True)
         probability = seen.logits[0, -1].float().softmax(-1)

@@ -87,7 +87,7 @@ class FactoredAttention(Attention):
                 f"query and key must be floating point [batch, head, token, d]; got {brief(query)} and "
                 f"{brief(key)}"
             )
-        self._scores = BlockScores.of_call(
+        self.scores = BlockScores.of_call(
             query,
             key,
             scaling=scaling,
@@ -97,15 +97,15 @@ class FactoredAttention(Attention):
             softcap=softcap,
             bias=bias,
         )
-        self._sums = sum_rows(self._scores, sinks, log_sum_exp, mean_position)
+        self._sums = sum_rows(self.scores, sinks, log_sum_exp, mean_position)
         self.key_start = key_start
         self.batch_size, self.head_count, self.query_count = query.shape[:3]
         self.key_count = key.shape[2]
-        self.dtype, self.device = self._scores.dtype, query.device
+        self.dtype, self.device = self.scores.dtype, query.device
 
     def key_fingerprint(self) -> Float[Tensor, "batch key"]:
         """Return the sum of each key's entries: the same in every pass while the cache is not reordered."""
-        return self._scores.key.to(self.dtype).sum((1, 3))
+        return self.scores.key.to(self.dtype).sum((1, 3))
 
     # ---- what is known from the start ---------------------------------------------------------
 
@@ -163,14 +163,14 @@ class FactoredAttention(Attention):
             return answer
         bytes_per_query = self.batch_size * self.head_count * (width + BAND_QUERIES) * self.dtype.itemsize
         for queries in query_slices(self.query_count, bytes_per_query, _BAND_BYTES, BAND_QUERIES):
-            score = self._scores.band(queries, width, start)
+            score = self.scores.band(queries, width, start)
             answer[:, :, queries, :width] = score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
         return answer
 
     def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of `A`, dense."""
         queries = self._check_rows(queries)
-        score = self._scores.block(queries, slice(0, self.key_count))
+        score = self.scores.block(queries, slice(0, self.key_count))
         return score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
 
     def _tiles(
@@ -180,14 +180,14 @@ class FactoredAttention(Attention):
 
         Blocks of queries without a counted one are left out.
         """
-        reaches = self._scores.mask.reaches(TILE_QUERIES, self.query_offset)
+        reaches = self.scores.mask.reaches(TILE_QUERIES, self.query_offset)
         if counted is not None:
             inside = counted.tolist()
             reaches = [reach for reach in reaches if any(inside[reach.queries])]
         plan = plan_tiles(reaches, self.query_offset, start, stop)
         for number, tiles in groupby(plan, key=lambda tile: tile.key_block):
             block = slice(number * TILE_KEYS, min((number + 1) * TILE_KEYS, self.key_count))
-            scaled = self._scores.scaled_keys(block) if self._scores.are_products else None
+            scaled = self.scores.scaled_keys(block) if self.scores.are_products else None
             for tile in tiles:
                 yield tile, self._probability(tile, block.start, scaled)
 
@@ -197,12 +197,12 @@ class FactoredAttention(Attention):
         """Return the part of `A` in a tile; `scaled` holds the scaled keys from `first_key` on, if usable."""
         log_sum_exp = self._sums.log_sum_exp[:, :, tile.queries, None]
         if scaled is None:
-            part = self._scores.block(tile.queries, tile.keys).sub_(log_sum_exp).exp_()
+            part = self.scores.block(tile.queries, tile.keys).sub_(log_sum_exp).exp_()
         else:
             near = scaled[:, tile.keys.start - first_key : tile.keys.stop - first_key]
-            part = self._scores.products(tile.queries, near).sub_(log_sum_exp * LOG2_E).exp2_()
+            part = self.scores.products(tile.queries, near).sub_(log_sum_exp * LOG2_E).exp2_()
             if tile.needs_mask:
-                part.masked_fill_(~self._scores.mask.block(tile.queries, tile.keys), 0.0)
+                part.masked_fill_(~self.scores.mask.block(tile.queries, tile.keys), 0.0)
         if tile.last_diagonal is not None:
             part.tril_(tile.last_diagonal)
         if tile.first_diagonal is not None:
