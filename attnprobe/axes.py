@@ -16,7 +16,10 @@ from torch import Tensor
 from attnprobe.errors import ParameterError
 from attnprobe.validation import as_tensor, brief, whole_number
 
-PADDED_AXES = ("token", "query", "key")
+COLUMN_AXES = ("token", "query", "key")
+"""The axes that are columns of the batch."""
+
+PADDED_AXES = (*COLUMN_AXES, "sequence")
 """The axes along which examples differ in length: they are padded on the right when results are joined."""
 
 

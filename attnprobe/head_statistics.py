@@ -61,6 +61,8 @@ class HeadStatistics(Result):
         segment_ids: in packed examples, which sequence each token belongs to; else None.
         receiver_level: whether the kurtosis is over tokens or over sentences; None if not measured.
         input_ids, texts: the tokens that were measured, as in the batch; None where they are not known.
+        sequence_span: the span of each packed sequence that has a response, in the order of their numbers in
+            `segment_ids`; None unless examples are packed. `sequences` makes an example of each.
 
     Raises:
         ResultError: tensors of other dtypes or shapes than these.
@@ -82,6 +84,7 @@ class HeadStatistics(Result):
     receiver_level: ReceiverLevel | None = None
     input_ids: Int[Tensor, "batch token"] | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
+    sequence_span: Float[Tensor, "batch layer head sequence"] | None = None
 
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
@@ -109,6 +112,29 @@ class HeadStatistics(Result):
         index = [self.layers.index(layer) for layer in chosen]
         changed: dict[str, Any] = {f.name: t[:, index] for f, t in self._tensors() if "layer" in f.axes}
         return dataclasses.replace(self, **changed, layers=chosen)
+
+    def sequences(self) -> HeadStatistics:
+        """Return the same statistics with an example for each sequence that has a response.
+
+        Examples that are not packed stay as they are. Receiver kurtosis is known only for whole examples, and
+        is None for packed ones.
+        """
+        if self.segment_ids is None:
+            return self
+        parts = []
+        for example in range(len(self.response_mask)):
+            row = self.select([example])
+            segments = self.segment_ids[example]
+            with_response = segments[self.response_mask[example].to(segments.device)].unique().tolist()
+            for place, segment in enumerate(with_response):
+                columns = (segments == segment).nonzero()[:, 0]
+                span = None if row.sequence_span is None else row.sequence_span[..., place]
+                part = dataclasses.replace(
+                    row, span=span, receiver_kurtosis=None, receiver_level=None, sequence_span=None
+                )
+                cut = part.at_columns(slice(int(columns[0]), int(columns[-1]) + 1))
+                parts.append(dataclasses.replace(cut, segment_ids=None))
+        return HeadStatistics.concatenate(parts)
 
     def _table(self, *, per: Literal["head", "token"] = "head") -> dict[str, Any]:
         """Return a line for each example and head or, with `per="token"`, for each example, head and token.
@@ -339,8 +365,9 @@ class HeadStatisticsProbe(Probe):
             "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),
         }
         if sums.distance is not None:
-            count = mask.sum(-1, keepdim=True).to(sums.distance.dtype)
-            reduced["span"] = sums.distance / count.masked_fill(count == 0, torch.nan)
+            reduced["span"] = _mean_of_rows(sums.distance.sum(-1), mask)
+            if segments is not None:
+                reduced["sequence_span"] = _mean_of_sequences(sums.distance, mask, segments)
         if sums.received_far is not None:
             reduced["receiver_kurtosis"] = reductions.selectivity_of(
                 sums.received_far, mask, segment_ids=segments

@@ -63,6 +63,17 @@ class SequenceLayout:
         weight.index_add_(0, source, spread)
         return total / weight.masked_fill(weight == 0, torch.nan)
 
+    def by_sequence(
+        self, values: Float[Tensor, "sequence *axes"]
+    ) -> Float[Tensor, "batch *axes sequence_of_example"]:
+        """Return the values of each example's sequences, in order; NaN where an example has fewer."""
+        counts = torch.bincount(self.source, minlength=self.shape[0])
+        place = torch.arange(len(self.source)) - (counts.cumsum(0) - counts)[self.source]
+        shape = (self.shape[0], int(counts.max()), *values.shape[1:])
+        out = values.new_full(shape, torch.nan)
+        out[self.source.to(values.device), place.to(values.device)] = values
+        return out.movedim(1, -1)
+
 
 def packed_segments(
     position_ids: Int[Tensor, "..."], real: Bool[Tensor, "batch token"]

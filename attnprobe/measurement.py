@@ -7,9 +7,10 @@ metrics) and how a model is read (adapters).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, get_args
 
 import torch
@@ -49,7 +50,7 @@ def measure(
     horizon: HorizonLike = (10, 50),
     span: bool = True,
     receiver: bool | ReceiverLevel = False,
-    entropy: bool | None = None,
+    entropy: bool = True,
     batch_size: IntLike | None = None,
     memory_budget: IntLike = MEMORY_BUDGET,
     progress: bool = False,
@@ -67,7 +68,7 @@ def measure(
         receiver: whether to compute receiver kurtosis too (one more pass over the attention): over
             tokens ("token" or True), or over sentences ("sentence"), for which the batch needs texts.
         entropy: whether to compute token entropy; without it, nothing after the last measured layer is run.
-            None: if the model computes next-token logits; a base model and a classifier do not.
+            A model without next-token logits (a base model, a classifier) can only be read without it.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
             Results do not depend on it. A batch with images is always run as a whole.
         memory_budget: roughly how many bytes the activations and logits of the sequences run together may
@@ -78,7 +79,7 @@ def measure(
         BatchError: ids outside the vocabulary, sequences longer than the model's context, an image's tokens
             without its pixels, or `receiver="sentence"` for a batch without texts.
         ParameterError: invalid layers, window, horizon or receiver.
-        UnsupportedModelError: a model whose attention cannot be read, or `entropy=True` for a model without
+        UnsupportedModelError: a model whose attention cannot be read, or entropy of a model without
             next-token logits.
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
@@ -86,10 +87,8 @@ def measure(
     batch = TokenBatch.of(batch)
     memory_budget = whole_number(memory_budget, "memory_budget", minimum=1)
     adapter = adapter_for(model)
-    if entropy is None:
-        entropy = adapter.has_next_token_logits
-    elif truth(entropy, "entropy"):
-        adapter.check_next_token_logits("entropy=True")
+    if truth(entropy, "entropy"):
+        adapter.check_next_token_logits("entropy", "pass entropy=False, or ")
     truth(progress, "progress")
     level = _receiver_level(receiver)
     probe = HeadStatisticsProbe(
@@ -101,10 +100,9 @@ def measure(
     probes: list[Probe] = [probe] if by_sentence is None else [probe, by_sentence]
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
-        for number, part in enumerate(run.parts()):
+        for members, part in run.parts():
             if by_sentence is not None and sentences is not None:
-                of_part = slice(number * run.size, (number + 1) * run.size)
-                by_sentence.sentence_ids = sentences[of_part, : part.token_count]
+                by_sentence.sentence_ids = sentences[members, : part.token_count]
             with (
                 carries_positions() if span else nullcontext(),
                 attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask),
@@ -113,9 +111,10 @@ def measure(
                     entropies.append(_run_for_entropy(run.adapter, part, run.width))
                 else:
                     run.adapter.forward(part)
-    statistics = probe.result()
+    order = run.order()
+    statistics = probe.result().select(order)
     layout = run.layout
-    kurtosis = statistics.receiver_kurtosis if by_sentence is None else by_sentence.result()
+    kurtosis = statistics.receiver_kurtosis if by_sentence is None else by_sentence.result()[order]
     # An example may pack several responses: Eq. 7 is then a mean over all their tokens.
     weights = statistics.response_mask.sum(-1)
     return replace(
@@ -123,8 +122,13 @@ def measure(
         span=None if statistics.span is None else layout.examples(statistics.span, weights),
         waad=layout.tokens(statistics.waad),
         fai=layout.tokens(statistics.fai),
-        entropy=layout.tokens(torch.cat(entropies)) if entropies else None,
+        entropy=layout.tokens(torch.cat(entropies)[order]) if entropies else None,
         receiver_kurtosis=None if kurtosis is None else layout.examples(kurtosis, weights),
+        sequence_span=(
+            None
+            if statistics.span is None or batch.segment_ids is None
+            else layout.by_sequence(statistics.span)
+        ),
         receiver_level=level,
         response_mask=batch.response_mask.to(run.adapter.device),
         segment_ids=None if batch.segment_ids is None else batch.segment_ids.to(run.adapter.device),
@@ -195,7 +199,7 @@ def group_maps(
             f"example {example} packs {run.sequences.batch_size} sequences, but maps need one sequence "
             "in each example: use batch.sequences()[0]"
         )
-    part = next(run.parts())
+    _, part = next(run.parts())
     inside = part.response_mask[row].nonzero()[:, 0]
     probe = _GroupMapProbe(mapped, row, inside)
     with (
@@ -253,13 +257,16 @@ class _GroupMapProbe(Probe):
 
 @dataclass(frozen=True)
 class _Run:
-    """A batch split into sequences and ready to run, a few at a time."""
+    """A batch split into sequences and ready to run, a few at a time.
+
+    `together` holds the numbers of the sequences that are run together.
+    """
 
     adapter: Adapter
     layers: tuple[int, ...]
     sequences: TokenBatch
     layout: SequenceLayout
-    size: int
+    together: list[list[int]]
 
     @staticmethod
     def prepare(
@@ -283,25 +290,30 @@ class _Run:
                     f"its {batch.batch_size} examples at a time: measure smaller batches instead"
                 )
             layout = SequenceLayout.unchanged(batch.batch_size, batch.token_count)
-            return _Run(adapter, chosen, batch, layout, batch.batch_size)
+            return _Run(adapter, chosen, batch, layout, [list(range(batch.batch_size))])
         sequences, layout = batch.sequences()
         check_fits(sequences, adapter)
         size = batch_size or _sequences_within(memory_budget, sequences, adapter, entropy)
-        return _Run(adapter, chosen, sequences, layout, size)
+        return _Run(adapter, chosen, sequences, layout, _sequences_together(sequences, adapter, size))
 
     @property
     def width(self) -> int:
         return self.sequences.token_count
 
-    def parts(self) -> Iterator[TokenBatch]:
-        for begin in range(0, self.sequences.batch_size, self.size):
-            trim = self.sequences.model_inputs is None
-            part = self.sequences.select(slice(begin, begin + self.size), trim=trim)
-            yield part.to(self.adapter.device)
+    def parts(self) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Return the sequences that are run together: their numbers, and their tokens."""
+        trim = self.sequences.model_inputs is None
+        for members in self.together:
+            yield members, self.sequences.select(members, trim=trim).to(self.adapter.device)
+
+    def order(self) -> list[int]:
+        """Return where each sequence is in the order in which they are run."""
+        place = {number: i for i, number in enumerate(chain.from_iterable(self.together))}
+        return [place[number] for number in range(len(place))]
 
     @contextmanager
     def progress(self, shown: bool, label: str) -> Iterator[Probe]:
-        total = len(self.layers) * -(-self.sequences.batch_size // self.size)
+        total = len(self.layers) * len(self.together)
         with progress_bar(label, total, shown=shown) as advance:
             yield _Ticking(advance)
 
@@ -323,6 +335,18 @@ def _sequences_within(budget: int, sequences: TokenBatch, adapter: Adapter, entr
         # Logits are computed for response tokens only, in the model's dtype: at most four bytes each.
         each += 4 * adapter.vocabulary_size * int(sequences.response_mask.sum(-1).max())
     return sequences.batch_size if each == 0 else min(sequences.batch_size, max(1, budget // each))
+
+
+def _sequences_together(sequences: TokenBatch, adapter: Adapter, size: int) -> list[list[int]]:
+    """Return the numbers of the sequences that run together: at most `size`, all of one regime."""
+    by_regime: dict[Hashable, list[int]] = {}
+    for number, length in enumerate(sequences.attention_mask.sum(-1).tolist()):
+        by_regime.setdefault(adapter.regime(length), []).append(number)
+    return [
+        members[begin : begin + size]
+        for members in by_regime.values()
+        for begin in range(0, len(members), size)
+    ]
 
 
 def check_fits(sequences: TokenBatch, adapter: Adapter) -> None:

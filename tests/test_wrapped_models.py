@@ -423,8 +423,8 @@ def test_a_model_without_next_token_logits_is_read_without_entropy(auto, family:
     model, plain = with_head(auto, family), tiny_model(family)
     assert not adapter_for(model).has_next_token_logits
     assert adapter_for(plain).has_next_token_logits
-    found, expected = attnprobe.measure(model, BATCH), attnprobe.measure(plain, BATCH)
-    assert found.entropy is None
+    found = attnprobe.measure(model, BATCH, entropy=False)
+    expected = attnprobe.measure(plain, BATCH, entropy=False)
     torch.testing.assert_close(found.waad, expected.waad, equal_nan=True, rtol=0, atol=1e-5)
     scores = attnprobe.score_tokens(found, attnprobe.classify_heads(found))
     assert scores.entropy is None
@@ -439,7 +439,7 @@ def test_what_needs_next_token_logits_says_so() -> None:
     model = with_head(AutoModelForTokenClassification, "llama")
     name = type(model).__name__
     for call in (
-        lambda: attnprobe.measure(model, BATCH, entropy=True),
+        lambda: attnprobe.measure(model, BATCH),
         lambda: attnprobe.attach(model, attnprobe.HeadStatisticsProbe(entropy=True)),
         lambda: attnprobe.attach(model, Logits()),
         lambda: attnprobe.knockout_divergence(model, BATCH, BATCH.response_mask),
@@ -453,14 +453,8 @@ def test_what_needs_next_token_logits_says_so() -> None:
 def test_a_head_that_was_replaced_gives_no_entropy(head) -> None:
     model = tiny_model("llama")
     model.lm_head = head
-    assert attnprobe.measure(model, BATCH).entropy is None
-
-
-def test_entropy_can_be_left_out_or_insisted_on() -> None:
-    model = tiny_model("llama")
+    refused(lambda: attnprobe.measure(model, BATCH), "entropy=False", error=UnsupportedModelError)
     assert attnprobe.measure(model, BATCH, entropy=False).entropy is None
-    default, asked = attnprobe.measure(model, BATCH), attnprobe.measure(model, BATCH, entropy=True)
-    torch.testing.assert_close(default.entropy, asked.entropy, equal_nan=True, rtol=0, atol=0)
 
 
 # ---- the logits site ----------------------------------------------------------------------------

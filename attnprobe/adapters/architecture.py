@@ -24,6 +24,9 @@ from attnprobe.adapters.multimodal import why_not_causal
 from attnprobe.adapters.wrappers import look_through
 from attnprobe.errors import UnsupportedModelError
 
+KERNEL = "scaled_dot_product_attention"
+"""PyTorch's attention."""
+
 WRAPPED = "_original_component"
 """The name under which a TransformerLens module holds the module that it stands for."""
 
@@ -47,10 +50,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The layers with attention by number, how attention is read, and the sites that are refused."""
+    """The layers with attention by number, how they compute it, and the sites that are refused.
+
+    `calls` says what they call: "function" (the attention function of transformers), "kernel" (PyTorch's
+    attention, unless they compute it themselves), or "nothing".
+    """
 
     layers: dict[int, Layer]
-    reads: str
+    calls: str
     refused_sites: dict[str, str]
 
 
@@ -62,7 +69,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     """
     family, config = type(model).__name__, model.config
     found = _attention_modules(model, calls_attention_function)
-    reads = "factored" if found else "dense"
+    calls = "function" if found else "nothing"
     if not found:
         found = _attention_modules(model, _looks_like_attention)
     if not found:
@@ -75,13 +82,20 @@ def architecture_of(model: nn.Module) -> Architecture:
         not _is_decoder(model)
     ):
         raise UnsupportedModelError(why_not_causal(config, family))
-    return Architecture(layers, reads, _refused_sites(family, layers))
+    if calls == "nothing" and all(_names(layer.attention, KERNEL) for layer in layers.values()):
+        calls = "kernel"
+    return Architecture(layers, calls, _refused_sites(family, layers))
 
 
 def calls_attention_function(module: nn.Module) -> bool:
     """Whether the module's forward looks up the attention function of transformers."""
+    return _names(module, "ALL_ATTENTION_FUNCTIONS")
+
+
+def _names(module: nn.Module, name: str) -> bool:
+    """Whether the code of a module's forward uses a name."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return code is not None and name in code.co_names
 
 
 def _looks_like_attention(module: nn.Module) -> bool:

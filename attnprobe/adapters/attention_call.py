@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,9 +26,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from attnprobe.adapters.forward_call import TAKES_PAIRS, Columns
+from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.kernels import FlashResult, listen
 from attnprobe.attention.masks import CausalMask, split_mask
@@ -169,6 +171,65 @@ def _watched_call(
     for reader in readers:
         reader(call)
     return output
+
+
+class _KernelCalls(TorchFunctionMode):
+    """Shows the calls of PyTorch's attention to the readers of the module that makes them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            call = _kernel_call(self._module, output, *args, **(kwargs or {}))
+            for reader in tuple(_readers.get(self._module, ())):
+                reader(call)
+        return output
+
+
+def _kernel_call(
+    module: nn.Module,
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """Return a call of PyTorch's attention in the form of one of transformers' attention functions."""
+    # A single query sees all keys.
+    causal = is_causal or query.shape[2] == 1
+    options = {"scaling": scale, "dropout": dropout_p, "is_causal": causal}
+    return AttentionCall("sdpa", module, query, key, value, attn_mask, options, output.transpose(1, 2))
+
+
+@contextmanager
+def kernel_calls_watched(module: nn.Module) -> Iterator[None]:
+    """Show the calls of PyTorch's attention in a module's forward to its readers while the context is open.
+
+    This is for families that make them without an attention function (Falcon).
+    """
+    stack = ExitStack()
+
+    def enter(*_: Any) -> None:
+        stack.enter_context(_KernelCalls(module))
+
+    def leave(*_: Any) -> None:
+        stack.close()
+
+    with before_forward(module, enter), after_forward(module, leave, always=True):
+        yield
 
 
 # For each config whose implementation is changed: what it was, and how many contexts need the change.

@@ -140,16 +140,18 @@ class Adapter(ABC):
             UnsupportedModelError: `logits_at` for a model without next-token logits.
         """
 
-    def check_next_token_logits(self, purpose: str) -> None:
+    def check_next_token_logits(self, purpose: str, otherwise: str = "") -> None:
         """Check that the model predicts the next token, which something needs.
+
+        `otherwise` says in the error what else the caller can do.
 
         Raises:
             UnsupportedModelError: it does not.
         """
         if not self.has_next_token_logits:
             raise UnsupportedModelError(
-                f"{purpose} needs next-token logits, which {self.full_name} does not compute: load the model "
-                "with AutoModelForCausalLM"
+                f"{purpose} needs next-token logits, which {self.full_name} does not compute: {otherwise}load "
+                "the model with AutoModelForCausalLM"
             )
 
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> AbstractContextManager[None]:

@@ -86,13 +86,17 @@ def check_against_output(attention: FactoredAttention, call: AttentionCall, wher
         actual = call.output.detach()[:, rows.queries].transpose(1, 2).to(rows.output.dtype)
         if actual.shape != rows.output.shape:
             raise _unknown(
-                where, call, f"is {list(call.output.shape)}, which does not fit values of {list(call.value.shape)}"
+                where,
+                call,
+                f"is {list(call.output.shape)}, which does not fit values of {list(call.value.shape)}",
             )
         change, log_change = _probability_change(rows, rounding)
         bound = rows.mix(change, rows.value.abs()) + rounding.unit * rows.output.abs() + rounding.smallest
         # Where nothing is seen, implementations disagree: NaN, zeros, or a mean of all values.
         difference = (actual - rows.output).masked_fill_(~rows.seeing, 0.0)
-        sums = (attention.log_sum_exp()[:, :, rows.queries, None] - rows.log_sum_exp).masked_fill_(~rows.seeing, 0.0)
+        sums = (attention.log_sum_exp()[:, :, rows.queries, None] - rows.log_sum_exp).masked_fill_(
+            ~rows.seeing, 0.0
+        )
         excess, sums_excess = torch.stack(
             [(difference.abs() / bound).amax(), (sums.abs() / log_change).amax()]
         ).tolist()
@@ -372,8 +376,10 @@ def _rounded(rows: _Rows, rounding: _Rounding) -> Iterator[Float[Tensor, "batch 
     # A flash kernel rounds what is not yet normalized, with scores in float32.
     top = rows.score.amax(-1, keepdim=True).masked_fill(~rows.seeing, 0.0)
     unnormalized = (rows.score - top).exp().to(dtype)
-    yield (_mixed(unnormalized, value).to(rows.output.dtype) * (top - rows.log_sum_exp).exp()).to(dtype).to(
-        rows.output.dtype
+    yield (
+        (_mixed(unnormalized, value).to(rows.output.dtype) * (top - rows.log_sum_exp).exp())
+        .to(dtype)
+        .to(rows.output.dtype)
     )
 
 

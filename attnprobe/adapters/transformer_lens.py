@@ -65,6 +65,11 @@ class TransformerLensAdapter(TransformersAdapter):
         return chain(self._bridge.modules(), self.model.modules())
 
     @property
+    def _calls_kernel(self) -> bool:
+        """A bridge computes attention itself where there is no attention function to hand over to."""
+        return False
+
+    @property
     def _maps_by_hook(self) -> bool:
         return False
 

@@ -27,6 +27,7 @@ from attnprobe.adapters.attention_call import (
     AttentionCall,
     calls_watched,
     implementation_changed,
+    kernel_calls_watched,
     own_pass,
     suppresses_calls,
 )
@@ -80,7 +81,7 @@ class TransformersAdapter(Adapter):
                 f"{self.family} is an encoder-decoder model: attnprobe reads decoder-only causal models"
             )
         self._architecture = architecture_of(model)
-        self.reads = self._architecture.reads
+        self.reads = "factored" if self._architecture.calls == "function" or self._calls_kernel else "dense"
         self.refused_sites = self._architecture.refused_sites
         self.has_next_token_logits = has_next_token_logits(model)
         if not self.has_next_token_logits:
@@ -115,13 +116,23 @@ class TransformersAdapter(Adapter):
                 f"this {self.family} is inside a TransformerBridge, which computes its attention: pass the "
                 "bridge itself"
             )
-        if self.reads == "factored":
+        if self._calls_kernel:
+            with ExitStack() as stack:
+                for layer in layers:
+                    stack.enter_context(kernel_calls_watched(self._architecture.layers[layer].attention))
+                yield
+        elif self.reads == "factored":
             with calls_watched():
                 yield
         else:
-            # Falcon returns maps under sdpa too, but computes them with the wrong mask.
             with implementation_changed(self.model, lambda _: "eager"):
                 yield
+
+    @property
+    def _calls_kernel(self) -> bool:
+        """Whether the layers call PyTorch's attention themselves."""
+        implementation = self.model.config._attn_implementation
+        return self._architecture.calls == "kernel" and implementation == "sdpa"
 
     @property
     def _maps_by_hook(self) -> bool:
@@ -197,7 +208,7 @@ class TransformersAdapter(Adapter):
     @contextmanager
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> Iterator[None]:
         """Suppress attention in every forward pass while the context is open."""
-        if self.reads == "dense":
+        if self._architecture.calls != "function":
             raise UnsupportedModelError(
                 f"{self.family} does not look up its attention function: its attention can be read, but "
                 "not suppressed"
