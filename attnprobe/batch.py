@@ -168,14 +168,14 @@ class TokenBatch(Result):
     # ---- building -----------------------------------------------------------------------------
 
     @staticmethod
-    def of(value: BatchLike) -> TokenBatch:
+    def of(value: BatchLike, *, tokenizer: Any = None) -> TokenBatch:
         """Return a batch from anything that describes one; every function that takes a batch calls this.
 
         A `TokenBatch` is returned as it is. A tokenizer's output, or a dictionary like it, has `input_ids`
         and may have `attention_mask`, `position_ids`, and `response_mask`, `labels` (-100 outside the
         response), or a chat template's `assistant_masks`. If a processor has added images (`pixel_values`),
         whatever else it holds is passed on to the model. A tensor, an array or lists are ids. Where nothing
-        says what is response, all of it is.
+        says what is response, all of it is. A tokenizer, or a processor, provides the texts of the tokens.
 
         Raises:
             BatchError: anything else, such as a text, which needs a tokenizer.
@@ -184,14 +184,14 @@ class TokenBatch(Result):
         [[True, True], [True, False]]
         """
         if isinstance(value, TokenBatch):
-            return value
+            return value if tokenizer is None else replace(value, texts=_texts(tokenizer, value.input_ids))
         if isinstance(value, Mapping):
-            return TokenBatch.from_ids(**of_mapping(value))
+            return TokenBatch.from_ids(**of_mapping(value), tokenizer=tokenizer)
         if isinstance(value, str) or (
             isinstance(value, list | tuple) and value and isinstance(value[0], str)
         ):
             raise BatchError("a text needs a tokenizer: TokenBatch.from_text(tokenizer, prompts, responses)")
-        return TokenBatch.from_ids(value)
+        return TokenBatch.from_ids(value, tokenizer=tokenizer)
 
     @staticmethod
     def from_ids(
@@ -269,9 +269,7 @@ class TokenBatch(Result):
             raise BatchError(
                 f"example {int(empty.nonzero()[0])} has an empty response: there is no token to describe"
             )
-        texts = None
-        if tokenizer is not None:
-            texts = tuple(token_texts(tokenizer, example) for example in ids.tolist())
+        texts = None if tokenizer is None else _texts(tokenizer, ids)
         return TokenBatch(ids, real, response, segments, texts, model_inputs)
 
     @staticmethod
@@ -430,6 +428,10 @@ def check_unpacked(segment_ids: Tensor | None, action: str) -> None:
             f"cannot {action} in packed examples, which hold several sequences each: separate them with "
             "batch.sequences()[0]"
         )
+
+
+def _texts(tokenizer: Any, ids: Int[Tensor, "batch token"]) -> tuple[tuple[str, ...], ...]:
+    return tuple(token_texts(tokenizer, example) for example in ids.tolist())
 
 
 def _join(tokenizer: Any, heads: list[list[int]], tails: list[list[int]]) -> TokenBatch:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe import metrics, reductions
-from attnprobe.adapters.base import Value
+from attnprobe.adapters.base import GrowingCache, Value
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch, token_columns
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
@@ -238,7 +238,8 @@ class HeadStatisticsProbe(Probe):
     for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of a single pass
     over the whole sequence. The last generated token is never run through the model, and has no row. Nor have
     prompt tokens in layers that the model does not run for them (the last ones of Gemma 4 in `generate`):
-    what depends on such a row of the response is NaN.
+    what depends on such a row of the response is NaN. Guesses of assisted decoding that were taken from the cache
+    again have no row either.
 
     Args:
         window: WAAD's window, in tokens.
@@ -278,8 +279,14 @@ class HeadStatisticsProbe(Probe):
         self._sequence = _Sequence()
         self._pass: dict[int, LayerSums] = {}
         self._continues = False
+        self._cache: GrowingCache | None = None
         self._distribution_entropy: Tensor | None = None
         self._finished: list[HeadStatistics] = []
+
+    def follow(self, cache: GrowingCache | None) -> None:
+        """Take back what is no longer in the last pass's cache, and remember the next one's."""
+        self._sequence = dataclasses.replace(self._sequence.settled(), cache=None)
+        self._cache = cache
 
     def begin(self, batch: TokenBatch) -> None:
         """Forget anything that a failed pass left behind."""
@@ -296,7 +303,14 @@ class HeadStatisticsProbe(Probe):
         before = self._sequence.layers.get(layer) if self._continues else None
         far = reductions.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
-            before, value, batch.response_mask, self.window, self.horizon, far, span=self.span
+            before,
+            value,
+            batch.response_mask,
+            self.window,
+            self.horizon,
+            far,
+            span=self.span,
+            drafted=0 if self._cache is None else min(self._cache.drafted, value.query_count - 1),
         )
 
     def end(self, batch: TokenBatch) -> None:
@@ -304,7 +318,7 @@ class HeadStatisticsProbe(Probe):
         if not self._continues:
             self._finished += self._current()
             self._sequence = _Sequence()
-        self._sequence = self._sequence.extended(self._pass, batch, self._distribution_entropy)
+        self._sequence = self._sequence.extended(self._pass, batch, self._distribution_entropy, self._cache)
         self.abort()
 
     def abort(self) -> None:
@@ -325,12 +339,12 @@ class HeadStatisticsProbe(Probe):
     def reset(self) -> None:
         """Forget all passes."""
         self.abort()
-        self._sequence = _Sequence()
+        self._sequence, self._cache = _Sequence(), None
         self._finished = []
 
     def _current(self) -> list[HeadStatistics]:
         """Return the statistics of the sequences that may still grow, as a list of one or none."""
-        sequence = self._sequence
+        sequence = self._sequence.settled()
         if not sequence.layers:
             return []
         assert sequence.response_mask is not None
@@ -365,9 +379,9 @@ class HeadStatisticsProbe(Probe):
             "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),
         }
         if sums.distance is not None:
-            reduced["span"] = _mean_of_rows(sums.distance.sum(-1), mask)
+            reduced["span"] = _mean_of_rows(sums.distance, mask)
             if segments is not None:
-                reduced["sequence_span"] = _mean_of_sequences(sums.distance, mask, segments)
+                reduced["sequence_span"] = _mean_by_sequence(sums.distance, mask, segments)
         if sums.received_far is not None:
             reduced["receiver_kurtosis"] = reductions.selectivity_of(
                 sums.received_far, mask, segment_ids=segments
@@ -384,15 +398,42 @@ class _Sequence:
     segment_ids: Int[Tensor, "batch token"] | None = None
     input_ids: Int[Tensor, "batch token"] | None = None
     entropy: Float[Tensor, "batch token"] | None = None
-    next_entropy: Float[Tensor, " batch"] | None = None
+    last_entropy: Float[Tensor, "batch last"] | None = None
+    """That of the distributions at the last tokens, of which the last is the next token's."""
+    cache: GrowingCache | None = None
+    """Where the last tokens may be taken back; None if they may not."""
+
+    def settled(self) -> _Sequence:
+        """Return the sequence without those of its last tokens that are no longer in the cache."""
+        if self.cache is None or self.response_mask is None:
+            return self
+        count = self.response_mask.shape[1] - self.cache.length()
+        # Anything else is a cache that was emptied to be used again, or that others have added to.
+        if not 0 < count <= self.cache.drafted:
+            return self
+        ids, segments, entropy, last = self.input_ids, self.segment_ids, self.entropy, self.last_entropy
+        return _Sequence(
+            {layer: sums.without_last(count) for layer, sums in self.layers.items()},
+            self.response_mask[:, :-count],
+            None if segments is None else segments[:, :-count],
+            None if ids is None else ids[:, :-count],
+            None if entropy is None else entropy[:, :-count],
+            None if last is None or last.shape[1] <= count else last[:, :-count],
+            dataclasses.replace(self.cache, drafted=self.cache.drafted - count),
+        )
 
     def extended(
-        self, layers: dict[int, LayerSums], batch: TokenBatch, distribution_entropy: Tensor | None
+        self,
+        layers: dict[int, LayerSums],
+        batch: TokenBatch,
+        distribution_entropy: Tensor | None,
+        cache: GrowingCache | None,
     ) -> _Sequence:
         """Return the sequence with one more complete pass.
 
         `distribution_entropy` is `[batch, token]`, for at least the last token of the pass.
         """
+        cache = None if cache is None or cache.drafted == 0 else cache
         mask, segments, ids = batch.response_mask, batch.segment_ids, batch.input_ids
         if self.response_mask is not None:
             if segments is not None or self.segment_ids is not None:
@@ -402,21 +443,21 @@ class _Sequence:
             mask = torch.cat([self.response_mask, mask], dim=-1)
         if self.input_ids is not None:
             ids = torch.cat([self.input_ids, ids], dim=-1)
-        entropy, following = None, None
+        entropy, last = None, None
         if distribution_entropy is not None:
             examples, count = batch.input_ids.shape
             # The distribution at position t is the one that token t + 1 was sampled from.
             entropy = distribution_entropy.new_full((examples, count), torch.nan)
-            if self.next_entropy is not None:
-                entropy[:, 0] = self.next_entropy
+            if self.last_entropy is not None:
+                entropy[:, 0] = self.last_entropy[:, -1]
             known = min(distribution_entropy.shape[1], count)
             entropy[:, count - known + 1 :] = distribution_entropy[:, -known:-1]
-            following = distribution_entropy[:, -1]
+            last = distribution_entropy[:, -1 - (0 if cache is None else cache.drafted) :]
             entropy = entropy.masked_fill(~self._has_token_before(batch), torch.nan)
             if self.entropy is not None:
                 entropy = torch.cat([self.entropy, entropy], dim=-1)
             entropy = entropy.masked_fill(~mask, torch.nan)
-        return _Sequence(layers, mask, segments, ids, entropy, following)
+        return _Sequence(layers, mask, segments, ids, entropy, last, cache)
 
     def _has_token_before(self, batch: TokenBatch) -> Bool[Tensor, "batch token"]:
         """Return which tokens follow another of their sequence; a first token was not sampled."""
@@ -424,7 +465,33 @@ class _Sequence:
         follows = real[:, :-1]
         if segments is not None:
             follows = follows & (segments[:, 1:] == segments[:, :-1])
-        return torch.nn.functional.pad(follows, (1, 0), value=self.next_entropy is not None)
+        return torch.nn.functional.pad(follows, (1, 0), value=self.last_entropy is not None)
+
+
+def _mean_of_rows(
+    distance: Float[Tensor, "batch head token"], rows: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch head"]:
+    """Return the mean distance of the marked rows; NaN if there is none."""
+    total = distance.masked_fill(~rows[:, None], 0.0).sum(-1)
+    count = rows.sum(-1, keepdim=True).to(total.dtype)
+    return total / count.masked_fill(count == 0, torch.nan)
+
+
+def _mean_by_sequence(
+    distance: Float[Tensor, "batch head token"],
+    rows: Bool[Tensor, "batch token"],
+    segments: Int[Tensor, "batch token"],
+) -> Float[Tensor, "batch head sequence"]:
+    """Return the mean distance of the marked rows of each sequence that has some; NaN where there is none."""
+    numbers = [ids[marked].unique() for ids, marked in zip(segments.to(rows.device), rows, strict=True)]
+    count = max(1, *(len(each) for each in numbers))
+    means = []
+    for place in range(count):
+        number = torch.stack(
+            [each[place] if place < len(each) else -rows.new_ones((), dtype=torch.long) for each in numbers]
+        )
+        means.append(_mean_of_rows(distance, rows & (segments.to(rows.device) == number[:, None])))
+    return torch.stack(means, dim=-1)
 
 
 def _pad_heads(values: Tensor, heads: int) -> Tensor:

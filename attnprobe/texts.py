@@ -63,7 +63,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
             settled = stop
         if settled:
             context, waiting = waiting[:settled], waiting[settled:]
-    return tuple(_with_markers(tokenizer, ids, texts))
+    return tuple(with_markers(ids, texts, _placeholders(tokenizer)))
 
 
 def _parts(
@@ -88,9 +88,14 @@ def _parts(
     return parts
 
 
-def _with_markers(tokenizer: Any, ids: Sequence[int], texts: list[str]) -> list[str]:
-    """Replace each run of a placeholder token by one marker."""
-    media = _placeholders(tokenizer)
+def with_markers(ids: Sequence[int], texts: Sequence[str], media: Mapping[int, str]) -> list[str]:
+    """Return texts in which each run of a placeholder token is one marker, `<image>`.
+
+    Placeholders are the ids in `media`, with what they stand for, and those whose text says so.
+
+    >>> with_markers([7, 7, 7, 5], ["<|image_pad|>"] * 3 + ["a"], {})
+    ['<image>', '', '', 'a']
+    """
     shown: list[str] = []
     for token, run in itertools.groupby(ids):
         count = len(list(run))

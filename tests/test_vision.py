@@ -13,6 +13,7 @@ from transformers import BatchFeature
 import attnprobe
 from attnprobe import TokenBatch, metrics
 from attnprobe.errors import BatchError, ParameterError, UnsupportedModelError
+from attnprobe.report.response import read_response
 from attnprobe.testing.tiny_vision import (
     IMAGE_TOKEN,
     MUTUAL_FAMILIES,
@@ -118,6 +119,35 @@ def test_generating_after_an_image(family: str) -> None:
         torch.testing.assert_close(
             getattr(grown, name), getattr(whole, name), rtol=1e-3, atol=1e-3, equal_nan=True
         )
+
+
+def test_a_report_shows_an_image_once() -> None:
+    """With a tokenizer as a marker, without one as an id with its count, and never token by token."""
+
+    class Named:
+        def decode(self, ids: list[int], **options: Any) -> str:
+            return "".join("<|image_pad|>" if token == IMAGE_TOKEN else f" w{token}" for token in ids)
+
+    inputs = image_inputs("llava")
+    inputs["input_ids"][:, 12:22] = IMAGE_TOKEN
+    inputs["pixel_values"] = inputs["pixel_values"][:1].expand(7, -1, -1, -1)
+    model = tiny_vision_model("llava")
+    for named in (True, False):
+        batch = TokenBatch.of(inputs, tokenizer=Named() if named else None)
+        assert batch.model_inputs is not None
+        statistics = attnprobe.measure(model, batch, horizon=(1, 8))
+        heads = attnprobe.classify_heads(statistics)
+        scores = attnprobe.score_tokens(statistics, heads)
+        rhythm = attnprobe.find_rhythm(scores)
+        tokens = read_response(batch, scores, rhythm, 0)
+        page = attnprobe.Report(batch, statistics, heads, scores, rhythm).html()
+        texts = [token.text for token in tokens]
+        if named:
+            assert texts[5:9] == texts[12:16] == ["<image>", "", "", ""]
+            assert "image_pad" not in page
+        else:
+            assert texts[12:22] == [f"{IMAGE_TOKEN}\u00d710 ", *[""] * 9]
+            assert texts[22] == f"{int(inputs['input_ids'][0, 22])} "
 
 
 # ---- what is refused ------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -49,12 +49,29 @@ Layers = Literal["all", "middle"] | IntLike | ArrayLike | AbstractSet[int]
 """A choice of layers; `resolve_layers` understands it."""
 
 
+@dataclass(frozen=True)
+class GrowingCache:
+    """The KV cache of a pass, to which later passes may add, and from which columns may be taken again.
+
+    Attributes:
+        drafted: how many tokens at the end of the pass may be guesses, as in assisted decoding, which are
+            taken from the cache again if the model would not have written them.
+        length: returns how many columns the cache holds now.
+    """
+
+    drafted: int
+    length: Callable[[], int]
+
+
 @runtime_checkable
 class Observer(Protocol):
     """What an adapter shows the forward passes of a model."""
 
-    def begin(self, batch: TokenBatch, cached: int) -> None:
-        """Prepare for a forward pass over these tokens, which follow `cached` columns of cached keys."""
+    def begin(self, batch: TokenBatch, cached: int, cache: GrowingCache | None = None) -> None:
+        """Prepare for a forward pass over these tokens, which follow `cached` columns of cached keys.
+
+        `cache` is where the keys of this pass will be, if they are kept.
+        """
 
     def skip(self, site: str) -> None:
         """Expect nothing at a site in the pass that has just begun: it cannot be shown."""

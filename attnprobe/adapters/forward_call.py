@@ -18,8 +18,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from attnprobe.adapters.base import GrowingCache
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, UnsupportedModelError
+
+# What guesses add to the statistics is remembered row by row: more than these are not taken for guesses.
+_MOST_DRAFTED = 64
 
 TAKES_PAIRS = ("eager", "sdpa", "flex_attention")
 """The attention implementations whose mask says for each pair whether it is seen; None means causal.
@@ -105,6 +109,22 @@ def tokens_of(given: dict[str, Any], implementation: str) -> tuple[TokenBatch, C
     cached = 0 if cache is None else int(cache.get_seq_length())
     columns = Columns(cached, ids.shape[1], cache is not None, segments)
     return TokenBatch(ids, real, real, segments), columns
+
+
+def cache_of(given: dict[str, Any], columns: Columns) -> GrowingCache | None:
+    """Return the cache that a forward call's keys are put into; None without one.
+
+    Assisted decoding asks for the logits of its guesses, and of the token before them.
+    """
+    cache = given.get("past_key_values")
+    if cache is None:
+        return None
+    kept = given.get("logits_to_keep")
+    if not isinstance(kept, int) or kept == 0:
+        # All logits: any token after the first may be a guess, but a whole prompt is none.
+        kept = columns.count if columns.cached else 1
+    drafted = min(kept, columns.count, _MOST_DRAFTED) - 1
+    return GrowingCache(drafted, lambda: int(cache.get_seq_length()))
 
 
 def _segments(

@@ -27,7 +27,7 @@ from attnprobe.adapters.attention_call import (
     reads_calls,
 )
 from attnprobe.adapters.base import Observer
-from attnprobe.adapters.forward_call import Columns, arguments_of, tokens_of
+from attnprobe.adapters.forward_call import Columns, arguments_of, cache_of, tokens_of
 from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.adapters.multimodal import media_tokens, why_not_causal
 from attnprobe.adapters.output_check import OutputCheck
@@ -161,6 +161,7 @@ class Reading(ForwardWatch):
         self._output_check = OutputCheck()
         self._last_layer: int | None = None
         self._ends_early = False
+        self._refusal: UnsupportedModelError | None = None
 
     @contextmanager
     def attached(self, layers: Sequence[int], maps_by_hook: bool) -> Iterator[None]:
@@ -187,6 +188,9 @@ class Reading(ForwardWatch):
                     stack.enter_context(before_forward(layer.block, self._input_hook(number)))
             stack.enter_context(self.installed())
             yield
+        if self._refusal is not None and self._thread != threading.get_ident():
+            # Whoever runs the model in a thread of its own (generate_batch) may only have logged it.
+            raise self._refusal
 
     @contextmanager
     def ending_early(self) -> Iterator[None]:
@@ -212,7 +216,7 @@ class Reading(ForwardWatch):
         self._computes_loss = given.get("labels") is not None
         self._batch = batch
         self._layers_read = set()
-        self._observer.begin(batch, self.columns.cached)
+        self._observer.begin(batch, self.columns.cached, cache_of(given, self.columns))
         if "logits" in self._sites and not self._logits_are_last:
             self._observer.skip("logits")
         if self._maps_by_hook:
@@ -278,6 +282,9 @@ class Reading(ForwardWatch):
             config = self._model.config
             if not media_tokens(config).keys().isdisjoint(self._batch.input_ids.flatten().tolist()):
                 raise UnsupportedModelError(why_not_causal(config, self._name)) from error
+            raise
+        except UnsupportedModelError as error:
+            self._refusal = error
             raise
 
     def read_pattern(self, layer: int, pattern: Tensor) -> None:
