@@ -113,31 +113,44 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """Return the part of a model that reads text."""
     known: Any = model
     decoder = known.get_decoder() if hasattr(known, "get_decoder") else None
-    root: nn.Module = look_through(decoder if decoder is not None else known.base_model)
+    # What is called a decoder may also be the head, which has no layers (ModernBERT's).
+    has_layers = decoder is not None and any(isinstance(part, nn.ModuleList) for part in decoder.modules())
+    root: nn.Module = look_through(decoder if has_layers else known.base_model)
     return root
 
 
 def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[int, str]:
     """Return the names of the outermost wanted modules of the text decoder, by their layer's number."""
     root = decoder_of(model)
-    found: dict[int, str] = {}
+    named: list[tuple[str, int, int]] = []
     inside: list[str] = []
     for name, module in root.named_modules():
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        parts = name.split(".")
+        depth = next((place for place, part in enumerate(parts) if part.isdigit()), None)
         nested = any(name.startswith(outer + ".") for outer in inside)
-        if not numbers or nested or not wanted(module):
-            continue
-        if getattr(module, "is_cross_attention", False):
+        if depth is None or nested or not wanted(module) or _is_cross_attention(module):
             continue
         inside.append(name)
-        if numbers[0] in found:
-            first = root.get_submodule(found[numbers[0]])
+        named.append((name, depth, int(parts[depth])))
+    # Towers for images and sound lie deeper inside, and number their layers too.
+    nearest = min((depth for _, depth, _ in named), default=0)
+    found: dict[int, str] = {}
+    for name, depth, number in named:
+        if depth > nearest:
+            continue
+        if number in found:
+            first, second = (type(root.get_submodule(other)).__name__ for other in (found[number], name))
             raise UnsupportedModelError(
-                f"layer {numbers[0]} of {type(model).__name__} has more than one attention module "
-                f"({type(first).__name__}, {type(module).__name__}): it is not known which one to read"
+                f"layer {number} of {type(model).__name__} has more than one attention module ({first}, "
+                f"{second}): it is not known which one to read"
             )
-        found[numbers[0]] = name
+        found[number] = name
     return found
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    """Whether a module attends to something else than the text: an encoder's output, or images."""
+    return bool(getattr(module, "is_cross_attention", False)) or "CrossAttention" in type(module).__name__
 
 
 def _layer(root: nn.Module, attention_name: str, number: int) -> Layer:

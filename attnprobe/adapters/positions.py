@@ -3,9 +3,10 @@ neighbours.
 
 Most models rotate query and key by frequencies that are known beforehand, for any number of tokens. Others
 look positions up in a table, which ends. And a few look at the whole batch: LongRoPE and dynamic NTK
-choose their frequencies by the longest row, and Doge's sparse attention chooses its keys among all
-columns, padding included. The transformers adapter asks; `measure` runs together only sequences that do
-not disturb each other. What is left to others: the forward passes (transformers).
+choose their frequencies by the longest row, Doge's sparse attention chooses its keys among all columns,
+padding included, and which of several equal keys an indexer chooses depends on the number of columns. The
+transformers adapter asks; `measure` runs together only sequences that do not disturb each other. What is
+left to others: the forward passes (transformers).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 _FREQUENCIES = "inv_freq"
 _ORIGINAL = "original_inv_freq"
+_BUDGETS = ("keep_window_size", "index_topk")
+"""Settings that say how many keys a query of sparse attention chooses, where that depends on the batch."""
 
 
 def context_length(decoder: nn.Module, config: Any) -> int | None:
@@ -26,10 +29,22 @@ def context_length(decoder: nn.Module, config: Any) -> int | None:
     A limit is one of a table of positions, which may be learned or computed when the model is made. Rotary
     positions have none: `max_position_embeddings` says what a model was trained for.
     """
-    limits = [_table_size(module) for module in decoder.modules()]
+    limits = [_table_size(module) for module in _without_towers(decoder)]
     # MPT makes its linear biases for that many keys.
     limits.append(getattr(config, "max_seq_len", None))
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def _without_towers(decoder: nn.Module) -> Iterator[nn.Module]:
+    """Return a decoder's modules, without those of other models inside it, such as one for images."""
+    kind = type(getattr(decoder, "config", None))
+    towers = {
+        id(part)
+        for module in decoder.modules()
+        if hasattr(module, "get_input_embeddings") and type(getattr(module, "config", None)) is not kind
+        for part in module.modules()
+    }
+    return (module for module in decoder.modules() if id(module) not in towers)
 
 
 def _table_size(module: nn.Module) -> int | None:
@@ -58,9 +73,10 @@ class Regimes:
                 self._by_range.add(int(rope["original_max_position_embeddings"]))
             elif "dynamic" in str(rope.get("rope_type")):
                 self._by_length.add(int(config.max_position_embeddings))
-        kept = getattr(config, "keep_window_size", None)
-        if isinstance(kept, int):
-            self._by_length.add(kept)
+        for name in _BUDGETS:
+            kept = getattr(config, name, None)
+            if isinstance(kept, int):
+                self._by_length.add(kept)
         self._rotary = [
             module
             for module in decoder.modules()

@@ -292,6 +292,14 @@ class Reading(ForwardWatch):
         if not self.is_running:
             return
         assert self._batch is not None
+        examples, tokens = self._batch.input_ids.shape
+        rows, keys = pattern.shape[2:]
+        if pattern.shape[0] != examples or rows > tokens or rows > keys:
+            raise UnsupportedModelError(
+                f"layer {layer} of {self._name} computes maps {list(pattern.shape)} for {examples} x "
+                f"{tokens} tokens; [batch, head, query, key] was expected, so it is not known which tokens "
+                "they are about"
+            )
         real = self._batch.attention_mask[:, None, :, None].to(pattern.device)
         # Eager masks spread the rows of padding queries, which may see nothing, over all keys.
         with torch.no_grad(), _without_autocast(pattern.device):

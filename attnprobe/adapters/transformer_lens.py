@@ -173,6 +173,12 @@ class _Handover:
                     "the attention modules"
                 )
 
+            if not hasattr(self._outer, "hook_pattern"):
+                raise UnsupportedModelError(
+                    f"layer {self._number} of this bridge has no hook_pattern: its {type(self._inner).__name__} "
+                    "computes no map that TransformerLens shows"
+                )
+
             # Registered last, so that the pattern is seen as the user's hooks left it.
             def read(module: nn.Module, args: tuple[Any, ...], pattern: Tensor) -> None:
                 if not calls:

@@ -90,8 +90,7 @@ class TransformersAdapter(Adapter):
         self.layers = tuple(self._architecture.layers)
         depth = int(getattr(text_config, "num_hidden_layers", 0) or len(self.layers))
         self.skipped_layers = tuple(i for i in range(depth) if i not in self._architecture.layers)
-        heads = getattr(text_config, "num_attention_heads", None)
-        self.head_count = heads if isinstance(heads, int) else None
+        self.head_count = _head_count(text_config)
         embedding = model.get_input_embeddings()
         self.vocabulary_size = int(getattr(embedding, "num_embeddings", text_config.vocab_size))
         self.media_tokens = media_tokens(config)
@@ -181,7 +180,8 @@ class TransformersAdapter(Adapter):
         if batch.model_inputs is not None:
             arguments |= pass_arguments(batch, self.model, self.full_name)
         elif "position_ids" in accepted:
-            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
+            # For each row, since some families index them by row (Qwen4-Exp).
+            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         keeps = "logits_to_keep" in accepted
         if keeps:
             # A tensor even for the last position: given a number, some families (Gemma 4) leave the other
@@ -222,6 +222,16 @@ class TransformersAdapter(Adapter):
                 stack.enter_context(suppresses_calls(module, partial(suppressing.removed_pairs, layer)))
             stack.enter_context(suppressing.installed())
             yield
+
+
+def _head_count(config: Any) -> int | None:
+    """Return how many heads a layer has; None if layers differ."""
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+    except RuntimeError:
+        # Configs with settings for each layer (Dots3-Note) refuse to give one for all.
+        return None
+    return heads if isinstance(heads, int) else None
 
 
 def _activation_width(config: Any) -> int:

@@ -145,6 +145,17 @@ def uncompiled() -> Iterator[None]:
                 _stance = None
 
 
+@contextmanager
+def compiled_again() -> Iterator[None]:
+    """Let compiled code run as compiled code, even inside `uncompiled`, while the context is open.
+
+    FlexAttention compiles itself: as plain Python it would store maps, and its output would change in its last
+    bits.
+    """
+    with torch.compiler.set_stance("default"):
+        yield
+
+
 # ---- what to say about everything else --------------------------------------------------------
 
 
