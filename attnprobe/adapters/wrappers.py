@@ -149,8 +149,8 @@ def uncompiled() -> Iterator[None]:
 def compiled_again() -> Iterator[None]:
     """Let compiled code run as compiled code, even inside `uncompiled`, while the context is open.
 
-    FlexAttention compiles itself: as plain Python it would store maps, and its output would change in its last
-    bits.
+    FlexAttention compiles itself: as plain Python it would store maps, and the last bits of its output would
+    change.
     """
     with torch.compiler.set_stance("default"):
         yield
