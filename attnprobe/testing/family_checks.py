@@ -23,9 +23,10 @@ from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError
-from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
+from attnprobe.head_statistics import HeadStatistics
 from attnprobe.measurement import measure
 from attnprobe.probe import Probe, attach
+from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.suppression import suppress_attention
 from attnprobe.testing.all_families import build_family
 from attnprobe.testing.backends import in_nnsight, in_transformer_lens, run_in_trace
