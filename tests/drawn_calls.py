@@ -66,7 +66,9 @@ class Drawn:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             own: Callable[..., Any] = sdpa_attention_forward
             if "eager" in self.kernel:
-                own = {"plain": plain_eager, "capped": capped_eager, "sink": sink_eager}[self.kernel.split()[0]]
+                own = {"plain": plain_eager, "capped": capped_eager, "sink": sink_eager}[
+                    self.kernel.split()[0]
+                ]
                 module.sinks = (
                     sinks if sinks is not None else torch.full((self.query.shape[1],), -1e4).to(self.query)
                 )
@@ -112,7 +114,11 @@ def draw(seed: int, longest: int = 512, **fixed: Any) -> Drawn:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    batch, key_heads, groups = choose("batch", 1, 1, 2, 3), choose("key_heads", 1, 2, 3), choose("groups", 1, 1, 3)
+    batch, key_heads, groups = (
+        choose("batch", 1, 1, 2, 3),
+        choose("key_heads", 1, 2, 3),
+        choose("groups", 1, 1, 3),
+    )
     size = choose("size", 8, 16, 64, 64, 80, 128, 256)
     tokens = fixed.get("tokens", int(math.exp(uniform(0.0, math.log(longest)))))
     dtype, kernel = choose("dtype", *DTYPES), choose("kernel", *KERNELS)
@@ -200,4 +206,7 @@ def tampered(drawn: Drawn) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "window 3 longer", {"seen": (distance >= 0) & (distance < window + 3) & real}
         yield "window 3 shorter", {"seen": drawn.seen & (distance < max(1, window - 3))}
     if not bool(real.all()):
-        yield "padding visible", {"seen": (distance >= 0) & (distance < (window or len(position))) & ~real | drawn.seen}
+        yield (
+            "padding visible",
+            {"seen": (distance >= 0) & (distance < (window or len(position))) & ~real | drawn.seen},
+        )
