@@ -1,4 +1,4 @@
-"""Attention calls with drawn inputs, made by the kernels of torch and transformers, and ways to falsify them."""
+"""Attention calls with drawn inputs, answered by kernels of torch and transformers; ways to falsify them."""
 
 from __future__ import annotations
 
@@ -173,8 +173,9 @@ def draw(seed: int, longest: int = 512, **fixed: Any) -> Drawn:
             seen = seen & (position < lengths[:, None])[:, None, None]
     autocast = bool(choose("autocast", False, False, False, True)) and dtype == torch.float32
     description = (
-        f"seed {seed}: {kernel}, {str(dtype)[6:]}, query {list(query.shape)}, {key_heads} key heads, keys {keys}, "
-        f"values {values}, |score| to {largest:.3g}, scaling {scaling:.3g}, mask {form}, autocast {autocast}"
+        f"seed {seed}: {kernel}, {str(dtype)[6:]}, query {list(query.shape)}, {key_heads} key heads, "
+        f"keys {keys}, values {values}, |score| to {largest:.3g}, scaling {scaling:.3g}, mask {form}, "
+        f"autocast {autocast}"
     )
     return Drawn(
         kernel, groups, (query * factor).to(dtype), (key * factor).to(dtype), value.to(dtype), seen, options,

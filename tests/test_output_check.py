@@ -221,8 +221,8 @@ def test_the_error_says_where_how_far_and_how_it_was_called() -> None:
     drawn = draw(0, kernel="math", form="none", dtype=torch.float32, **ORDINARY)
     with pytest.raises(
         IncompleteRunError,
-        match=r"layer 3 of m does something .* differs by [\d.e-]+ from .* rounding to float32 explains [\d.e-]+ "
-        r"\(at batch \d, head \d, query \d+\)\. Options of the call: \['scaling'\]",
+        match=r"layer 3 of m does something .* differs by [\d.e-]+ from .* rounding to float32 explains "
+        r"[\d.e-]+ \(at batch \d, head \d, query \d+\)\. Options of the call: \['scaling'\]",
     ):
         check_against_output(*drawn.call(scaling=1.0), "layer 3 of m")
 
