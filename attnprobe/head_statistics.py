@@ -25,7 +25,7 @@ from attnprobe import metrics, reductions
 from attnprobe.adapters.base import GrowingCache, Value
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch, token_columns
-from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.errors import AttnprobeError, ParameterError, PatternError, ResultError
 from attnprobe.metrics import HorizonLike
 from attnprobe.probe import Probe
 from attnprobe.provenance import ranges
@@ -40,6 +40,9 @@ else:
     StatisticsLike = Any
 
 ReceiverLevel = Literal["token", "sentence"]
+
+# Of guesses in assisted decoding, which are usually fewer than twenty: each takes memory of its own.
+_MOST_REMEMBERED = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -237,9 +240,9 @@ class HeadStatisticsProbe(Probe):
     A pass with a KV cache continues the sequences of the pass before, so that `generate` gives one result
     for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of a single pass
     over the whole sequence. The last generated token is never run through the model, and has no row. Nor have
-    prompt tokens in layers that the model does not run for them (the last ones of Gemma 4 in `generate`):
-    what depends on such a row of the response is NaN. Guesses of assisted decoding that were taken from the cache
-    again have no row either.
+    guesses of assisted decoding that were taken from the cache again, and prompt tokens in layers that the
+    model does not run for them (the last ones of Gemma 4 in `generate`): what depends on such a row of the
+    response is NaN.
 
     Args:
         window: WAAD's window, in tokens.
@@ -310,7 +313,7 @@ class HeadStatisticsProbe(Probe):
             self.horizon,
             far,
             span=self.span,
-            drafted=0 if self._cache is None else min(self._cache.drafted, value.query_count - 1),
+            drafted=0 if self._cache is None else min(self._cache.drafted, _MOST_REMEMBERED),
         )
 
     def end(self, batch: TokenBatch) -> None:
@@ -330,6 +333,7 @@ class HeadStatisticsProbe(Probe):
 
         Raises:
             ResultError: no complete pass was observed.
+            PatternError: more guesses were taken from the KV cache than are remembered.
         """
         parts = [*self._finished, *self._current()]
         if not parts:
@@ -411,6 +415,13 @@ class _Sequence:
         # Anything else is a cache that was emptied to be used again, or that others have added to.
         if not 0 < count <= self.cache.drafted:
             return self
+        remembered = min(sums.remembered for sums in self.layers.values())
+        if count > remembered:
+            raise PatternError(
+                f"{count} tokens were taken from the KV cache again, but what they added is remembered for "
+                f"the last {remembered} only: let assisted decoding make fewer guesses at a time, or measure "
+                "the finished sequence"
+            )
         ids, segments, entropy, last = self.input_ids, self.segment_ids, self.entropy, self.last_entropy
         return _Sequence(
             {layer: sums.without_last(count) for layer, sums in self.layers.items()},

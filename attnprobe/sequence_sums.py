@@ -60,6 +60,11 @@ class LayerSums:
         )
 
     @property
+    def remembered(self) -> int:
+        """How many of the last rows can be taken back."""
+        return 0 if self.drafts is None else self.drafts.received.rows.shape[2]
+
+    @property
     def column_count(self) -> int:
         """How many columns the sequence has so far."""
         return self.waad.shape[-1]
@@ -131,6 +136,7 @@ def add_rows(
     lacking = response_mask[:, :missing]
     # One band serves both WAAD and FAI.
     near = reductions.near_band(attention, window, horizon)
+    drafted = min(drafted, attention.query_count)
     lasting = mask.clone()
     lasting[:, mask.shape[1] - drafted :] = False
     guesses = None
@@ -144,36 +150,43 @@ def add_rows(
         if distance is not None:
             distance = torch.nn.functional.pad(distance, (missing, 0), value=torch.nan)
 
-    # Response rows that were not computed, by column.
-    absent = torch.nn.functional.pad(lacking, (start, columns - start - missing))
-
-    def placed(received: Tensor, earlier: Tensor | None, within: Horizon) -> tuple[Tensor, _Addends | None]:
-        """Add what this pass's keys received to what the columns had received before."""
+    def placed(
+        received: Tensor, earlier: Tensor | None, within: Horizon, unknown: Tensor | None
+    ) -> tuple[Tensor, _Addends | None]:
+        """Add what this pass's keys received to what the columns had received before; NaN where unknown."""
         total = received.new_zeros(*received.shape[:2], columns)
         if earlier is not None:
             total[..., : earlier.shape[-1]] = earlier
         total[..., attention.key_start :] += received
-        if missing:
-            unknown = reductions.rows_in_horizon(absent, *within, None) > 0
+        if unknown is not None:
             total = total.masked_fill(unknown.to(total.device)[:, None], torch.nan)
         if guesses is None:
             return total, None
         drafts = _Addends(total, *_within(guesses, attention, within))
         return drafts.total(columns), drafts
 
+    unknown, unknown_far = None, None
+    if missing:
+        # Response rows that were not computed, by column.
+        absent = torch.nn.functional.pad(lacking, (start, columns - start - missing))
+        unknown = reductions.rows_in_horizon(absent, *horizon, None) > 0
+        # Kurtosis leaves NaN out, but is not known unless all tokens are.
+        unknown_far = absent.any(-1, keepdim=True)
     received, drafts = placed(
         reductions.received_by_key(attention, lasting, horizon, near),
         None if before is None else before.received,
         horizon,
+        unknown,
     )
     received_far, drafts_far = None, None
-    if far_horizon == horizon:
+    if far_horizon == horizon and not missing:
         received_far, drafts_far = received, drafts
     elif far_horizon is not None:
         received_far, drafts_far = placed(
             reductions.received_by_key(attention, lasting, far_horizon),
             None if before is None else before.received_far,
             far_horizon,
+            unknown_far,
         )
     fingerprint = attention.key_fingerprint()
     if before is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -73,6 +74,29 @@ def test_guesses_at_the_very_end_are_taken_back() -> None:
         past.crop(-1)
     assert_equal_to_one_pass(model, inside, ids[:, :15], mask[:, :14], 0)
     assert_equal_to_one_pass(model, probe.result(), ids[:, :14], mask[:, :13], 0)
+
+
+def test_many_guesses_are_remembered_in_part() -> None:
+    """Rows are kept for a limited number of them; if more are rejected, no number is wrong."""
+    model = tiny_model("llama")
+    ids, mask = prompt(rows=1, count=90)
+    for rejected in (60, 70):
+        probe = probe_of()
+        past = transformers.DynamicCache(config=model.config)
+        with attnprobe.attach(model, probe, response_mask=mask[:, :10]), torch.no_grad():
+            model(ids, past_key_values=past, logits_to_keep=81)
+        past.crop(-rejected)
+        if rejected == 60:
+            left = ids[:, : 90 - rejected + 1]
+            found = dataclasses.replace(probe.result(), entropy=None)
+            batch = attnprobe.TokenBatch.from_ids(left[:, :-1])
+            whole = attnprobe.measure(model, batch, window=4, horizon=(2, 6), receiver=True, entropy=False)
+            for name in ("span", "waad", "fai", "receiver_kurtosis"):
+                torch.testing.assert_close(
+                    getattr(found, name), getattr(whole, name), equal_nan=True, rtol=1e-3, atol=1e-4
+                )
+        else:
+            refused(probe.result, "70 tokens", "last 64", error=PatternError)
 
 
 def test_several_generations_with_guesses() -> None:

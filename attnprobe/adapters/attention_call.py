@@ -31,6 +31,7 @@ from transformers import AttentionInterface
 
 from attnprobe.adapters.forward_call import TAKES_PAIRS, Columns
 from attnprobe.adapters.hooks import after_forward, before_forward
+from attnprobe.adapters.wrappers import compiled_again
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.kernels import FlashResult, listen
 from attnprobe.attention.masks import CausalMask, split_mask
@@ -133,6 +134,8 @@ def _watched_look_up(
 ) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Look up an attention function, and return one that makes its call and shows it."""
     own = _look_up(functions, implementation, default)
+    if implementation == "flex_attention":
+        own = compiled_again()(own)
     return partial(_watched_call, own, implementation or "eager")
 
 

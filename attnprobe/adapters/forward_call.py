@@ -22,9 +22,6 @@ from attnprobe.adapters.base import GrowingCache
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, UnsupportedModelError
 
-# What guesses add to the statistics is remembered row by row: more than these are not taken for guesses.
-_MOST_DRAFTED = 64
-
 TAKES_PAIRS = ("eager", "sdpa", "flex_attention")
 """The attention implementations whose mask says for each pair whether it is seen; None means causal.
 
@@ -123,8 +120,7 @@ def cache_of(given: dict[str, Any], columns: Columns) -> GrowingCache | None:
     if not isinstance(kept, int) or kept == 0:
         # All logits: any token after the first may be a guess, but a whole prompt is none.
         kept = columns.count if columns.cached else 1
-    drafted = min(kept, columns.count, _MOST_DRAFTED) - 1
-    return GrowingCache(drafted, lambda: int(cache.get_seq_length()))
+    return GrowingCache(min(kept, columns.count) - 1, lambda: int(cache.get_seq_length()))
 
 
 def _segments(

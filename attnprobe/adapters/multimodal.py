@@ -82,7 +82,7 @@ def telling_mismatches(name: str) -> Iterator[None]:
         yield
     except AttnprobeError:
         raise
-    except (ValueError, IndexError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise BatchError(f"{name} cannot run these inputs: {error}") from error

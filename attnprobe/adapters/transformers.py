@@ -40,7 +40,13 @@ from attnprobe.adapters.multimodal import (
 )
 from attnprobe.adapters.positions import Regimes, context_length
 from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again, logits_of
-from attnprobe.adapters.wrappers import execution_device, look_through, transformers_model, uncompiled
+from attnprobe.adapters.wrappers import (
+    execution_device,
+    first_weight,
+    look_through,
+    transformers_model,
+    uncompiled,
+)
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
 
@@ -92,7 +98,7 @@ class TransformersAdapter(Adapter):
         self.context_length = context_length(decoder, text_config)
         self._regimes = Regimes(decoder, text_config)
         self.device = execution_device(embedding, model)
-        self.activation_bytes = _activation_width(text_config) * next(embedding.parameters()).element_size()
+        self.activation_bytes = _activation_width(text_config) * first_weight(embedding, model).element_size()
         self._innermost: Reading | None = None
 
     # ---- what other backends override ---------------------------------------------------------
