@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast fuzz lint types format bench bench-quick build clean
+.PHONY: help install demo test test-fast fuzz families lint types format bench bench-quick build clean
 
 help:  ## List what can be done
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ test-fast: install  ## Run the tests that need no real model
 
 fuzz: install  ## Try malformed inputs at every public entry point (a few minutes)
 	@$(BIN)/python -m tests.fuzz
+
+families: install  ## Try every causal family of transformers, and make docs/families.md (about ten minutes)
+	@$(BIN)/python -m attnprobe.testing.all_families --output docs/families.md
 
 lint: install  ## Check style and formatting
 	@echo "==> ruff"

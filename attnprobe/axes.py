@@ -16,7 +16,10 @@ from torch import Tensor
 from attnprobe.errors import ParameterError
 from attnprobe.validation import as_tensor, brief, whole_number
 
-PADDED_AXES = ("token", "query", "key")
+COLUMN_AXES = ("token", "query", "key")
+"""The axes that are columns of the batch."""
+
+PADDED_AXES = (*COLUMN_AXES, "sequence")
 """The axes along which examples differ in length: they are padded on the right when results are joined."""
 
 
@@ -41,9 +44,10 @@ def tensor_fields(kind: Any) -> tuple[TensorField, ...]:
 
 
 def setting_names(kind: Any) -> tuple[str, ...]:
-    """Return the names of a result's fields that are not tensors."""
-    tensors = {each.name for each in tensor_fields(kind)}
-    return tuple(each.name for each in dataclasses.fields(kind) if each.name not in tensors)
+    """Return the names of a result's fields that are not tensors, but for those that its class handles."""
+    handled = {each.name for each in tensor_fields(kind)}
+    handled |= {each.name for each in dataclasses.fields(kind) if each.metadata.get("handled_by_class")}
+    return tuple(each.name for each in dataclasses.fields(kind) if each.name not in handled)
 
 
 def setting_types(kind: Any) -> dict[str, Any]:

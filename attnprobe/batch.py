@@ -12,17 +12,21 @@ What is left to others: running a model (adapters) and the meaning of a response
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from attnprobe.axes import example_indices
 from attnprobe.errors import BatchError, ParameterError
-from attnprobe.ids import as_ids, as_lists, labelled, ragged_lengths, rectangle, response_starts
+from attnprobe.ids import as_ids, as_lists, of_mapping, ragged_lengths, rectangle, response_starts
 from attnprobe.layout import SequenceLayout, check_padding, check_sequences, packed_segments
+from attnprobe.model_inputs import as_model_inputs, equal_inputs, refuse_inputs, with_positions
 from attnprobe.results import Result, table_column
+from attnprobe.storage import PathLike
 from attnprobe.texts import as_texts, chat_prompt_ids, encoded, token_texts
 from attnprobe.validation import ArrayLike, as_mask, brief
 
@@ -44,6 +48,8 @@ class TokenBatch(Result):
         segment_ids: in packed examples, which sequence a token belongs to; -1 on padding.
             None if each example is one sequence.
         texts: the text of each token, for display; None if no tokenizer was given.
+        model_inputs: what the model is given besides, such as an image's `pixel_values`; None for text. Such
+            a batch is run as a whole, in this layout: it cannot be split, joined or saved.
 
     Raises:
         BatchError: ids that are negative or not whole numbers, or masks and texts that do not match them.
@@ -54,6 +60,7 @@ class TokenBatch(Result):
     response_mask: Bool[Tensor, "batch token"]
     segment_ids: Int[Tensor, "batch token"] | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
+    model_inputs: Mapping[str, Tensor] | None = field(default=None, metadata={"handled_by_class": True})
 
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
@@ -69,6 +76,11 @@ class TokenBatch(Result):
                 f"response_mask marks padding in example {int(outside.nonzero()[0, 0])}: it must lie in "
                 "attention_mask"
             )
+        if self.model_inputs is not None:
+            if self.segment_ids is not None:
+                raise BatchError(f"packed examples cannot be run with {', '.join(self.model_inputs)}")
+            inputs = as_model_inputs(self.model_inputs, tuple(self.input_ids.shape))
+            object.__setattr__(self, "model_inputs", inputs)
 
     @property
     def batch_size(self) -> int:
@@ -90,16 +102,80 @@ class TokenBatch(Result):
         columns["response"] = table_column(self.response_mask, place)
         return columns
 
+    # ---- what further inputs allow ------------------------------------------------------------
+
+    def select(self, examples: Any, *, trim: bool = False) -> TokenBatch:
+        """Return some of the examples, as `Result.select` does; of a batch with further inputs, only all.
+
+        Raises:
+            ParameterError: examples that do not exist, or a selection of none.
+            BatchError: some examples of a batch with further inputs.
+        """
+        if example_indices(examples, self.batch_size) != list(range(self.batch_size)):
+            refuse_inputs(self.model_inputs, "select examples of")
+        return super().select(examples, trim=trim)
+
+    def at_columns(self, columns: Any) -> TokenBatch:
+        """Return the batch with some of its columns, as `Result.at_columns` does.
+
+        Raises:
+            ParameterError: anything but a slice without step that chooses a column.
+            BatchError: a batch with further inputs.
+        """
+        if columns != slice(0, self.token_count):
+            refuse_inputs(self.model_inputs, "choose columns of")
+        return super().at_columns(columns)
+
+    @classmethod
+    def _check_joins(cls, parts: Sequence[Any]) -> None:
+        for part in parts if len(parts) > 1 else ():
+            refuse_inputs(part.model_inputs, "join")
+        super()._check_joins(parts)
+
+    def to(self, device: Any) -> TokenBatch:
+        """Return the batch with all its tensors on a device.
+
+        Raises:
+            ParameterError: something that is not a device.
+        """
+        moved = super().to(device)
+        if self.model_inputs is None:
+            return moved
+        place = moved.input_ids.device
+        return replace(moved, model_inputs={name: part.to(place) for name, part in self.model_inputs.items()})
+
+    def save(self, path: PathLike) -> Path:
+        """Save as one safetensors file, and return its path.
+
+        Raises:
+            ResultError: a path that cannot be written.
+            BatchError: a batch with further inputs.
+        """
+        refuse_inputs(self.model_inputs, "save")
+        return super().save(path)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether two batches hold the same tokens, masks and further inputs, on any device."""
+        return super().__eq__(other) and equal_inputs(self.model_inputs, getattr(other, "model_inputs", None))
+
+    __hash__ = Result.__hash__
+
+    def __repr__(self) -> str:
+        inputs = self.model_inputs or {}
+        lines = [f"  {n}: {str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for n, t in inputs.items()]
+        return "\n".join([super().__repr__(), *lines])
+
     # ---- building -----------------------------------------------------------------------------
 
     @staticmethod
-    def of(value: BatchLike) -> TokenBatch:
+    def of(value: BatchLike, *, tokenizer: Any = None) -> TokenBatch:
         """Return a batch from anything that describes one; every function that takes a batch calls this.
 
         A `TokenBatch` is returned as it is. A tokenizer's output, or a dictionary like it, has `input_ids`
         and may have `attention_mask`, `position_ids`, and `response_mask`, `labels` (-100 outside the
-        response), or a chat template's `assistant_masks`. A tensor, an array or lists are ids. Where
-        nothing says what is response, all of it is.
+        response), or a chat template's `assistant_masks`. If a processor has added images (`pixel_values`),
+        whatever else it holds is passed on to the model. A tensor, an array or lists are ids. Where nothing
+        says what is response, all of it is. A tokenizer, or a processor, provides the texts of the tokens.
 
         Raises:
             BatchError: anything else, such as a text, which needs a tokenizer.
@@ -108,14 +184,14 @@ class TokenBatch(Result):
         [[True, True], [True, False]]
         """
         if isinstance(value, TokenBatch):
-            return value
+            return value if tokenizer is None else replace(value, texts=_texts(tokenizer, value.input_ids))
         if isinstance(value, Mapping):
-            return _of_mapping(value)
+            return TokenBatch.from_ids(**of_mapping(value), tokenizer=tokenizer)
         if isinstance(value, str) or (
             isinstance(value, list | tuple) and value and isinstance(value[0], str)
         ):
             raise BatchError("a text needs a tokenizer: TokenBatch.from_text(tokenizer, prompts, responses)")
-        return TokenBatch.from_ids(value)
+        return TokenBatch.from_ids(value, tokenizer=tokenizer)
 
     @staticmethod
     def from_ids(
@@ -126,6 +202,7 @@ class TokenBatch(Result):
         response_start: Any = None,
         position_ids: ArrayLike | None = None,
         tokenizer: Any = None,
+        model_inputs: Mapping[str, Any] | None = None,
     ) -> TokenBatch:
         """Build a batch from token ids.
 
@@ -139,7 +216,8 @@ class TokenBatch(Result):
                 is response.
             position_ids: `[batch, token]`; needed for packed examples, in which several sequences follow one
                 another and positions restart with each. Each sequence is then measured on its own.
-            tokenizer: provides the texts of the tokens, for display.
+            tokenizer: provides the texts of the tokens, for display; a processor will do.
+            model_inputs: what a processor returned besides, such as `pixel_values`, by name.
 
         Tensors, numpy arrays and lists are accepted; masks hold 0 and 1.
 
@@ -169,7 +247,9 @@ class TokenBatch(Result):
         if attention_mask is not None:
             real = real & mask_of(attention_mask, "attention_mask")
         segments = None
-        if position_ids is not None:
+        if model_inputs is not None:
+            model_inputs = with_positions(model_inputs, position_ids, real)
+        elif position_ids is not None:
             positions = rectangle(as_lists(position_ids), "position_ids", lengths)
             segments = packed_segments(as_ids(positions, "position_ids"), real)
         check_padding(real)
@@ -189,10 +269,8 @@ class TokenBatch(Result):
             raise BatchError(
                 f"example {int(empty.nonzero()[0])} has an empty response: there is no token to describe"
             )
-        texts = None
-        if tokenizer is not None:
-            texts = tuple(token_texts(tokenizer, example) for example in ids.tolist())
-        return TokenBatch(ids, real, response, segments, texts)
+        texts = None if tokenizer is None else _texts(tokenizer, ids)
+        return TokenBatch(ids, real, response, segments, texts, model_inputs)
 
     @staticmethod
     def from_text(
@@ -285,8 +363,9 @@ class TokenBatch(Result):
         A packed example becomes one example for each of its sequences that has a response.
 
         Raises:
-            BatchError: an attention mask with holes, or no response at all.
+            BatchError: an attention mask with holes, no response at all, or a batch with further inputs.
         """
+        refuse_inputs(self.model_inputs, "rearrange")
         check_padding(self.attention_mask)
         spans: list[tuple[int, int, int]] = []
         for example in range(self.batch_size):
@@ -351,6 +430,10 @@ def check_unpacked(segment_ids: Tensor | None, action: str) -> None:
         )
 
 
+def _texts(tokenizer: Any, ids: Int[Tensor, "batch token"]) -> tuple[tuple[str, ...], ...]:
+    return tuple(token_texts(tokenizer, example) for example in ids.tolist())
+
+
 def _join(tokenizer: Any, heads: list[list[int]], tails: list[list[int]]) -> TokenBatch:
     """Join tokenized prompts and responses into a right-padded batch."""
     if len(heads) != len(tails):
@@ -364,32 +447,4 @@ def _join(tokenizer: Any, heads: list[list[int]], tails: list[list[int]]) -> Tok
         [head + tail for head, tail in zip(heads, tails, strict=True)],
         response_start=[len(head) for head in heads],
         tokenizer=tokenizer,
-    )
-
-
-def _of_mapping(value: Mapping[str, Any]) -> TokenBatch:
-    """Return the batch described by a tokenizer's output, or a dictionary like it."""
-    responses = ("response_mask", "assistant_masks", "labels")
-    known = {"input_ids", "attention_mask", "position_ids", *responses}
-    # What tokenizers add by default, and causal models do not need.
-    unused = {"token_type_ids", "special_tokens_mask", "offset_mapping", "length", "texts"}
-    if "input_ids" not in value:
-        raise BatchError(f"a batch needs input_ids; got a mapping with {sorted(map(str, value))}")
-    present = {str(name) for name, part in value.items() if part is not None}
-    if strange := sorted(present - known - unused):
-        raise BatchError(
-            f"a batch holds {', '.join(sorted(known))}, not {', '.join(strange)}: attention is measured over "
-            "text only"
-        )
-    given = [name for name in responses if value.get(name) is not None]
-    if len(given) > 1:
-        raise BatchError(f"{' and '.join(given)} each say what is response: pass only one of them")
-    response = value[given[0]] if given else None
-    if given == ["labels"]:
-        response = labelled(response)
-    return TokenBatch.from_ids(
-        value["input_ids"],
-        value.get("attention_mask"),
-        response_mask=response,
-        position_ids=value.get("position_ids"),
     )

@@ -1,10 +1,11 @@
-"""Token ids as users pass them in: tensors, arrays, lists of any lengths, labels, starts of responses.
+"""Token ids as users pass them in: mappings, tensors, arrays, ragged lists, labels, starts of responses.
 
 `TokenBatch.from_ids` and `TokenBatch.of` call these. What is left to others: masks (batch) and layout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,53 @@ from jaxtyping import Int
 from torch import Tensor
 
 from attnprobe.errors import BatchError
+from attnprobe.model_inputs import holds_media
 from attnprobe.validation import as_tensor, brief, is_array
+
+
+def of_mapping(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `TokenBatch.from_ids` in a tokenizer's or a processor's output, or the like.
+
+    Raises:
+        BatchError: no ids, several masks of the response, or something that is no part of a batch.
+    """
+    responses = ("response_mask", "assistant_masks", "labels")
+    known = {"input_ids", "attention_mask", "position_ids", *responses}
+    # What tokenizers add by default, and no model needs.
+    unused = {"special_tokens_mask", "offset_mapping", "length", "texts"}
+    if "input_ids" not in value:
+        raise BatchError(f"a batch needs input_ids; got a mapping with {sorted(map(str, value))}")
+    present = {str(name): part for name, part in value.items() if part is not None}
+    further = {name: part for name, part in present.items() if name not in known | unused}
+    inputs = further if holds_media(set(further)) else None
+    if inputs is None:
+        _check_text_only(further, known)
+    given = [name for name in responses if name in present]
+    if len(given) > 1:
+        raise BatchError(f"{' and '.join(given)} each say what is response: pass only one of them")
+    response = present[given[0]] if given else None
+    if given == ["labels"]:
+        response = labelled(response)
+    return {
+        "input_ids": value["input_ids"],
+        "attention_mask": present.get("attention_mask"),
+        "position_ids": present.get("position_ids"),
+        "response_mask": response,
+        "model_inputs": inputs,
+    }
+
+
+def _check_text_only(further: dict[str, Any], known: set[str]) -> None:
+    """Check what a batch without images holds besides its own parts: only types, all of them text."""
+    strange = sorted(further.keys() - {"token_type_ids", "mm_token_type_ids"})
+    if strange:
+        raise BatchError(f"a batch holds {', '.join(sorted(known))}, not {', '.join(strange)}")
+    types = further.get("mm_token_type_ids")
+    if types is not None and bool(as_ids(types, "mm_token_type_ids").any()):
+        raise BatchError(
+            "mm_token_type_ids mark tokens of an image, but there are no pixel_values: pass all that the "
+            "processor returned"
+        )
 
 
 def labelled(labels: Any) -> Any:

@@ -27,6 +27,13 @@ class SequenceLayout:
     length: Int[Tensor, " sequence"]
     shape: tuple[int, int]
 
+    @staticmethod
+    def unchanged(batch_size: int, token_count: int) -> SequenceLayout:
+        """Return the layout of examples that are run as they are, padding included."""
+        every = torch.arange(batch_size)
+        start, length = torch.zeros_like(every), torch.full_like(every, token_count)
+        return SequenceLayout(every, start, length, (batch_size, token_count))
+
     def tokens(
         self, values: Float[Tensor, "sequence *axes sequence_token"]
     ) -> Float[Tensor, "batch *axes token"]:
@@ -55,6 +62,17 @@ class SequenceLayout:
         total.index_add_(0, source, (values.nan_to_num() * spread))
         weight.index_add_(0, source, spread)
         return total / weight.masked_fill(weight == 0, torch.nan)
+
+    def by_sequence(
+        self, values: Float[Tensor, "sequence *axes"]
+    ) -> Float[Tensor, "batch *axes sequence_of_example"]:
+        """Return the values of each example's sequences, in order; NaN where an example has fewer."""
+        counts = torch.bincount(self.source, minlength=self.shape[0])
+        place = torch.arange(len(self.source)) - (counts.cumsum(0) - counts)[self.source]
+        shape = (self.shape[0], int(counts.max()), *values.shape[1:])
+        out = values.new_full(shape, torch.nan)
+        out[self.source.to(values.device), place.to(values.device)] = values
+        return out.movedim(1, -1)
 
 
 def packed_segments(

@@ -7,9 +7,10 @@ metrics) and how a model is read (adapters).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, get_args
 
 import torch
@@ -26,7 +27,7 @@ from attnprobe.errors import BatchError, ParameterError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe, ReceiverLevel
 from attnprobe.heads import GroupsLike, head_groups
-from attnprobe.layout import SequenceLayout
+from attnprobe.layout import SequenceLayout, check_padding
 from attnprobe.maps import GroupMaps
 from attnprobe.metrics import HorizonLike
 from attnprobe.probe import Probe, attach
@@ -59,7 +60,7 @@ def measure(
     Args:
         model: a model that an adapter knows, such as a transformers causal language model.
         batch: the tokens, in any layout: a `TokenBatch`, or anything that `TokenBatch.of` accepts, such as a
-            tokenizer's output. Results are aligned with it.
+            tokenizer's output, or a processor's with images. Results are aligned with it.
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
@@ -67,38 +68,41 @@ def measure(
         receiver: whether to compute receiver kurtosis too (one more pass over the attention): over
             tokens ("token" or True), or over sentences ("sentence"), for which the batch needs texts.
         entropy: whether to compute token entropy; without it, nothing after the last measured layer is run.
+            A model without next-token logits (a base model, a classifier) can only be read without it.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
-            Results do not depend on it.
+            Results do not depend on it. A batch with images is always run as a whole.
         memory_budget: roughly how many bytes the activations and logits of the sequences run together may
             take; at least one sequence is run at a time. Estimated from the model's widths; not a hard limit.
         progress: whether to show a progress bar.
 
     Raises:
-        BatchError: ids outside the vocabulary, sequences longer than the model's context, or
-            `receiver="sentence"` for a batch without texts.
+        BatchError: ids outside the vocabulary, sequences longer than the model's context, an image's tokens
+            without its pixels, or `receiver="sentence"` for a batch without texts.
         ParameterError: invalid layers, window, horizon or receiver.
-        UnsupportedModelError: a model whose attention cannot be read.
+        UnsupportedModelError: a model whose attention cannot be read, or entropy of a model without
+            next-token logits.
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
     """
     batch = TokenBatch.of(batch)
     memory_budget = whole_number(memory_budget, "memory_budget", minimum=1)
-    truth(entropy, "entropy")
+    adapter = adapter_for(model)
+    if truth(entropy, "entropy"):
+        adapter.check_next_token_logits("entropy", "pass entropy=False, or ")
     truth(progress, "progress")
     level = _receiver_level(receiver)
     probe = HeadStatisticsProbe(
         window=window, horizon=horizon, span=span, receiver=level == "token", entropy=False
     )
-    run = _Run.prepare(model, batch, layers, batch_size, memory_budget, entropy)
+    run = _Run.prepare(adapter, batch, layers, batch_size, memory_budget, entropy)
     sentences = sentence_ids(run.sequences) if level == "sentence" else None
     by_sentence = None if sentences is None else SentenceReceiverProbe(sentences)
     probes: list[Probe] = [probe] if by_sentence is None else [probe, by_sentence]
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
-        for number, part in enumerate(run.parts()):
+        for members, part in run.parts():
             if by_sentence is not None and sentences is not None:
-                of_part = slice(number * run.size, (number + 1) * run.size)
-                by_sentence.sentence_ids = sentences[of_part, : part.token_count]
+                by_sentence.sentence_ids = sentences[members, : part.token_count]
             with (
                 carries_positions() if span else nullcontext(),
                 attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask),
@@ -107,9 +111,10 @@ def measure(
                     entropies.append(_run_for_entropy(run.adapter, part, run.width))
                 else:
                     run.adapter.forward(part)
-    statistics = probe.result()
+    order = run.order()
+    statistics = probe.result().select(order)
     layout = run.layout
-    kurtosis = statistics.receiver_kurtosis if by_sentence is None else by_sentence.result()
+    kurtosis = statistics.receiver_kurtosis if by_sentence is None else by_sentence.result()[order]
     # An example may pack several responses: Eq. 7 is then a mean over all their tokens.
     weights = statistics.response_mask.sum(-1)
     return replace(
@@ -117,8 +122,13 @@ def measure(
         span=None if statistics.span is None else layout.examples(statistics.span, weights),
         waad=layout.tokens(statistics.waad),
         fai=layout.tokens(statistics.fai),
-        entropy=layout.tokens(torch.cat(entropies)) if entropies else None,
+        entropy=layout.tokens(torch.cat(entropies)[order]) if entropies else None,
         receiver_kurtosis=None if kurtosis is None else layout.examples(kurtosis, weights),
+        sequence_span=(
+            None
+            if statistics.span is None or batch.segment_ids is None
+            else layout.by_sequence(statistics.span)
+        ),
         receiver_level=level,
         response_mask=batch.response_mask.to(run.adapter.device),
         segment_ids=None if batch.segment_ids is None else batch.segment_ids.to(run.adapter.device),
@@ -181,15 +191,17 @@ def group_maps(
     )
     mapped = {str(group): groups[group] for group in ("local", "global")}
     layers = sorted({layer for selection in mapped.values() for layer in selection.layers})
-    run = _Run.prepare(adapter, batch.select(example), layers)
-    if run.sequences.batch_size > 1:
+    # With images, all examples are run together.
+    row = 0 if batch.model_inputs is None else example
+    run = _Run.prepare(adapter, batch.select(example) if batch.model_inputs is None else batch, layers)
+    if batch.segment_ids is not None and run.sequences.batch_size > 1:
         raise ParameterError(
             f"example {example} packs {run.sequences.batch_size} sequences, but maps need one sequence "
             "in each example: use batch.sequences()[0]"
         )
-    part = next(run.parts())
-    inside = part.response_mask[0].nonzero()[:, 0]
-    probe = _GroupMapProbe(mapped, inside)
+    _, part = next(run.parts())
+    inside = part.response_mask[row].nonzero()[:, 0]
+    probe = _GroupMapProbe(mapped, row, inside)
     with (
         run.progress(progress, "mapping") as ticking,
         attach(run.adapter, probe, ticking, layers=run.layers),
@@ -199,8 +211,8 @@ def group_maps(
     return GroupMaps(
         maps["local"],
         maps["global"],
-        columns=(inside + int(run.layout.start[0]))[None],
-        input_ids=part.input_ids[:, inside],
+        columns=(inside + int(run.layout.start[row]))[None],
+        input_ids=part.input_ids[row, inside][None],
         provenance=Provenance(
             model_name=adapter.model_name,
             layers=tuple(layers),
@@ -212,15 +224,16 @@ def group_maps(
 class _GroupMapProbe(Probe):
     """Sums the maps of each group's heads over the response."""
 
-    def __init__(self, groups: dict[str, HeadSelection], inside: Tensor) -> None:
+    def __init__(self, groups: dict[str, HeadSelection], example: int, inside: Tensor) -> None:
         self._groups = groups
+        self._example = example
         self._inside = inside
         self._total: dict[str, Tensor] = {}
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
         assert isinstance(value, Attention)
         assert layer is not None
-        rows = value.rows(self._inside)[0][..., self._inside]  # [head, query, key]
+        rows = value.rows(self._inside)[self._example][..., self._inside]  # [head, query, key]
         for name, selection in self._groups.items():
             of_layer = [(head, weight) for number, head, weight in selection.heads if number == layer]
             if not of_layer:
@@ -230,7 +243,9 @@ class _GroupMapProbe(Probe):
                 raise ParameterError(f"layer {layer} has heads 0..{len(rows) - 1}, got {list(heads)}")
             share = torch.tensor(weights, dtype=rows.dtype, device=rows.device)
             part = torch.einsum("h,hqk->qk", share, rows[list(heads)])
-            self._total[name] = part + self._total.get(name, 0.0)
+            total = self._total.get(name)
+            # Layers may lie on different devices.
+            self._total[name] = part if total is None else total + part.to(total.device)
 
     def maps(self) -> dict[str, Float[Tensor, "query key"]]:
         """Return the weighted mean of each group."""
@@ -242,13 +257,16 @@ class _GroupMapProbe(Probe):
 
 @dataclass(frozen=True)
 class _Run:
-    """A batch split into sequences and ready to run, a few at a time."""
+    """A batch split into sequences and ready to run, a few at a time.
+
+    `together` holds the numbers of the sequences that are run together.
+    """
 
     adapter: Adapter
     layers: tuple[int, ...]
     sequences: TokenBatch
     layout: SequenceLayout
-    size: int
+    together: list[list[int]]
 
     @staticmethod
     def prepare(
@@ -261,25 +279,41 @@ class _Run:
     ) -> _Run:
         adapter = adapter_for(model)
         chosen = resolve_layers(layers, adapter)
-        sequences, layout = batch.sequences()
-        check_fits(sequences, adapter)
         if batch_size is not None:
             batch_size = whole_number(batch_size, "batch_size", minimum=1)
+        if batch.model_inputs is not None:
+            check_fits(batch, adapter)
+            check_padding(batch.attention_mask)
+            if batch_size is not None and batch_size < batch.batch_size:
+                raise ParameterError(
+                    f"a batch with {', '.join(batch.model_inputs)} is run as a whole, not {batch_size} of "
+                    f"its {batch.batch_size} examples at a time: measure smaller batches instead"
+                )
+            layout = SequenceLayout.unchanged(batch.batch_size, batch.token_count)
+            return _Run(adapter, chosen, batch, layout, [list(range(batch.batch_size))])
+        sequences, layout = batch.sequences()
+        check_fits(sequences, adapter)
         size = batch_size or _sequences_within(memory_budget, sequences, adapter, entropy)
-        return _Run(adapter, chosen, sequences, layout, size)
+        return _Run(adapter, chosen, sequences, layout, _sequences_together(sequences, adapter, size))
 
     @property
     def width(self) -> int:
         return self.sequences.token_count
 
-    def parts(self) -> Iterator[TokenBatch]:
-        for begin in range(0, self.sequences.batch_size, self.size):
-            part = self.sequences.select(slice(begin, begin + self.size), trim=True)
-            yield part.to(self.adapter.device)
+    def parts(self) -> Iterator[tuple[list[int], TokenBatch]]:
+        """Return the sequences that are run together: their numbers, and their tokens."""
+        trim = self.sequences.model_inputs is None
+        for members in self.together:
+            yield members, self.sequences.select(members, trim=trim).to(self.adapter.device)
+
+    def order(self) -> list[int]:
+        """Return where each sequence is in the order in which they are run."""
+        place = {number: i for i, number in enumerate(chain.from_iterable(self.together))}
+        return [place[number] for number in range(len(place))]
 
     @contextmanager
     def progress(self, shown: bool, label: str) -> Iterator[Probe]:
-        total = len(self.layers) * -(-self.sequences.batch_size // self.size)
+        total = len(self.layers) * len(self.together)
         with progress_bar(label, total, shown=shown) as advance:
             yield _Ticking(advance)
 
@@ -303,13 +337,30 @@ def _sequences_within(budget: int, sequences: TokenBatch, adapter: Adapter, entr
     return sequences.batch_size if each == 0 else min(sequences.batch_size, max(1, budget // each))
 
 
+def _sequences_together(sequences: TokenBatch, adapter: Adapter, size: int) -> list[list[int]]:
+    """Return the numbers of the sequences that run together: at most `size`, all of one regime."""
+    by_regime: dict[Hashable, list[int]] = {}
+    for number, length in enumerate(sequences.attention_mask.sum(-1).tolist()):
+        by_regime.setdefault(adapter.regime(length), []).append(number)
+    return [
+        members[begin : begin + size]
+        for members in by_regime.values()
+        for begin in range(0, len(members), size)
+    ]
+
+
 def check_fits(sequences: TokenBatch, adapter: Adapter) -> None:
     """Check that a model can run these tokens.
 
     Raises:
-        BatchError: ids outside the vocabulary, or sequences longer than the model's context.
+        BatchError: ids outside the vocabulary, sequences longer than the model's context, or an image's
+            tokens without its pixels.
     """
-    largest = int(sequences.input_ids.max())
+    _check_media(sequences, adapter)
+    # Those of images may lie outside: the model puts something else in their place.
+    ids = sequences.input_ids
+    media = torch.tensor(list(adapter.media_tokens), dtype=ids.dtype, device=ids.device)
+    largest = int(ids.masked_fill(torch.isin(ids, media), 0).max())
     if largest >= adapter.vocabulary_size:
         raise BatchError(
             f"token id {largest} is outside the vocabulary of {adapter.model_name}, which has "
@@ -321,6 +372,22 @@ def check_fits(sequences: TokenBatch, adapter: Adapter) -> None:
             f"a sequence of {sequences.token_count} tokens is longer than the context of "
             f"{adapter.model_name}, {limit} tokens: shorten the prompt or response"
         )
+
+
+def _check_media(batch: TokenBatch, adapter: Adapter) -> None:
+    """Check that images whose tokens are in the text are there."""
+    given = batch.model_inputs or {}
+    for token, medium in adapter.media_tokens.items():
+        is_there = any(medium in name or (medium == "image" and "pixel" in name) for name in given)
+        if medium == "audio":
+            is_there = is_there or "input_features" in given
+        count = int((batch.input_ids == token).sum())
+        if count and not is_there:
+            raise BatchError(
+                f"the batch has {count} {medium} tokens ({token}), but holds no {medium}: pass all that the "
+                f"processor of {adapter.model_name} returned to measure, pixels included. The tokens alone "
+                "would be read as if they were text"
+            )
 
 
 def _run_for_entropy(adapter: Adapter, part: TokenBatch, width: int) -> Float[Tensor, "batch token"]:
@@ -335,6 +402,8 @@ def _run_for_entropy(adapter: Adapter, part: TokenBatch, width: int) -> Float[Te
         return entropy
     logits = adapter.forward(part, logits_at=before)
     assert logits is not None
-    entropy[:, before + 1] = metrics.distribution_entropy(logits)
-    inside = torch.nn.functional.pad(part.response_mask, (0, width - part.token_count))
+    entropy[:, before + 1] = metrics.distribution_entropy(logits).to(entropy.device)
+    # A first token was not sampled: what stands before it is padding, if anything.
+    follows = torch.nn.functional.pad(part.attention_mask[:, :-1], (1, 0))
+    inside = torch.nn.functional.pad(part.response_mask & follows, (0, width - part.token_count))
     return entropy.masked_fill(~inside, torch.nan)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from attnprobe.adapters import LAYER_SITES, SITES, Adapter, adapter_for
-from attnprobe.adapters.base import Layers, Value, resolve_layers
+from attnprobe.adapters.base import GrowingCache, Layers, Value, resolve_layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import IncompleteRunError, InterventionError, ParameterError, UnsupportedModelError
 from attnprobe.validation import ArrayLike, as_mask, brief
@@ -43,6 +43,13 @@ class Probe:
     """
 
     sites: frozenset[str] = frozenset({"attention"})
+    """The sites that the probe needs: it is an error if the model has no such site, or does not show it."""
+
+    optional_sites: frozenset[str] = frozenset()
+    """Further sites, which the probe looks at if they are there."""
+
+    def follow(self, cache: GrowingCache | None) -> None:
+        """Learn which KV cache the pass that is about to begin adds to; None without one."""
 
     def begin(self, batch: TokenBatch) -> None:
         """Prepare for a forward pass over these tokens, which is about to start."""
@@ -89,15 +96,15 @@ def attach(
         probes: one or more probes, in the order in which they are shown a site.
         layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
         response_mask: `[batch, token]`, True (or 1) for those tokens passed to the model that are response;
-            default: all that are not padding. With a KV cache, as in `generate`, give the mask of the first
-            pass; tokens after it count as response.
+            default: all that are not padding. In `generate`, give the prompt's mask; tokens after it count as
+            response. With a KV cache it may cover more than the first pass.
 
     Raises:
         ParameterError: no probe, something that is not a probe, an unknown site, a mask with other values,
             or layers that the model does not have.
         UnsupportedModelError: a model whose attention cannot be read, or a site whose usual meaning this
             family's modules cannot give.
-        IncompleteRunError: in a forward pass, some layer was not seen exactly once.
+        IncompleteRunError: in a forward pass, some layer was not seen exactly once, or no logits were seen.
         InterventionError: in a forward pass, a probe returned something that cannot replace a tensor.
 
     The model's own outputs change only where a probe replaces something, and however the block ends, the
@@ -115,8 +122,8 @@ def attach(
     >>> probe.heads
     8
     """
-    sites = _sites_of(probes)
-    unknown = sites - set(SITES)
+    sites, optional = _sites_of(probes, "sites"), _sites_of(probes, "optional_sites")
+    unknown = (sites | optional) - set(SITES)
     if unknown:
         raise ParameterError(f"unknown sites {sorted(unknown)}; the sites are {', '.join(SITES)}")
     adapter = adapter_for(model)
@@ -124,7 +131,8 @@ def attach(
         raise UnsupportedModelError(f"there is no site {site} here: {adapter.refused_sites[site]}")
     chosen = resolve_layers(layers, adapter)
     mask = None if response_mask is None else _response_mask(response_mask)
-    return WithBlock("attach", _attached(_Run(adapter, probes, chosen, sites, mask), sorted(sites)))
+    shown = sites | (optional - set(adapter.refused_sites))
+    return WithBlock("attach", _attached(_Run(adapter, probes, chosen, sites, mask), sorted(shown)))
 
 
 @contextmanager
@@ -133,8 +141,8 @@ def _attached(run: _Run, sites: Sequence[str]) -> Iterator[Attachment]:
         yield Attachment(run.adapter, run.layers)
 
 
-def _sites_of(probes: Sequence[Any]) -> set[str]:
-    """Return the sites that probes want, or raise an error that names what is not a probe."""
+def _sites_of(probes: Sequence[Any], attribute: str) -> set[str]:
+    """Return the sites that probes name in an attribute, or raise an error that names what is not a probe."""
     if not probes:
         raise ParameterError("attach needs at least one probe")
     for probe in probes:
@@ -154,12 +162,13 @@ def _sites_of(probes: Sequence[Any]) -> set[str]:
                 f"attach needs probes, instances of subclasses of attnprobe.Probe; got {brief(probe)}, a "
                 f"{type(probe).__name__}, which has no {(missing or ['sites'])[0]}"
             )
-        if isinstance(probe.sites, str) or not isinstance(probe.sites, Iterable):
+        sites: Any = getattr(probe, attribute, frozenset())
+        if isinstance(sites, str) or not isinstance(sites, Iterable):
             raise ParameterError(
-                f"the sites of {type(probe).__name__} must be a set of names, as in "
-                f"frozenset({{'attention'}}); got {brief(probe.sites)}"
+                f"the {attribute} of {type(probe).__name__} must be a set of names, as in "
+                f"frozenset({{'attention'}}); got {brief(sites)}"
             )
-    return {site for probe in probes for site in probe.sites}
+    return {site for probe in probes for site in getattr(probe, attribute, frozenset())}
 
 
 def _response_mask(given: ArrayLike) -> Tensor:
@@ -186,38 +195,78 @@ class _Run:
         self.layers = layers
         self._probes = probes
         self._sites = [site for site in LAYER_SITES if site in sites]
+        self._needs_logits = "logits" in sites
         self._response_mask = response_mask
+        self._repeats = 1
+        self._first_ids: Tensor | None = None
         self._seen: Counter[tuple[str, int | None]] = Counter()
+        self._skipped: set[str] = set()
         self._batch: TokenBatch | None = None
 
-    def begin(self, batch: TokenBatch, cached: int) -> None:
+    def begin(self, batch: TokenBatch, cached: int, cache: GrowingCache | None = None) -> None:
         if self._response_mask is not None:
-            marked = self._marked(batch, cached) & batch.attention_mask
+            marked = self._marked(batch, cached, cache) & batch.attention_mask
             batch = replace(batch, response_mask=marked)
         self._batch = batch
         self._seen.clear()
+        self._skipped.clear()
         for probe in self._probes:
+            # Probes need not be subclasses of Probe.
+            if hasattr(probe, "follow"):
+                probe.follow(cache)
             probe.begin(batch)
 
-    def _marked(self, batch: TokenBatch, cached: int) -> Tensor:
+    def _marked(self, batch: TokenBatch, cached: int, cache: GrowingCache | None) -> Tensor:
         """Return which tokens of a pass are response: those marked, and those after the mask."""
-        mask = self._response_mask
-        assert mask is not None
+        assert self._response_mask is not None
         examples, tokens = batch.input_ids.shape
-        if mask.shape[0] != examples or (cached == 0 and mask.shape[1] != tokens):
+        if cached == 0:
+            self._repeats = self._repeats_in(batch)
+        mask = self._response_mask.repeat_interleave(self._repeats, dim=0)
+        width = mask.shape[1]
+        # Assisted decoding runs the prompt with its first guesses. With a cache, a prompt may come in parts.
+        fits = width == tokens or (cache is not None and (width > tokens or width == tokens - cache.drafted))
+        fits = fits or cached > 0 or self._has_grown(batch, width)
+        if mask.shape[0] != examples or not fits:
             raise ParameterError(
-                f"response_mask is {list(mask.shape)}, but the model was given tokens "
+                f"response_mask is {list(self._response_mask.shape)}, but the model was given tokens "
                 f"{list(batch.input_ids.shape)}"
             )
+        if width == tokens and cached == 0:
+            self._first_ids = batch.input_ids
         mask = mask.to(batch.input_ids.device)[:, cached : cached + tokens]
         return torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=True)
+
+    def skip(self, site: str) -> None:
+        self._skipped.add(site)
+
+    def _repeats_in(self, batch: TokenBatch) -> int:
+        """Return how often each example of the mask is repeated, as for several continuations of a prompt."""
+        assert self._response_mask is not None
+        repeats, rest = divmod(batch.batch_size, self._response_mask.shape[0])
+        if rest or repeats < 2:
+            return 1
+        # Examples that differ are other examples than those that were marked.
+        for values in (batch.input_ids, batch.attention_mask):
+            if not torch.equal(values, values[::repeats].repeat_interleave(repeats, dim=0)):
+                return 1
+        return repeats
+
+    def _has_grown(self, batch: TokenBatch, width: int) -> bool:
+        """Whether a pass runs the first one's tokens again, and more, as generation without a cache does."""
+        first, ids = self._first_ids, batch.input_ids
+        return (
+            first is not None
+            and ids.shape[1] > width == first.shape[1]
+            and torch.equal(ids[:, :width].to(first.device), first)
+        )
 
     def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
         assert self._batch is not None
         self._seen[site, layer] += 1
         replaced: Tensor | None = None
         for probe in self._probes:
-            if site in probe.sites:
+            if site in probe.sites or site in getattr(probe, "optional_sites", ()):
                 given = probe.observe(site, layer, value, self._batch)
                 if given is not None:
                     _check_replacement(probe, site, value, given)
@@ -246,12 +295,20 @@ class _Run:
             at = "" if site == "attention" else f" at {site}"
             silent = [layer for layer in self.layers if self._seen[site, layer] == 0]
             repeated = [layer for layer in self.layers if self._seen[site, layer] > 1]
+            if silent and max(silent) == max(self.layers) and len(silent) < len(self.layers):
+                at += " (did the pass leave the model early, as with assistant_early_exit?)"
             problems += [f"layers {silent} were silent{at}"] if silent else []
             problems += [f"layers {repeated} were seen more than once{at}"] if repeated else []
         if problems:
             raise IncompleteRunError(
                 f"{' and '.join(problems)} in a forward pass of {self.adapter.full_name} through "
                 f"{self.adapter.backend}; each layer must be seen exactly once, so this pass was discarded"
+            )
+        if self._needs_logits and "logits" not in self._skipped and self._seen["logits", None] == 0:
+            raise IncompleteRunError(
+                f"a forward pass of {self.adapter.full_name} showed no logits, which a probe needs, and was "
+                "discarded: call the whole model, not its forward or the base model inside it, and without "
+                "options that leave logits out"
             )
 
 

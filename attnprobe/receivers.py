@@ -56,7 +56,8 @@ class SentenceReceiverProbe(Probe):
 
     def end(self, batch: TokenBatch) -> None:
         """Keep the result of a complete pass."""
-        layers = [self._layers[layer] for layer in sorted(self._layers)]
+        # Layers may lie on different devices.
+        layers = [self._layers[layer].to(batch.input_ids.device) for layer in sorted(self._layers)]
         heads = max(layer.shape[1] for layer in layers)
         # Layers may differ in their number of heads: NaN marks the heads that a layer does not have.
         padded = [

@@ -113,7 +113,7 @@ def influence_of(
     segment_ids: Int[Tensor, "batch token"] | None = None,
 ) -> Float[Tensor, "batch head token"]:
     """Return FAI from what each token received: Eq. 10 divides it by the response rows in its horizon."""
-    count = _rows_in_horizon(response_mask, *horizon, segment_ids)
+    count = rows_in_horizon(response_mask, *horizon, segment_ids)
     defined = response_mask & (count > 0)
     influence = received / count.clamp(min=1)[:, None].to(received.dtype)
     return influence.masked_fill(~defined[:, None], torch.nan)
@@ -132,7 +132,7 @@ def selectivity_of(
     """
     influence = influence_of(received, response_mask, horizon, segment_ids)
     minimum_rows = min(minimum_rows, response_mask.shape[1] + 1)
-    rows = _rows_in_horizon(response_mask, *horizon, segment_ids)
+    rows = rows_in_horizon(response_mask, *horizon, segment_ids)
     return kurtosis(influence.masked_fill((rows < minimum_rows)[:, None], torch.nan))
 
 
@@ -161,7 +161,7 @@ def kurtosis(values: ArrayLike) -> Float[Tensor, "*axes"]:
     return result.masked_fill(constant, torch.nan).to(values.dtype)
 
 
-def _rows_in_horizon(
+def rows_in_horizon(
     mask: Tensor, low: int, high: int | None, segment_ids: Tensor | None
 ) -> Int[Tensor, "batch token"]:
     """Count the response rows in each token's horizon, within its own sequence."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from attnprobe.axes import (
+    COLUMN_AXES,
     PADDED_AXES,
     TensorField,
     check_columns,
@@ -155,13 +156,13 @@ class Result:
             ParameterError: anything but a slice, a slice with a step, or one that chooses no column.
         """
         count = max(
-            (t.shape[i] for f, t in self._tensors() for i, a in enumerate(f.axes) if a in PADDED_AXES),
+            (t.shape[i] for f, t in self._tensors() for i, a in enumerate(f.axes) if a in COLUMN_AXES),
             default=0,
         )
         check_columns(columns, count)
         changed: dict[str, Any] = {}
         for each, value in self._tensors():
-            index = tuple(columns if axis in PADDED_AXES else slice(None) for axis in each.axes)
+            index = tuple(columns if axis in COLUMN_AXES else slice(None) for axis in each.axes)
             changed[each.name] = value[index]
         for name in self._PER_EXAMPLE:
             if getattr(self, name, None) is not None:

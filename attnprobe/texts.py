@@ -5,18 +5,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from attnprobe.errors import BatchError
 from attnprobe.validation import brief
+
+# What a decoder writes for bytes that are no character, or not yet.
+_REPLACEMENT = "\ufffd"
+# UTF-8 has at most four bytes for a character.
+_LONGEST_CHARACTER = 4
+# As many tokens that wait for the end of a character are looked through for those that need not wait: with
+# each token, all that wait are decoded again.
+_MANY_WAITING = 4 * _LONGEST_CHARACTER
+
+_MEDIUM = re.compile(r"[<\[].*?(image|img|video|audio).*[>\]]", re.IGNORECASE)
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     """Return the text of each token, such that the joined texts are the text of the whole.
 
     A character whose bytes are spread over several tokens belongs to the first of them, and the others are
-    empty.
+    empty. Bytes that are no character are replacement characters, and do not change their neighbours' texts.
+    There is one exception to the joined text: of a run of an image's placeholder tokens, the first reads
+    `<image>`, and the others are empty.
 
     Raises:
         BatchError: something that is not a tokenizer, or ids that it does not know.
@@ -31,18 +45,76 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
             raise BatchError(f"the tokenizer has no token {max(some)}: {error}") from error
 
     texts: list[str] = []
-    pending: list[int] = []
+    waiting: list[int] = []
     # Decoded with the tokens before them: a lone SentencePiece token would lose its leading space.
     context: list[int] = []
     for i, token in enumerate(ids):
-        pending.append(token)
-        whole = decode(context + pending)
-        if whole.endswith("\ufffd") and i + 1 < len(ids):
-            # The last character is not complete yet.
+        waiting.append(token)
+        whole = decode(context + waiting)
+        is_open = whole.endswith(_REPLACEMENT) and i + 1 < len(ids)
+        # The last character may not be complete yet. Earlier ones are, after as many tokens as it has bytes.
+        if is_open and len(waiting) % _MANY_WAITING:
             continue
-        texts += [whole[len(decode(context)) :], *[""] * (len(pending) - 1)]
-        context, pending = pending, []
-    return tuple(texts)
+        settled = 0
+        for stop, text in _parts(decode, context, waiting, whole):
+            if is_open and stop > len(waiting) - _LONGEST_CHARACTER:
+                break
+            texts += [text, *[""] * (stop - settled - 1)]
+            settled = stop
+        if settled:
+            context, waiting = waiting[:settled], waiting[settled:]
+    return tuple(with_markers(ids, texts, _placeholders(tokenizer)))
+
+
+def _parts(
+    decode: Callable[[list[int]], str], context: list[int], tokens: list[int], whole: str
+) -> list[tuple[int, str]]:
+    """Divide tokens where no character is cut; return where each part ends, and its text.
+
+    `whole` is the text of the tokens, decoded after their context.
+    """
+    before = decode(context)
+    if not whole.startswith(before):
+        # Some decoders turn all neighbouring bytes into replacement characters if one is wrong. The context
+        # was right, and has its texts.
+        context, before, whole = [], "", decode(tokens)
+    parts = []
+    for count in range(1, len(tokens) + 1):
+        text = decode(context + tokens[:count]) if count < len(tokens) else whole
+        # If a character were cut here, the tokens after it would change its replacement character.
+        if whole.startswith(text) and text.startswith(before):
+            parts.append((count, text[len(before) :]))
+            before = text
+    return parts
+
+
+def with_markers(ids: Sequence[int], texts: Sequence[str], media: Mapping[int, str]) -> list[str]:
+    """Return texts in which each run of a placeholder token is one marker, `<image>`.
+
+    Placeholders are the ids in `media`, with what they stand for, and those whose text says so.
+
+    >>> with_markers([7, 7, 7, 5], ["<|image_pad|>"] * 3 + ["a"], {})
+    ['<image>', '', '', 'a']
+    """
+    shown: list[str] = []
+    for token, run in itertools.groupby(ids):
+        count = len(list(run))
+        own = texts[len(shown) : len(shown) + count]
+        named = _MEDIUM.fullmatch(own[0])
+        medium = media.get(token) or (named and named[1].lower().replace("img", "image"))
+        shown += [f"<{medium}>", *[""] * (count - 1)] if medium and count > 1 else own
+    return shown
+
+
+def _placeholders(tokenizer: Any) -> dict[int, str]:
+    """Return the tokens that stand for parts of an image, video or sound, as far as a tokenizer says so."""
+    found: dict[int, str] = {}
+    for source in (tokenizer, getattr(tokenizer, "tokenizer", None)):
+        for medium in ("image", "video", "audio"):
+            token = getattr(source, f"{medium}_token_id", None)
+            if isinstance(token, int):
+                found.setdefault(token, medium)
+    return found
 
 
 def as_texts(texts: Any, name: str) -> list[str]:

@@ -19,7 +19,6 @@ from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.errors import AttnprobeError, ParameterError
 from attnprobe.testing.backends import BACKENDS
 from attnprobe.testing.conformance import assert_same_state, model_state
-from attnprobe.testing.families import BEGIN, END, families_table
 from attnprobe.testing.tiny_models import tiny_model
 
 PACKAGE = __name__.partition(".")[0]
@@ -260,14 +259,3 @@ def test_backends_agree_on_a_real_model(smollm2) -> None:
                 equal_nan=True,
                 msg=lambda message, name=name, field=field: f"{name}, {field}: {message}",
             )
-
-
-# ---- the documentation --------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_the_table_of_families_is_what_the_command_gives() -> None:
-    documentation = Path(__file__).parent.parent / "docs" / "backends.md"
-    table = documentation.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
-    assert table.strip() == families_table(), "run: python -m attnprobe.testing.families docs/backends.md"

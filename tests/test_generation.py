@@ -64,6 +64,34 @@ def test_generate_gives_the_numbers_of_one_pass(family: str, cache: str) -> None
     assert_equal_to_one_pass(model, probe.result(), out, mask, ids.shape[1])
 
 
+def test_rows_that_a_layer_does_not_compute_are_unknown() -> None:
+    """Gemma 4 runs its last layers for the last token of the prompt only."""
+    model = tiny_model("gemma4_text")
+    ids, _ = prompt(rows=1, count=20)
+    probe = probe_of()
+    with attnprobe.attach(model, probe):
+        out = model.generate(
+            ids, max_new_tokens=9, min_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+    grown = probe.result()
+    batch = attnprobe.TokenBatch.from_ids(out[:, :-1])
+    whole = attnprobe.measure(model, batch, window=4, horizon=(2, 6), receiver=True)
+    for name in ("span", "waad", "fai", "receiver_kurtosis"):
+        found, expected = getattr(grown, name), getattr(whole, name)
+        torch.testing.assert_close(found[:, :2], expected[:, :2], equal_nan=True, rtol=1e-3, atol=1e-3)
+        known = ~found[:, 2:].isnan()
+        torch.testing.assert_close(
+            found[:, 2:][known], expected[:, 2:][known], equal_nan=True, rtol=1e-3, atol=1e-3
+        )
+        if name in ("span", "receiver_kurtosis"):
+            assert not known.any()
+    # Rows 0..18 are not computed: FAI over 2..6 is known from token 17 on, where all its rows are.
+    assert grown.waad[0, 2:, :, :19].isnan().all()
+    assert not grown.waad[0, 2:, :, 19:].isnan().any()
+    assert grown.fai[0, 2:, :, :17].isnan().all()
+    assert not grown.fai[0, 2:, :, 17:26].isnan().any()
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
 def test_a_cache_can_be_continued_by_several_tokens(family: str) -> None:
     model = tiny_model(family)

@@ -186,7 +186,7 @@ def test_eager_bridges_store_no_maps() -> None:
 
     with attnprobe.attach(bridge, Implementation()), torch.no_grad():
         bridge(ids)
-    assert seen == ["attnprobe_sdpa"] * 3
+    assert seen == ["sdpa"] * 3
     assert bridge.original_model.config._attn_implementation == "eager"
 
 

@@ -4,7 +4,7 @@
 is imported to find out, and a class that moves within its package is still found. Every function that takes
 a model calls it. Other adapters can be added by `register_adapter`, or by an entry point in the group
 `attnprobe.adapters`, whose name is that of the class and whose object is the adapter. What is left to others:
-what an adapter offers (base), and the backends (a module for each).
+what an adapter offers (base), what wrappers hold (wrappers), and the backends (a module for each).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from attnprobe.adapters.base import LAYER_SITES, SITES, Adapter, Observer
+from attnprobe.adapters.wrappers import class_names, look_through, refusal
 from attnprobe.errors import AttnprobeError, ParameterError, UnsupportedModelError
 
 __all__ = ["LAYER_SITES", "SITES", "Adapter", "Observer", "adapter_for", "register_adapter"]
@@ -26,6 +27,8 @@ AdapterFactory = Callable[[Any], Adapter]
 
 _adapters: dict[str, str | AdapterFactory] = {
     "transformers.PreTrainedModel": "attnprobe.adapters.transformers:TransformersAdapter",
+    "peft.PeftModel": "attnprobe.adapters.transformers:TransformersAdapter",
+    "peft.PeftMixedModel": "attnprobe.adapters.transformers:TransformersAdapter",
     "transformer_lens.TransformerBridge": "attnprobe.adapters.transformer_lens:TransformerLensAdapter",
     "transformer_lens.HookedTransformer": "attnprobe.adapters.transformer_lens:refuse_hooked_transformer",
     "nnsight.Envoy": "attnprobe.adapters.nnsight:NNsightAdapter",
@@ -66,31 +69,32 @@ def register_adapter(model_class: str, adapter: str | AdapterFactory) -> None:
 def adapter_for(model: Any) -> Adapter:
     """Return the adapter for a model; an adapter is returned as it is.
 
-    Known without registration: transformers models, `TransformerBridge` of TransformerLens, and the
-    wrappers of nnsight.
+    Known without registration: transformers models, the PEFT models around them, `TransformerBridge` of
+    TransformerLens, and the wrappers of nnsight; each also within `torch.compile` and
+    `DistributedDataParallel`.
 
     Raises:
         UnsupportedModelError: an object that no adapter knows, or a model whose attention cannot be
-            read; the message says why.
+            read; the message says why, and where in the object a model is that can be read.
         AttnprobeError: a registered adapter that cannot be imported, or that is not an `Adapter`.
     """
     if isinstance(model, Adapter):
         return model
     known = {**_entry_points(), **_adapters}
-    for base in type(model).__mro__:
-        found = known.get(f"{base.__module__.partition('.')[0]}.{base.__name__}")
-        if found is None:
-            continue
-        adapter = (_imported(found) if isinstance(found, str) else found)(model)
-        if not isinstance(adapter, Adapter):
-            raise AttnprobeError(
-                f"what is registered for {base.__name__} gave a {type(adapter).__name__}, not an Adapter"
-            )
-        return adapter
-    raise UnsupportedModelError(
-        f"no adapter knows {type(model).__module__}.{type(model).__qualname__}: pass a transformers "
-        "causal language model, a TransformerBridge, an nnsight wrapper, or register_adapter your own"
-    )
+    # A wrapper that somebody registered is theirs to read.
+    read = model if any(name in known for name in class_names(model)) else look_through(model)
+    name = next((name for name in class_names(read) if name in known), None)
+    if name is None:
+        raise UnsupportedModelError(
+            refusal(read, lambda part: any(name in known for name in class_names(part)))
+        )
+    found = known[name]
+    adapter = (_imported(found) if isinstance(found, str) else found)(read)
+    if not isinstance(adapter, Adapter):
+        raise AttnprobeError(
+            f"what is registered for {name.partition('.')[2]} gave a {type(adapter).__name__}, not an Adapter"
+        )
+    return adapter
 
 
 @lru_cache(maxsize=1)

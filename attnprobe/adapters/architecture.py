@@ -3,7 +3,8 @@
 A layer is found by its attention module: the module that calls the attention function of transformers or,
 in families without one, that is named like attention. Wrappers that a backend has put around a module
 (`_original_component`) are looked through: a layer's attention has an inner module, whose forward is the
-model's own, and an outer one, which the layer calls.
+model's own, and an outer one, which the layer calls. PyTorch's own wrappers (a compiled layer) are looked
+through entirely: they call the module inside, so hooks on it fire.
 
 If a family's modules cannot give a site its usual meaning, the site is refused rather than given another
 meaning. The transformers adapter calls `architecture_of` when it is made. What is left to others: hooks on
@@ -19,7 +20,12 @@ from typing import Any
 
 from torch import nn
 
+from attnprobe.adapters.multimodal import why_not_causal
+from attnprobe.adapters.wrappers import look_through
 from attnprobe.errors import UnsupportedModelError
+
+KERNEL = "scaled_dot_product_attention"
+"""PyTorch's attention."""
 
 WRAPPED = "_original_component"
 """The name under which a TransformerLens module holds the module that it stands for."""
@@ -44,44 +50,52 @@ class Layer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The layers with attention by number, how attention is read, and the sites that are refused."""
+    """The layers with attention by number, how they compute it, and the sites that are refused.
+
+    `calls` says what they call: "function" (the attention function of transformers), "kernel" (PyTorch's
+    attention, unless they compute it themselves), or "nothing".
+    """
 
     layers: dict[int, Layer]
-    reads: str
+    calls: str
     refused_sites: dict[str, str]
 
 
 def architecture_of(model: nn.Module) -> Architecture:
-    """Find the layers of a transformers causal language model.
+    """Find the layers of a transformers causal language model, with or without a head of any kind.
 
     Raises:
         UnsupportedModelError: no attention layer, an encoder, or layers with several attention modules.
     """
-    family = type(model).__name__
+    family, config = type(model).__name__, model.config
     found = _attention_modules(model, calls_attention_function)
-    reads = "factored" if found else "dense"
+    calls = "function" if found else "nothing"
     if not found:
         found = _attention_modules(model, _looks_like_attention)
     if not found:
         raise UnsupportedModelError(
             f"{family} has no attention layer that can be found: there is nothing to read"
         )
-    root = _decoder(model)
+    root = decoder_of(model)
     layers = {number: _layer(root, name, number) for number, name in sorted(found.items())}
     if not any(getattr(layer.attention, "is_causal", True) for layer in layers.values()) or (
         not _is_decoder(model)
     ):
-        raise UnsupportedModelError(
-            f"{family} is an encoder: its attention looks at later tokens. attnprobe reads causal "
-            "language models"
-        )
-    return Architecture(layers, reads, _refused_sites(family, layers))
+        raise UnsupportedModelError(why_not_causal(config, family))
+    if calls == "nothing" and all(_names(layer.attention, KERNEL) for layer in layers.values()):
+        calls = "kernel"
+    return Architecture(layers, calls, _refused_sites(family, layers))
 
 
 def calls_attention_function(module: nn.Module) -> bool:
     """Whether the module's forward looks up the attention function of transformers."""
+    return _names(module, "ALL_ATTENTION_FUNCTIONS")
+
+
+def _names(module: nn.Module, name: str) -> bool:
+    """Whether the code of a module's forward uses a name."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return code is not None and name in code.co_names
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
@@ -95,57 +109,83 @@ def _named_attention(module: nn.Module) -> bool:
     return "attention" in name and "linear" not in name and WRAPPED not in module._modules
 
 
-def _decoder(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
+    """Return the part of a model that reads text."""
     known: Any = model
     decoder = known.get_decoder() if hasattr(known, "get_decoder") else None
-    root: nn.Module = decoder if decoder is not None else known.base_model
+    # What is called a decoder may also be the head, which has no layers (ModernBERT's).
+    has_layers = decoder is not None and any(isinstance(part, nn.ModuleList) for part in decoder.modules())
+    root: nn.Module = look_through(decoder if has_layers else known.base_model)
     return root
 
 
 def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> dict[int, str]:
     """Return the names of the outermost wanted modules of the text decoder, by their layer's number."""
-    root = _decoder(model)
-    found: dict[int, str] = {}
+    root = decoder_of(model)
+    named: list[tuple[str, int, int]] = []
     inside: list[str] = []
     for name, module in root.named_modules():
-        numbers = [int(part) for part in name.split(".") if part.isdigit()]
+        parts = name.split(".")
+        depth = next((place for place, part in enumerate(parts) if part.isdigit()), None)
         nested = any(name.startswith(outer + ".") for outer in inside)
-        if not numbers or nested or not wanted(module):
-            continue
-        if getattr(module, "is_cross_attention", False):
+        if depth is None or nested or not wanted(module) or _is_cross_attention(module):
             continue
         inside.append(name)
-        if numbers[0] in found:
-            first = root.get_submodule(found[numbers[0]])
+        named.append((name, depth, int(parts[depth])))
+    # Towers for images and sound lie deeper inside, and number their layers too.
+    nearest = min((depth for _, depth, _ in named), default=0)
+    found: dict[int, str] = {}
+    for name, depth, number in named:
+        if depth > nearest:
+            continue
+        if number in found:
+            first, second = (type(root.get_submodule(other)).__name__ for other in (found[number], name))
             raise UnsupportedModelError(
-                f"layer {numbers[0]} of {type(model).__name__} has more than one attention module "
-                f"({type(first).__name__}, {type(module).__name__}): it is not known which one to read"
+                f"layer {number} of {type(model).__name__} has more than one attention module ({first}, "
+                f"{second}): it is not known which one to read"
             )
-        found[numbers[0]] = name
+        found[number] = name
     return found
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    """Whether a module attends to something else than the text: an encoder's output, or images."""
+    return bool(getattr(module, "is_cross_attention", False)) or "CrossAttention" in type(module).__name__
 
 
 def _layer(root: nn.Module, attention_name: str, number: int) -> Layer:
     """Return the modules of the layer that an attention module belongs to."""
     parts = attention_name.split(".")
     block_name = ".".join(parts[: parts.index(str(number)) + 1])
-    block = root.get_submodule(block_name)
-    outer_name = attention_name.removesuffix("." + WRAPPED)
-    outer = root.get_submodule(outer_name)
+    block = look_through(root.get_submodule(block_name))
+    attention = root.get_submodule(attention_name)
+    outer = root.get_submodule(attention_name.removesuffix("." + WRAPPED))
     # The children of the layer itself, even if a wrapper stands in for it.
-    inner_name = f"{block_name}.{WRAPPED}" if WRAPPED in block._modules else block_name
-    others = [
-        child
-        for name, child in root.get_submodule(inner_name).named_children()
-        if not f"{outer_name}.".startswith(f"{inner_name}.{name}.") and _is_working(child)
-    ]
+    inner = block._modules.get(WRAPPED) or block
+    children = [look_through(child) for child in inner.children()]
+    others = [child for child in children if attention not in child.modules() and _is_working(child)]
     feed_forward = others[0] if len(others) == 1 else None
-    return Layer(block, root.get_submodule(attention_name), outer, feed_forward)
+    return Layer(block, attention, outer, feed_forward)
 
 
 def _is_working(module: nn.Module) -> bool:
-    """Whether a layer's child does more than normalise, apply dropout or activate."""
-    return "norm" not in type(module).__name__.lower() and any(True for _ in module.parameters())
+    """Whether a layer's child does more than normalise, rotate, apply dropout or activate."""
+    return any(_holds_weights(part) for part in module.modules() if not _is_auxiliary(part))
+
+
+def _is_auxiliary(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "norm" in name or "rotary" in name
+
+
+def _holds_weights(module: nn.Module) -> bool:
+    """Whether a module has weights of its own: parameters or, if it is quantised, buffers.
+
+    Buffers that are not saved with the model are tables (frequencies, masks) and no weights.
+    """
+    tables = module._non_persistent_buffers_set
+    buffers = (name for name, value in module._buffers.items() if value is not None and name not in tables)
+    return any(value is not None for value in module._parameters.values()) or any(True for _ in buffers)
 
 
 def _refused_sites(family: str, layers: dict[int, Layer]) -> dict[str, str]:
@@ -180,3 +220,23 @@ def _is_decoder(model: nn.Module) -> bool:
     can_be_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     named_causal = any("CausalLM" in base.__name__ for base in type(model).__mro__)
     return not can_be_encoder or named_causal or bool(getattr(config, "is_decoder", False))
+
+
+def has_next_token_logits(model: nn.Module) -> bool:
+    """Whether a transformers model's logits are those of the next token, one for each id.
+
+    Base models have no output embeddings, and neither have classifiers, whose scores are called logits too.
+    Some replace the output embeddings of a language model by a narrower head, or by nothing.
+    """
+    known: Any = model
+    head = known.get_output_embeddings()
+    if head is None:
+        return False
+    head = head._modules.get(WRAPPED) or look_through(head)
+    rows = getattr(head, "out_features", None)
+    if rows is None:
+        weight = getattr(head, "weight", None)
+        rows = None if weight is None else weight.shape[0]
+    if rows is None:
+        return any(_holds_weights(part) for part in head.modules())
+    return int(rows) >= int(known.config.get_text_config(decoder=True).vocab_size)

@@ -1,9 +1,10 @@
 """The attention call of transformers: seeing it, reading it, and removing pairs from it.
 
 Most causal language models pass query, key and mask to an attention function that they look up by name.
-While a model is observed or suppressed, that name leads to our function, which calls the model's own
-implementation, so that outputs stay bitwise the same, and then shows the call to the readers. The mask
-function of the same name is registered too: without it, a model silently runs unmasked.
+While a model is observed or suppressed, the look-up gives them a function that makes the model's own call,
+so that outputs stay bitwise the same, and then shows it to the readers. The alternative, a name of our own
+in the model's config, was rejected: modeling code compares the name, so that sparse families lost their
+top-k mask, and the name leaked into copies, saved files and other libraries' errors.
 
 `read_attention` makes a `FactoredAttention` from a call. The transformers adapter and its readings call it.
 What is left to others: whether what was read gives the model's own output (output_check), and forward passes
@@ -12,33 +13,36 @@ as a whole and the other sites (reading).
 
 from __future__ import annotations
 
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface
 
+from attnprobe.adapters.forward_call import TAKES_PAIRS, Columns
+from attnprobe.adapters.hooks import after_forward, before_forward
+from attnprobe.adapters.wrappers import compiled_again
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.kernels import FlashResult, listen
 from attnprobe.attention.masks import CausalMask, split_mask
 from attnprobe.errors import UnsupportedModelError
-
-_PREFIX = "attnprobe_"
 
 
 @dataclass(frozen=True)
 class AttentionCall:
     """The inputs of an attention call, as the model's own function gets them, and its output."""
 
+    implementation: str
     module: nn.Module
     query: Tensor
     key: Tensor
@@ -97,20 +101,152 @@ def suppresses_calls(module: nn.Module, suppressor: Suppressor) -> Iterator[None
         _suppressors[module].remove(suppressor)
 
 
-# ---- the implementation's name ----------------------------------------------------------------
+# ---- intercepting the call --------------------------------------------------------------------
+
+# How many contexts need the look-up to be intercepted, in any thread.
+_watching = 0
+_lock = threading.Lock()
+_look_up = AttentionInterface.get_interface
+
+
+@contextmanager
+def calls_watched() -> Iterator[None]:
+    """Show attention calls to the readers and suppressors of their modules while the context is open.
+
+    The look-up is intercepted for all models at once: a module that has neither makes its call as if nothing
+    had happened. It is intercepted in the class, since some families look up in a table of their own.
+    """
+    global _watching
+    with _lock:
+        _watching += 1
+        AttentionInterface.get_interface = _watched_look_up  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        with _lock:
+            _watching -= 1
+            if _watching == 0:
+                AttentionInterface.get_interface = _look_up  # type: ignore[method-assign]
+
+
+def _watched_look_up(
+    functions: AttentionInterface, implementation: str, default: Callable[..., Any]
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """Look up an attention function, and return one that makes its call and shows it."""
+    own = _look_up(functions, implementation, default)
+    if implementation == "flex_attention":
+        own = compiled_again()(own)
+    return partial(_watched_call, own, implementation or "eager")
+
+
+def _watched_call(
+    own: Callable[..., Any],
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Make an attention call by the model's own function, then show it to the module's readers."""
+    readers = tuple(_readers.get(module, ()))
+    suppressors = tuple(_suppressors.get(module, ()))
+    output: tuple[Tensor, Tensor | None]
+    if not readers and not suppressors:
+        output = own(module, query, key, value, attention_mask, *args, **options)
+        return output
+    call = AttentionCall(implementation, module, query, key, value, attention_mask, options)
+    blind = None
+    if suppressors:
+        call, attention_mask, blind = _suppressed(call, suppressors)
+    flash = None
+    if readers and implementation == "sdpa":
+        with listen(own_pass=module in _own_modules.get()) as listening:
+            output = own(module, query, key, value, attention_mask, *args, **options)
+        flash = listening.result
+    else:
+        output = own(module, query, key, value, attention_mask, *args, **options)
+    if blind is not None:
+        output = (output[0].masked_fill(blind.transpose(1, 2)[..., None], 0.0), *output[1:])
+    call = replace(call, output=output[0], flash=flash)
+    for reader in readers:
+        reader(call)
+    return output
+
+
+class _KernelCalls(TorchFunctionMode):
+    """Shows the calls of PyTorch's attention to the readers of the module that makes them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = module
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            call = _kernel_call(self._module, output, *args, **(kwargs or {}))
+            for reader in tuple(_readers.get(self._module, ())):
+                reader(call)
+        return output
+
+
+def _kernel_call(
+    module: nn.Module,
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    """Return a call of PyTorch's attention in the form of one of transformers' attention functions."""
+    # A single query sees all keys.
+    causal = is_causal or query.shape[2] == 1
+    options = {"scaling": scale, "dropout": dropout_p, "is_causal": causal}
+    return AttentionCall("sdpa", module, query, key, value, attn_mask, options, output.transpose(1, 2))
+
+
+@contextmanager
+def kernel_calls_watched(module: nn.Module) -> Iterator[None]:
+    """Show the calls of PyTorch's attention in a module's forward to its readers while the context is open.
+
+    This is for families that make them without an attention function (Falcon).
+    """
+    stack = ExitStack()
+
+    def enter(*_: Any) -> None:
+        stack.enter_context(_KernelCalls(module))
+
+    def leave(*_: Any) -> None:
+        stack.close()
+
+    with before_forward(module, enter), after_forward(module, leave, always=True):
+        yield
+
 
 # For each config whose implementation is changed: what it was, and how many contexts need the change.
 # Contexts in several threads may close in any order, so only the last one restores the old value.
 _changed: dict[int, tuple[Any, str | None, int]] = {}
-_lock = threading.Lock()
 
 
 @contextmanager
 def implementation_changed(model: nn.Module, change: Callable[[str], str]) -> Iterator[None]:
     """Change the attention implementation in every config of the model while the context is open.
 
-    It is set on the configs themselves: `set_attn_implementation` would also check and adjust it, and
-    cannot restore models whose parts have different implementations.
+    This is for models that can be read only under another implementation. It is set on the configs
+    themselves: `set_attn_implementation` would also check and adjust it, and cannot restore models whose
+    parts have different implementations.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -137,68 +273,20 @@ def implementation_changed(model: nn.Module, change: Callable[[str], str]) -> It
                     config._attn_implementation_internal = before
 
 
-def watched_implementation(implementation: str) -> str:
-    """Register our function for an implementation, with that implementation's masks; return its name."""
-    name = _PREFIX + implementation
-    AttentionInterface.register(name, _attention_function)
-    if implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-    return name
-
-
-def _attention_function(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *args: Any,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Call the model's own implementation, then show the call to the module's readers."""
-    config: Any = module.config
-    implementation = config._attn_implementation.removeprefix(_PREFIX)
-    # The names that the module's own forward would have looked up.
-    names = inspect.unwrap(type(module).forward).__globals__
-    own: Callable[..., Any] = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
-        implementation, names.get("eager_attention_forward")
-    )
-    call = AttentionCall(module, query, key, value, attention_mask, options)
-    readers = tuple(_readers.get(module, ()))
-    blind = None
-    suppressors = tuple(_suppressors.get(module, ()))
-    if suppressors:
-        call, attention_mask, blind = _suppressed(call, suppressors, implementation)
-    output: tuple[Tensor, Tensor | None]
-    flash = None
-    if readers and implementation == "sdpa":
-        with listen(own_pass=module in _own_modules.get()) as listening:
-            output = own(module, query, key, value, attention_mask, *args, **options)
-        flash = listening.result
-    else:
-        output = own(module, query, key, value, attention_mask, *args, **options)
-    if blind is not None:
-        output = (output[0].masked_fill(blind.transpose(1, 2)[..., None], 0.0), *output[1:])
-    call = replace(call, output=output[0], flash=flash)
-    for reader in readers:
-        reader(call)
-    return output
-
-
 # ---- removing pairs ---------------------------------------------------------------------------
 
 
 def _suppressed(
-    call: AttentionCall, suppressors: tuple[Suppressor, ...], implementation: str
+    call: AttentionCall, suppressors: tuple[Suppressor, ...]
 ) -> tuple[AttentionCall, Tensor, Bool[Tensor, "#batch #head query"] | None]:
     """Return the call with pairs removed, the mask for the implementation, and the blind queries.
 
     A blind query has lost every key that it saw. Implementations disagree on its row (NaN, or uniform), so
     they are given its old keys, and its output is set to zero afterwards.
     """
-    if implementation not in ("eager", "sdpa"):
+    if call.implementation not in ("eager", "sdpa"):
         raise UnsupportedModelError(
-            f"attention cannot be suppressed under the {implementation} implementation, which takes no "
+            f"attention cannot be suppressed under the {call.implementation} implementation, which takes no "
             'mask of pairs: call model.set_attn_implementation("sdpa") or "eager" first'
         )
     query_count, key_count = call.query.shape[2], call.key.shape[2]
@@ -225,7 +313,7 @@ def _suppressed(
         shown: Tensor = kept
         # Eager attention adds its mask to the scores: True would add 1 rather than mean "may see".
         added = torch.zeros(allowed.shape, dtype=call.query.dtype, device=allowed.device)
-        given = allowed if implementation == "sdpa" else added.masked_fill(~allowed, lowest)
+        given = allowed if call.implementation == "sdpa" else added.masked_fill(~allowed, lowest)
     else:
         full = mask.expand(torch.broadcast_shapes(mask.shape, kept.shape))
         lowest = torch.finfo(mask.dtype).min
@@ -240,43 +328,55 @@ class MaskMemory:
     """Remembers what the last mask says, since all layers of a kind share one mask in a forward pass."""
 
     def __init__(self) -> None:
-        self._known: tuple[Tensor, int, CausalMask, Tensor | None] | None = None
+        self._known: tuple[Any, int, CausalMask, Tensor | None] | None = None
 
-    def read(self, mask: Tensor, key_count: int) -> tuple[CausalMask, Tensor | None]:
+    def read(self, mask: Tensor | BlockMask, key_count: int) -> tuple[CausalMask, Tensor | None]:
         """Return which keys a mask lets each query see, and what it adds to the scores."""
         if self._known is None or self._known[0] is not mask or self._known[1] != key_count:
-            seen, bias = split_mask(mask[..., :key_count])
+            pairs = mask[..., :key_count] if isinstance(mask, Tensor) else _pairs_of(mask, key_count)
+            seen, bias = split_mask(pairs)
             self._known = (mask, key_count, CausalMask.from_mask(seen), bias)
         return self._known[2:]
 
 
-def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cache: bool) -> FactoredAttention:
-    """Return the attention of a call, `cached` columns after the sequence's first.
+def _pairs_of(mask: BlockMask, key_count: int) -> Bool[Tensor, "batch head query key"]:
+    """Return the pairs that FlexAttention's mask lets through, asked of the rule that it was made from."""
+    batch, heads, query_count, _ = mask.shape
+    device = mask.kv_num_blocks.device
+    return create_mask(mask.mask_mod, batch, heads, query_count, key_count, device=str(device))
+
+
+def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> FactoredAttention:
+    """Return the attention of a call.
 
     Raises:
         UnsupportedModelError: a call that looks at later tokens or at unknown keys, or has a mask of an
             unknown form.
     """
     options, mask, query = call.options, call.mask, call.query
-    end = cached + query.shape[2]
-    # A cache of fixed size has room for keys still to come, and a sliding one has dropped the first.
-    key = call.key[:, :, :end] if has_cache else call.key
-    key_count = key.shape[2]
-    if key_count > end or (not has_cache and key_count != query.shape[2]):
+    kind = type(call.module).__name__
+    if options.get("cache") is not None or options.get("block_table") is not None:
         raise UnsupportedModelError(
-            f"{type(call.module).__name__} attends to {key_count} keys for {query.shape[2]} tokens without "
-            "a cache: it is not known which tokens the other keys stand for"
+            f"{kind} keeps its keys in pages (continuous batching, as in generate_batch), which cannot be "
+            "followed: use generate, or measure the finished sequences"
+        )
+    end = columns.end
+    # A cache of fixed size has room for keys still to come, and a sliding one has dropped the first.
+    key = call.key[:, :, :end] if columns.has_cache else call.key
+    key_count, query_count = key.shape[2], query.shape[2]
+    if key_count > end or query_count > columns.count or (not columns.has_cache and key_count != end):
+        raise UnsupportedModelError(
+            f"{kind} attends with {query_count} queries to {key_count} keys in a pass of {columns.count} "
+            f"tokens after {columns.cached} cached columns: it is not known which tokens they stand for"
         )
     causal = options.get("is_causal")
     causal = getattr(call.module, "is_causal", True) if causal is None else causal
-    if not causal and query.shape[2] > 1 and mask is None:
-        raise UnsupportedModelError(
-            f"{type(call.module).__name__} looks at later tokens: attnprobe reads causal models only"
-        )
+    if not causal and query_count > 1 and mask is None:
+        raise UnsupportedModelError(f"{kind} looks at later tokens: attnprobe reads causal models only")
     window = options.get("sliding_window")
     bias = options.get("position_bias")
     causal_mask = key_mask = None
-    if isinstance(mask, Tensor) and mask.ndim == 4:
+    if isinstance(mask, BlockMask) or (isinstance(mask, Tensor) and mask.ndim == 4):
         causal_mask, mask_bias = masks.read(mask, key_count)
         if mask_bias is not None:
             bias = mask_bias if bias is None else bias + mask_bias
@@ -286,6 +386,13 @@ def read_attention(call: AttentionCall, masks: MaskMemory, cached: int, has_cach
         raise UnsupportedModelError(
             f"cannot read a mask of type {type(mask).__name__}: use the sdpa or eager implementation"
         )
+    elif columns.segment_ids is not None and call.implementation not in TAKES_PAIRS:
+        # Kernels in the style of flash attention separate packed rows by their positions alone.
+        if columns.cached or query_count != columns.count:
+            raise UnsupportedModelError(
+                f"{kind} continues a cache with packed rows: run each sequence as an example of its own"
+            )
+        causal_mask = CausalMask.from_segments(columns.segment_ids.to(query.device), window)
     log_sum_exp = mean_position = None
     if call.flash is not None:
         # The heads of a single query may have been laid out as queries: their order is the same.

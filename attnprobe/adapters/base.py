@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -38,7 +39,8 @@ SITES = (*LAYER_SITES, "logits")
 - `attention_output`, `mlp_output`: what the layer's attention module and feed-forward module return:
   after their output projection, and before the layer normalises, scales or adds it.
 - `logits`: `[batch, token, vocabulary]`, of the last tokens only if the model computes no others;
-  not shown if the caller picks positions by a tensor, since it is then not known which they are.
+  not shown if the caller picks positions by a tensor, since it is then not known which they are. A model
+  that computes no next-token logits (a base model, a classifier) has no such site.
 """
 
 Value = Attention | Tensor
@@ -47,12 +49,32 @@ Layers = Literal["all", "middle"] | IntLike | ArrayLike | AbstractSet[int]
 """A choice of layers; `resolve_layers` understands it."""
 
 
+@dataclass(frozen=True)
+class GrowingCache:
+    """The KV cache of a pass, to which later passes may add, and from which columns may be taken again.
+
+    Attributes:
+        drafted: how many tokens at the end of the pass may be guesses, as in assisted decoding, which are
+            taken from the cache again if the model would not have written them.
+        length: returns how many columns the cache holds now.
+    """
+
+    drafted: int
+    length: Callable[[], int]
+
+
 @runtime_checkable
 class Observer(Protocol):
     """What an adapter shows the forward passes of a model."""
 
-    def begin(self, batch: TokenBatch, cached: int) -> None:
-        """Prepare for a forward pass over these tokens, which follow `cached` columns of cached keys."""
+    def begin(self, batch: TokenBatch, cached: int, cache: GrowingCache | None = None) -> None:
+        """Prepare for a forward pass over these tokens, which follow `cached` columns of cached keys.
+
+        `cache` is where the keys of this pass will be, if they are kept.
+        """
+
+    def skip(self, site: str) -> None:
+        """Expect nothing at a site in the pass that has just begun: it cannot be shown."""
 
     def observe(self, site: str, layer: int | None, value: Value) -> Tensor | None:
         """Look at the value at a site, and return a tensor to put in its place, or None.
@@ -82,7 +104,10 @@ class Adapter(ABC):
         head_count: how many heads a layer has; None if that is not known, or if layers differ.
         vocabulary_size: token ids below it are valid.
         context_length: the largest number of tokens that the model takes; None if there is no limit.
-        device: the device of the model's embeddings.
+        has_next_token_logits: whether the model's logits are those of the next token; a base model has none,
+            and a classifier's are something else.
+        media_tokens: the ids that stand for a part of an image, video or sound, each with which of them.
+        device: the device on which the model's embeddings are computed.
         activation_bytes: roughly how many bytes a layer holds at once for each token; 0 if not known.
     """
 
@@ -96,6 +121,8 @@ class Adapter(ABC):
     head_count: int | None = None
     vocabulary_size: int
     context_length: int | None
+    has_next_token_logits: bool = True
+    media_tokens: Mapping[int, str] = MappingProxyType({})
     device: torch.device
     activation_bytes: int = 0
 
@@ -110,15 +137,39 @@ class Adapter(ABC):
     ) -> AbstractContextManager[None]:
         """Show the observer every forward pass of the model while the context is open."""
 
+    def regime(self, length: int) -> Hashable:
+        """Return what a sequence's length means to the model: only sequences of one regime run together.
+
+        Some models look at the whole batch, so that a sequence's numbers would depend on its neighbours.
+        """
+        return None
+
     @abstractmethod
     def forward(
         self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
     ) -> Float[Tensor, "batch position vocabulary"] | None:
         """Run the model over right-padded sequences, in evaluation mode and without gradients.
 
-        Returns the logits at `logits_at`; None without it, and then nothing is computed after the last
-        observed layer.
+        A batch with further inputs is run as it is, with whatever padding it has. Returns the logits at
+        `logits_at`; None without it, and then nothing is computed after the last observed layer.
+
+        Raises:
+            UnsupportedModelError: `logits_at` for a model without next-token logits.
         """
+
+    def check_next_token_logits(self, purpose: str, otherwise: str = "") -> None:
+        """Check that the model predicts the next token, which something needs.
+
+        `otherwise` says in the error what else the caller can do.
+
+        Raises:
+            UnsupportedModelError: it does not.
+        """
+        if not self.has_next_token_logits:
+            raise UnsupportedModelError(
+                f"{purpose} needs next-token logits, which {self.full_name} does not compute: {otherwise}load "
+                "the model with AutoModelForCausalLM"
+            )
 
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> AbstractContextManager[None]:
         """Suppress attention in every forward pass of the model while the context is open.

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from attnprobe.adapters.reading import logits_of
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.errors import UnsupportedModelError
 
@@ -53,6 +54,5 @@ class NNsightAdapter(TransformersAdapter):
             )
         super().__init__(model)
 
-    def _logits(self, arguments: dict[str, Any]) -> Tensor:
-        logits: Tensor = self._wrapper.trace(**arguments, trace=False).logits
-        return logits
+    def _logits(self, arguments: dict[str, Any]) -> Tensor | None:
+        return logits_of(self._wrapper.trace(**arguments, trace=False))

@@ -10,11 +10,10 @@ what observers do with it (`attnprobe.probe`).
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +27,13 @@ from attnprobe.adapters.attention_call import (
     reads_calls,
 )
 from attnprobe.adapters.base import Observer
+from attnprobe.adapters.forward_call import Columns, arguments_of, cache_of, tokens_of
+from attnprobe.adapters.hooks import after_forward, before_forward
+from attnprobe.adapters.multimodal import media_tokens, why_not_causal
 from attnprobe.adapters.output_check import OutputCheck
+from attnprobe.adapters.wrappers import look_through
+from attnprobe.attention.factored import FactoredAttention
+from attnprobe.attention.masks import LaterKeysError
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
@@ -45,8 +50,8 @@ class ForwardWatch:
     """Notices when a forward pass of a model begins, ends or fails: subclasses override those three methods.
 
     Attributes:
-        cached: how many columns of cached keys come before the tokens of the pass under way.
-        has_cache: whether the pass has a cache.
+        columns: where the tokens of the pass under way are in their sequences.
+        is_whole: whether the pass was started at the model itself, not at the base model inside it.
     """
 
     def __init__(self, model: Any, name: str) -> None:
@@ -54,8 +59,8 @@ class ForwardWatch:
         self._name = name
         self._depth = 0
         self._thread: int | None = None
-        self.cached = 0
-        self.has_cache = False
+        self.columns = Columns(0, 0, has_cache=False)
+        self.is_whole = True
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Prepare for a pass with these arguments, and return arguments to add."""
@@ -80,11 +85,10 @@ class ForwardWatch:
         """Watch the model while the context is open."""
         with ExitStack() as stack:
             # The base model is watched too: a user may call it without the language-model head.
-            for module in {id(m): m for m in (self._model, self._model.base_model)}.values():
-                before = module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True)
-                stack.callback(before.remove)
-                after = module.register_forward_hook(self._after, always_call=True)
-                stack.callback(after.remove)
+            base = look_through(self._model.base_model)
+            for module in {id(m): m for m in (self._model, base)}.values():
+                stack.enter_context(before_forward(module, self._before, first=True))
+                stack.enter_context(after_forward(module, self._after, always=True))
             yield
 
     def _before(
@@ -103,11 +107,12 @@ class ForwardWatch:
         self._depth += 1
         if self._depth > 1:
             return None
-        self._thread = thread
+        self._thread, self.is_whole = thread, module is self._model
         try:
-            given = _arguments(module, args, kwargs)
-            self.cached, self.has_cache = _cached_columns(given)
-            added = self.began(_batch_of_call(given), given)
+            given = arguments_of(module, args, kwargs)
+            config: Any = self._model.config
+            batch, self.columns = tokens_of(given, config._attn_implementation or "eager")
+            added = self.began(batch, given)
         except BaseException:
             self._depth = 0
             raise
@@ -148,12 +153,15 @@ class Reading(ForwardWatch):
         self._layer_of = {id(layer.attention): number for number, layer in architecture.layers.items()}
         self._batch: TokenBatch | None = None
         self._logits_are_last = True
+        self._computes_loss = False
         self._maps_by_hook = False
         self._asked_for_maps = False
         self._masks = MaskMemory()
+        self._layers_read: set[int] = set()
         self._output_check = OutputCheck()
         self._last_layer: int | None = None
         self._ends_early = False
+        self._refusal: UnsupportedModelError | None = None
 
     @contextmanager
     def attached(self, layers: Sequence[int], maps_by_hook: bool) -> Iterator[None]:
@@ -165,8 +173,9 @@ class Reading(ForwardWatch):
                 layer = self._architecture.layers[number]
                 if "attention" in self._sites:
                     stack.enter_context(reads_calls(layer.attention, self._read_call))
-                    if self._maps_by_hook:
-                        stack.callback(layer.attention.register_forward_hook(self._read_map).remove)
+                    # A bridge's own attention shows its pattern at a hook.
+                    if layer.attention is layer.attention_outer:
+                        stack.enter_context(after_forward(layer.attention, self._read_map))
                 for site, module in (
                     ("attention_output", layer.attention_outer),
                     ("mlp_output", layer.feed_forward),
@@ -174,14 +183,14 @@ class Reading(ForwardWatch):
                 ):
                     if site in self._sites:
                         assert module is not None
-                        hook = self._output_hook(site, number)
-                        stack.callback(module.register_forward_hook(hook).remove)
+                        stack.enter_context(after_forward(module, self._output_hook(site, number)))
                 if "layer_input" in self._sites:
-                    hook = self._input_hook(number)
-                    handle = layer.block.register_forward_pre_hook(hook, with_kwargs=True)
-                    stack.callback(handle.remove)
+                    stack.enter_context(before_forward(layer.block, self._input_hook(number)))
             stack.enter_context(self.installed())
             yield
+        if self._refusal is not None and self._thread != threading.get_ident():
+            # Whoever runs the model in a thread of its own (generate_batch) may only have logged it.
+            raise self._refusal
 
     @contextmanager
     def ending_early(self) -> Iterator[None]:
@@ -204,8 +213,12 @@ class Reading(ForwardWatch):
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Tell the observer, and ask for maps if there is no other way to read attention."""
         self._logits_are_last = not isinstance(given.get("logits_to_keep"), Tensor)
+        self._computes_loss = given.get("labels") is not None
         self._batch = batch
-        self._observer.begin(batch, self.cached)
+        self._layers_read = set()
+        self._observer.begin(batch, self.columns.cached, cache_of(given, self.columns))
+        if "logits" in self._sites and not self._logits_are_last:
+            self._observer.skip("logits")
         if self._maps_by_hook:
             self._asked_for_maps = not given.get("output_attentions")
             return {"output_attentions": True}
@@ -214,16 +227,30 @@ class Reading(ForwardWatch):
     def ended(self, output: Any) -> Any:
         """Show the logits, tell the observer, and remove maps that the user did not ask for."""
         self._masks = MaskMemory()
-        logits = getattr(output, "logits", None)
         changed = None
-        if "logits" in self._sites and logits is not None and self._logits_are_last:
-            replaced = self._observe_tensor("logits", None, logits)
+        # A base model's output has none, though in a tuple it looks alike.
+        if "logits" in self._sites and self._logits_are_last and self.is_whole:
+            logits = logits_of(output)
+            replaced = None if logits is None else self._observe_tensor("logits", None, logits)
             if replaced is not None:
-                changed = _with_logits(output, replaced)
+                changed = self._with_logits(output, replaced)
         self._observer.end()
         if self._asked_for_maps and output is not None:
             changed = _without_maps(output if changed is None else changed)
         return changed
+
+    def _with_logits(self, output: Any, logits: Tensor) -> Any:
+        """Return the model's output with other logits."""
+        if self._computes_loss:
+            raise InterventionError(
+                "the logits cannot be replaced if the model computes the loss itself, since it uses the old "
+                "ones: call it without labels"
+            )
+        if isinstance(output, Mapping):
+            return type(output)(**{**output, "logits": logits})
+        place = _place_of_logits(output)
+        assert place is not None
+        return (*output[:place], logits, *output[place + 1 :])
 
     def failed(self) -> None:
         """Tell the observer that the pass has failed."""
@@ -238,32 +265,63 @@ class Reading(ForwardWatch):
         if not self.is_running:
             return
         layer = self._layer_of[id(call.module)]
-        with torch.no_grad():
-            attention = read_attention(call, self._masks, self.cached, self.has_cache)
+        call = _as_multiplied(call)
+        with torch.no_grad(), _without_autocast(call.query.device):
+            attention = self._attention_of(call)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
                 self._output_check.check(attention, call, f"layer {layer} of {self._name}")
             self._show(layer, attention)
+
+    def _attention_of(self, call: AttentionCall) -> FactoredAttention:
+        """Return the attention of a call, or say what makes it look at later tokens."""
+        assert self._batch is not None
+        try:
+            return read_attention(call, self._masks, self.columns)
+        except LaterKeysError as error:
+            config = self._model.config
+            if not media_tokens(config).keys().isdisjoint(self._batch.input_ids.flatten().tolist()):
+                raise UnsupportedModelError(why_not_causal(config, self._name)) from error
+            raise
+        except UnsupportedModelError as error:
+            self._refusal = error
+            raise
 
     def read_pattern(self, layer: int, pattern: Tensor) -> None:
         """Show a map that the backend computed for a layer."""
         if not self.is_running:
             return
         assert self._batch is not None
-        real = self._batch.attention_mask[:, None, :, None]
+        examples, tokens = self._batch.input_ids.shape
+        rows, keys = pattern.shape[2:]
+        if pattern.shape[0] != examples or rows > tokens or rows > keys:
+            raise UnsupportedModelError(
+                f"layer {layer} of {self._name} computes maps {list(pattern.shape)} for {examples} x "
+                f"{tokens} tokens; [batch, head, query, key] was expected, so it is not known which tokens "
+                "they are about"
+            )
+        real = self._batch.attention_mask[:, None, :, None].to(pattern.device)
         # Eager masks spread the rows of padding queries, which may see nothing, over all keys.
-        with torch.no_grad():
-            pattern = pattern.detach()[..., : self.cached + pattern.shape[2]].masked_fill(~real, 0.0)
-            start = self.cached + pattern.shape[2] - pattern.shape[3]
+        with torch.no_grad(), _without_autocast(pattern.device):
+            real = real[:, :, -pattern.shape[2] :]
+            pattern = pattern.detach()[..., : self.columns.end].masked_fill(~real, 0.0)
+            start = self.columns.end - pattern.shape[3]
             self._show(layer, DenseAttention(pattern, key_start=start))
 
     def _read_map(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Read the map that an eager attention module returns, and remove it from the output."""
-        if not self.is_running:
-            return None
+        """Read the map that an eager attention module returns, and remove it from the output.
+
+        Modules that look up an attention function may still compute attention themselves (GPT-2 with
+        `reorder_and_upcast_attn`): then the map is all there is to read.
+        """
         layer = self._layer_of[id(module)]
+        if not self.is_running or (layer in self._layers_read and not self._maps_by_hook):
+            return None
         entries = output if isinstance(output, tuple) else (output,)
         place = next((i for i, entry in enumerate(entries) if _is_map(entry)), None)
+        if place is None and not self._maps_by_hook:
+            # The layer stays silent, which the end of the pass reports.
+            return None
         if place is None:
             raise UnsupportedModelError(
                 f"layer {layer} of {self._name} ({type(module).__name__}) neither calls an attention "
@@ -278,6 +336,7 @@ class Reading(ForwardWatch):
 
     def _show(self, layer: int, attention: Attention) -> None:
         """Show a layer's attention to the observer, and end the pass if nothing more is needed."""
+        self._layers_read.add(layer)
         self._observer.observe("attention", layer, attention)
         if self._ends_early and layer == self._last_layer:
             self.cut_off()
@@ -342,63 +401,44 @@ def computes_layers_again(model: nn.Module) -> bool:
     return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
 
 
-# ---- a forward call ---------------------------------------------------------------------------
+def _as_multiplied(call: AttentionCall) -> AttentionCall:
+    """Return a call with the tensors that the model's products see: autocast narrows them on the way."""
+    device = call.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    # float64 is left as it is.
+    narrow = torch.get_autocast_dtype(device)
+    query, key, value = (
+        part.to(narrow) if part.dtype == torch.float32 else part
+        for part in (call.query, call.key, call.value)
+    )
+    return replace(call, query=query, key=key, value=value)
 
 
-@lru_cache(maxsize=64)
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    signature = inspect.signature(forward)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep their dtype: the user's autocast is the model's."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward call by name."""
-    # From the class: a wrapper may have put another callable into the instance.
-    bound = _signature(type(module).forward).bind_partial(*args, **kwargs).arguments
-    return {**bound, **bound.get("kwargs", {})}
+# ---- the output ------------------------------------------------------------------------------
 
 
-def _cached_columns(given: dict[str, Any]) -> tuple[int, bool]:
-    """Return how many columns a call's cache already holds, and whether it has a cache."""
-    cache = given.get("past_key_values")
-    if cache is None:
-        return 0, False
-    if not hasattr(cache, "get_seq_length"):
-        raise UnsupportedModelError(
-            f"cannot tell how long a cache of type {type(cache).__name__} is: use a transformers Cache"
-        )
-    return int(cache.get_seq_length()), True
+def logits_of(output: Any) -> Tensor | None:
+    """Return the logits in what a model returned, in any form; None if there are none."""
+    if isinstance(output, Mapping):
+        return output.get("logits")
+    if isinstance(output, tuple):
+        place = _place_of_logits(output)
+        return None if place is None else output[place]
+    return None
 
 
-def _batch_of_call(given: dict[str, Any]) -> TokenBatch:
-    """Return the tokens of a forward call."""
-    ids, embeddings = given.get("input_ids"), given.get("inputs_embeds")
-    if ids is None:
-        if embeddings is None:
-            raise AttnprobeError("the model was called with neither input_ids nor inputs_embeds")
-        ids = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.long)
-    mask = given.get("attention_mask")
-    real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        real = mask[:, -ids.shape[1] :].to(ids.device) != 0
-    segments = None
-    positions = given.get("position_ids")
-    if mask is None and isinstance(positions, Tensor) and positions.ndim == 2:
-        steps = positions[:, 1:] - positions[:, :-1]
-        if bool((steps != 1).any()):
-            starts = torch.nn.functional.pad((steps != 1).long(), (1, 0))
-            segments = starts.cumsum(-1).expand(ids.shape)
-    return TokenBatch(ids, real, real, segments)
-
-
-def _with_logits(output: Any, logits: Tensor) -> Any:
-    """Return a model's output with other logits."""
-    if getattr(output, "loss", None) is not None:
-        raise InterventionError(
-            "the logits cannot be replaced if the model computes the loss itself, since it uses the old "
-            "ones: call it without labels"
-        )
-    return type(output)(**{**output, "logits": logits})
+def _place_of_logits(output: tuple[Any, ...]) -> int | None:
+    """Return where a tuple has the logits: losses, which have no axis for tokens, may come before them."""
+    places = (i for i, entry in enumerate(output) if isinstance(entry, Tensor) and entry.ndim == 3)
+    return next(places, None)
 
 
 def _without_maps(output: Any) -> Any:

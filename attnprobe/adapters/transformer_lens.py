@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from attnprobe.adapters.attention_call import (
     AttentionCall,
+    calls_watched,
     implementation_changed,
     reads_calls,
-    watched_implementation,
 )
 from attnprobe.adapters.base import Adapter
 from attnprobe.adapters.reading import Reading
@@ -65,10 +65,15 @@ class TransformerLensAdapter(TransformersAdapter):
         return chain(self._bridge.modules(), self.model.modules())
 
     @property
+    def _calls_kernel(self) -> bool:
+        """A bridge computes attention itself where there is no attention function to hand over to."""
+        return False
+
+    @property
     def _maps_by_hook(self) -> bool:
         return False
 
-    def _logits(self, arguments: dict[str, Any]) -> Tensor:
+    def _logits(self, arguments: dict[str, Any]) -> Tensor | None:
         ids = arguments.pop("input_ids")
         logits: Tensor = self._bridge(ids, return_type="logits", **arguments)
         return logits
@@ -79,6 +84,7 @@ class TransformerLensAdapter(TransformersAdapter):
         with ExitStack() as stack:
             if self.reads == "factored":
                 stack.enter_context(implementation_changed(self.model, self._implementation))
+                stack.enter_context(calls_watched())
             # Every layer, so that what a layer computes does not depend on which are observed.
             for number, layer in self._architecture.layers.items():
                 outer, inner = layer.attention_outer, layer.attention
@@ -91,8 +97,8 @@ class TransformerLensAdapter(TransformersAdapter):
 
     def _implementation(self, implementation: str) -> str:
         if implementation == "eager" and getattr(self.model, "_supports_sdpa", False):
-            implementation = "sdpa"
-        return watched_implementation(implementation)
+            return "sdpa"
+        return implementation
 
 
 class _Handover:
@@ -165,6 +171,12 @@ class _Handover:
                 raise UnsupportedModelError(
                     "hook_pattern comes after dropout: call bridge.eval() first, or remove the hooks inside "
                     "the attention modules"
+                )
+
+            if not hasattr(self._outer, "hook_pattern"):
+                raise UnsupportedModelError(
+                    f"layer {self._number} of this bridge has no hook_pattern: its {type(self._inner).__name__} "
+                    "computes no map that TransformerLens shows"
                 )
 
             # Registered last, so that the pattern is seen as the user's hooks left it.

@@ -13,7 +13,7 @@ maps that their eager attention returns. `adapter_for` makes the adapter. What i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -22,16 +22,31 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from attnprobe.adapters.architecture import architecture_of
+from attnprobe.adapters.architecture import architecture_of, decoder_of, has_next_token_logits
 from attnprobe.adapters.attention_call import (
     AttentionCall,
+    calls_watched,
     implementation_changed,
+    kernel_calls_watched,
     own_pass,
     suppresses_calls,
-    watched_implementation,
 )
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
-from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again
+from attnprobe.adapters.multimodal import (
+    media_tokens,
+    pass_arguments,
+    positions_kept,
+    telling_mismatches,
+)
+from attnprobe.adapters.positions import Regimes, context_length
+from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again, logits_of
+from attnprobe.adapters.wrappers import (
+    execution_device,
+    first_weight,
+    look_through,
+    transformers_model,
+    uncompiled,
+)
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
 
@@ -39,13 +54,23 @@ from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionErr
 class TransformersAdapter(Adapter):
     """A transformers causal language model, in evaluation or training, on any device.
 
+    It may have any head or none, and PEFT's adapters; a PEFT model is run through its wrapper.
+
     Raises:
-        UnsupportedModelError: an encoder, an encoder-decoder, or a model without attention.
+        UnsupportedModelError: an encoder, an encoder-decoder, a model without attention, or a PEFT method
+            that does more than to change layers.
     """
 
     backend = "transformers"
 
     def __init__(self, model: Any) -> None:
+        # What our own passes call: some PEFT methods prepare their layers in the wrapper's forward.
+        self._entry = look_through(model)
+        model = transformers_model(model)
+        if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+            raise UnsupportedModelError(
+                f"this {type(self._entry).__name__} holds a {type(model).__name__}, not a transformers model"
+            )
         config = model.config
         text_config = config.get_text_config(decoder=True)
         self.model = model
@@ -56,25 +81,31 @@ class TransformersAdapter(Adapter):
                 f"{self.family} is an encoder-decoder model: attnprobe reads decoder-only causal models"
             )
         self._architecture = architecture_of(model)
-        self.reads = self._architecture.reads
+        self.reads = "factored" if self._architecture.calls == "function" or self._calls_kernel else "dense"
         self.refused_sites = self._architecture.refused_sites
+        self.has_next_token_logits = has_next_token_logits(model)
+        if not self.has_next_token_logits:
+            reason = f"{self.family} computes no next-token logits"
+            self.refused_sites = {**self.refused_sites, "logits": reason}
         self.layers = tuple(self._architecture.layers)
         depth = int(getattr(text_config, "num_hidden_layers", 0) or len(self.layers))
         self.skipped_layers = tuple(i for i in range(depth) if i not in self._architecture.layers)
-        heads = getattr(text_config, "num_attention_heads", None)
-        self.head_count = heads if isinstance(heads, int) else None
+        self.head_count = _head_count(text_config)
         embedding = model.get_input_embeddings()
         self.vocabulary_size = int(getattr(embedding, "num_embeddings", text_config.vocab_size))
-        self.context_length = getattr(text_config, "max_position_embeddings", None)
-        self.device = next(embedding.parameters()).device
-        self.activation_bytes = _activation_width(text_config) * next(embedding.parameters()).element_size()
+        self.media_tokens = media_tokens(config)
+        decoder = decoder_of(model)
+        self.context_length = context_length(decoder, text_config)
+        self._regimes = Regimes(decoder, text_config)
+        self.device = execution_device(embedding, model)
+        self.activation_bytes = _activation_width(text_config) * first_weight(embedding, model).element_size()
         self._innermost: Reading | None = None
 
     # ---- what other backends override ---------------------------------------------------------
 
     def _all_modules(self) -> Iterator[nn.Module]:
         """Return every module that is put into evaluation mode for our own passes."""
-        return self.model.modules()  # type: ignore[no-any-return]
+        return self._entry.modules()  # type: ignore[no-any-return]
 
     @contextmanager
     def _ready(self, reading: Reading | None, layers: Sequence[int]) -> Iterator[None]:
@@ -84,23 +115,32 @@ class TransformersAdapter(Adapter):
                 f"this {self.family} is inside a TransformerBridge, which computes its attention: pass the "
                 "bridge itself"
             )
-        if self.reads == "factored":
-            with implementation_changed(self.model, watched_implementation):
+        if self._calls_kernel:
+            with ExitStack() as stack:
+                for layer in layers:
+                    stack.enter_context(kernel_calls_watched(self._architecture.layers[layer].attention))
+                yield
+        elif self.reads == "factored":
+            with calls_watched():
                 yield
         else:
-            # Falcon returns maps under sdpa too, but computes them with the wrong mask.
             with implementation_changed(self.model, lambda _: "eager"):
                 yield
+
+    @property
+    def _calls_kernel(self) -> bool:
+        """Whether the layers call PyTorch's attention themselves."""
+        implementation = self.model.config._attn_implementation
+        return self._architecture.calls == "kernel" and implementation == "sdpa"
 
     @property
     def _maps_by_hook(self) -> bool:
         """Whether maps are taken from what the attention modules return."""
         return self.reads == "dense"
 
-    def _logits(self, arguments: dict[str, Any]) -> Tensor:
-        """Run the model through the backend's own entry point."""
-        logits: Tensor = self.model(**arguments).logits
-        return logits
+    def _logits(self, arguments: dict[str, Any]) -> Tensor | None:
+        """Run the model through the backend's own entry point, and return its logits if it has any."""
+        return logits_of(self._entry(**arguments))
 
     # ---- what is the same everywhere ----------------------------------------------------------
 
@@ -110,6 +150,7 @@ class TransformersAdapter(Adapter):
         reading = Reading(self.model, self._architecture, self.full_name, observer, sites)
         before = self._innermost
         with ExitStack() as stack:
+            stack.enter_context(uncompiled())
             if "attention" in sites:
                 stack.enter_context(self._ready(reading, layers))
             stack.enter_context(reading.attached(layers, self._maps_by_hook))
@@ -119,23 +160,41 @@ class TransformersAdapter(Adapter):
             finally:
                 self._innermost = before
 
+    def regime(self, length: int) -> Hashable:
+        """Return which sequences a sequence may run with."""
+        return self._regimes.of_length(length)
+
     @torch.no_grad()
     def forward(
         self, batch: TokenBatch, *, logits_at: Int[Tensor, " position"] | None = None
     ) -> Float[Tensor, "batch position vocabulary"] | None:
-        """Run the model over right-padded sequences, in evaluation mode and without gradients."""
+        """Run the model over right-padded sequences, or as they are with what goes along with them."""
+        if logits_at is not None:
+            self.check_next_token_logits("logits_at")
         accepted = inspect.signature(type(self.model).forward).parameters
-        ids = batch.input_ids.to(self.device)
+        batch = batch.to(self.device)
+        ids = batch.input_ids
         # Right-padded sequences need no mask in a causal model: no real token can see the padding after it.
         # Positions are passed nevertheless, since some families would otherwise guess them.
         arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if "position_ids" in accepted:
-            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device)[None]
+        if batch.model_inputs is not None:
+            arguments |= pass_arguments(batch, self.model, self.full_name)
+        elif "position_ids" in accepted:
+            # For each row, since some families index them by row (Qwen4-Exp).
+            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         keeps = "logits_to_keep" in accepted
         if keeps:
-            arguments["logits_to_keep"] = 1 if logits_at is None else logits_at.to(self.device)
+            # A tensor even for the last position: given a number, some families (Gemma 4) leave the other
+            # tokens out of their last layers.
+            at = torch.tensor([ids.shape[1] - 1]) if logits_at is None else logits_at
+            arguments["logits_to_keep"] = at.to(self.device)
         with ExitStack() as stack:
+            stack.enter_context(uncompiled())
             stack.enter_context(evaluation_mode(self._all_modules()))
+            stack.enter_context(self._regimes.undisturbed())
+            if batch.model_inputs is not None:
+                stack.enter_context(positions_kept(self._all_modules()))
+                stack.enter_context(telling_mismatches(self.full_name))
             stack.enter_context(own_pass(layer.attention for layer in self._architecture.layers.values()))
             if logits_at is None:
                 if self._innermost is not None:
@@ -143,24 +202,36 @@ class TransformersAdapter(Adapter):
                 self._logits(arguments)
                 return None
             logits = self._logits(arguments)
+            assert logits is not None
             return logits if keeps else logits[:, logits_at.to(logits.device)]
 
     @contextmanager
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> Iterator[None]:
         """Suppress attention in every forward pass while the context is open."""
-        if self.reads == "dense":
+        if self._architecture.calls != "function":
             raise UnsupportedModelError(
                 f"{self.family} does not look up its attention function: its attention can be read, but "
                 "not suppressed"
             )
         suppressing = _Suppressing(self.model, self.full_name, suppression, layers)
         with ExitStack() as stack:
+            stack.enter_context(uncompiled())
             stack.enter_context(self._ready(None, layers))
             for layer in layers:
                 module = self._architecture.layers[layer].attention
                 stack.enter_context(suppresses_calls(module, partial(suppressing.removed_pairs, layer)))
             stack.enter_context(suppressing.installed())
             yield
+
+
+def _head_count(config: Any) -> int | None:
+    """Return how many heads a layer has; None if layers differ."""
+    try:
+        heads = getattr(config, "num_attention_heads", None)
+    except RuntimeError:
+        # Configs with settings for each layer (Dots3-Note) refuse to give one for all.
+        return None
+    return heads if isinstance(heads, int) else None
 
 
 def _activation_width(config: Any) -> int:
@@ -208,13 +279,13 @@ class _Suppressing(ForwardWatch):
         if not self.is_running:
             raise AttnprobeError(f"a layer of {self._name} was called outside a forward pass of the model")
         self._applied.add(layer)
-        query_count, key_count = call.query.shape[2], call.key.shape[2]
-        # A sliding cache has dropped the first keys; one of fixed size has room for later ones.
-        first_key = max(0, self.cached + query_count - key_count) if self.has_cache else 0
+        device = call.query.device
+        queries = self.columns.of_queries(call.query.shape[2])
+        keys = self.columns.of_keys(call.key.shape[2])
         return self._suppression.removed(
             layer,
             call.query.shape[0],
             call.query.shape[1],
-            torch.arange(self.cached, self.cached + query_count, device=call.query.device),
-            torch.arange(first_key, first_key + key_count, device=call.query.device),
+            torch.arange(queries.start, queries.stop, device=device),
+            torch.arange(keys.start, keys.stop, device=device),
         )

@@ -15,6 +15,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from attnprobe.adapters.base import display_name, evaluation_mode
+from attnprobe.adapters.multimodal import media_tokens
+from attnprobe.adapters.wrappers import execution_device
 from attnprobe.errors import BatchError, ParameterError, UnsupportedModelError
 from attnprobe.models import end_tokens
 from attnprobe.validation import ArrayLike, IntLike, as_tensor, brief, whole_number
@@ -51,8 +53,14 @@ def check_vocabulary(model: Any, ids: Int[Tensor, "..."]) -> None:
     """Check that a model has embeddings for all ids.
 
     Raises:
-        BatchError: ids outside the vocabulary.
+        BatchError: ids outside the vocabulary, or ids that stand for an image, which is not there.
     """
+    media = media_tokens(model.config)
+    if not media.keys().isdisjoint(ids.flatten().tolist()):
+        raise BatchError(
+            f"there are {' or '.join(sorted(set(media.values())))} tokens among the ids, but only text can "
+            f"be continued from forced tokens: {display_name(model)} would read them as if they were text"
+        )
     size = int(model.get_input_embeddings().weight.shape[0])
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
         raise BatchError(
@@ -87,7 +95,8 @@ def force_tokens(
     if text.ndim != 1 or len(text) == 0 or text.is_floating_point():
         raise ParameterError(f"before must be the ids [token] of a non-empty text; got {brief(text)}")
     check_vocabulary(model, torch.cat([text, text.new_tensor([token])]))
-    text = text.to(model.device)
+    # Not model.device, which says where offloaded weights wait.
+    text = text.to(execution_device(model.get_input_embeddings(), model))
     with evaluation_mode(model.modules()):
         seen = model(text[None], use_cache=True)
         probability = seen.logits[0, -1].float().softmax(-1)

@@ -63,7 +63,7 @@ def knockout_divergence(
         BatchError: ids outside the vocabulary, or sequences longer than the model's context.
         ParameterError: a mask of another shape, an invalid horizon, layers or heads, packed examples, or a
             batch size below 1.
-        UnsupportedModelError: a model whose attention cannot be suppressed.
+        UnsupportedModelError: a model whose attention cannot be suppressed, or without next-token logits.
     """
     batch = TokenBatch.of(batch)
     check_unpacked(batch.segment_ids, "suppress attention to tokens")
@@ -72,6 +72,7 @@ def knockout_divergence(
     batch_size = whole_number(batch_size, "batch_size", minimum=1)
     truth(progress, "progress")
     adapter = adapter_for(model)
+    adapter.check_next_token_logits("knockout_divergence")
     check_fits(batch.sequences()[0], adapter)
     by_layer = heads_by_layer(heads, layers, adapter)
     every = None in by_layer.values()

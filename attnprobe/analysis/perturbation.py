@@ -23,6 +23,7 @@ from attnprobe.analysis.forced_tokens import check_generates, check_vocabulary, 
 from attnprobe.analysis.trials import Continuation, Kind, Perturbations, Trial, TrialFile
 from attnprobe.batch import BatchLike, TokenBatch, check_unpacked
 from attnprobe.errors import ParameterError, ResultError
+from attnprobe.model_inputs import refuse_inputs
 from attnprobe.progress import progress_bar
 from attnprobe.scores import TokenScores, check_same_tokens
 from attnprobe.validation import IntLike, brief, instance, truth, whole_number
@@ -66,7 +67,7 @@ def perturb(
     Raises:
         ParameterError: counts below 1, packed examples, no position to choose, or something other than a
             tokenizer.
-        BatchError: ids outside the model's vocabulary.
+        BatchError: ids outside the model's vocabulary, or images.
         ResultError: scores of another batch, or a path that holds something else or cannot be written.
         UnsupportedModelError: a model that cannot generate.
     """
@@ -83,6 +84,7 @@ def perturb(
     if isinstance(tokenizer, type | bytes) or not callable(getattr(tokenizer, "decode", None)):
         raise ParameterError(f"tokenizer must be the model's tokenizer; got {brief(tokenizer)}")
     batch = TokenBatch.of(batch)
+    refuse_inputs(batch.model_inputs, "perturb")
     parameters: dict[str, Any] = {**counts, "model": check_generates(model)}
     check_vocabulary(model, batch.input_ids)
     _check_same_responses(batch, scores)

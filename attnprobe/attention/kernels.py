@@ -152,6 +152,9 @@ def _by_flash(
         return None
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
         return None
+    if torch.is_autocast_enabled("cpu") and query.dtype != torch.get_autocast_dtype("cpu"):
+        # It would narrow the tensors on their way to the kernel, but not on ours.
+        return None
     chosen = torch._fused_sdp_choice(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

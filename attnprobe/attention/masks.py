@@ -21,6 +21,13 @@ from attnprobe.errors import PatternError
 _BEYOND = 2**62
 
 
+class LaterKeysError(PatternError):
+    """A mask that lets a query see later keys."""
+
+    def __init__(self) -> None:
+        super().__init__("the mask lets a query see later keys: attnprobe reads causal attention only")
+
+
 @dataclass(frozen=True)
 class CausalMask:
     """Which keys each query may see: an interval per query, or any mask.
@@ -48,7 +55,7 @@ class CausalMask:
         """Return the `CausalMask` of a boolean mask (True: may see).
 
         Raises:
-            PatternError: a mask that lets a query see later keys.
+            LaterKeysError: a mask that lets a query see later keys.
         """
         query_count, key_count = mask.shape[-2:]
         causal = CausalMask.causal(query_count, key_count, None, mask.device)
@@ -65,13 +72,11 @@ class CausalMask:
             contiguous = bool(((spread == last) | (count == 0)).all())
             if contiguous:
                 if bool((last > causal.last).any()):
-                    raise PatternError(
-                        "the mask lets a query see later keys: attnprobe reads causal attention only"
-                    )
+                    raise LaterKeysError
                 plain = bool((first == 0).all()) and bool((last == causal.last).all())
                 return CausalMask(first, last, None, plain)
         if bool(mask.triu(key_count - query_count + 1).any()):
-            raise PatternError("the mask lets a query see later keys: attnprobe reads causal attention only")
+            raise LaterKeysError
         return CausalMask(causal.first, causal.last, mask, plain=False)
 
     @staticmethod
@@ -89,6 +94,16 @@ class CausalMask:
             return CausalMask(first, last, None, plain=False)
         every = causal.block(slice(0, query_count), slice(0, key_count))
         return CausalMask(causal.first, causal.last, every & kept[:, None, None], plain=False)
+
+    @staticmethod
+    def from_segments(segment_ids: Int[Tensor, "batch token"], window: int | None = None) -> CausalMask:
+        """Return the causal mask in which a token sees only its own segment; segments are contiguous."""
+        count = segment_ids.shape[1]
+        causal = CausalMask.causal(count, count, window, segment_ids.device)
+        begins = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+        column = torch.arange(count, device=segment_ids.device)
+        start = column.where(begins, column.new_zeros(())).cummax(-1).values
+        return CausalMask(torch.maximum(causal.first, start), causal.last, None, plain=False)
 
     def block(self, queries: slice | Tensor, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
         """Return the mask of one block."""

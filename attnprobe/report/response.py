@@ -7,6 +7,7 @@ What is left to others: whether the results fit together (checks) and how things
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from torch import Tensor
 from attnprobe.batch import TokenBatch
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
+from attnprobe.texts import with_markers
 
 _NEWLINES = re.compile(r"\r\n|\r|\n")
 # The controls that embed, override or isolate a writing direction. Plain direction marks stay.
 _REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_LONG_RUN = 8
 _CONTEXT_BEFORE = 4
 _CONTEXT_AFTER = 3
 
@@ -73,10 +76,8 @@ def read_response(
 ) -> tuple[ResponseToken, ...]:
     """Return the response tokens of one example; without texts, their ids serve as texts."""
     columns = batch.response_mask[example].nonzero()[:, 0].tolist()
-    if batch.texts is not None:
-        texts = [visible(batch.texts[example][column]) for column in columns]
-    else:
-        texts = [f"{int(batch.input_ids[example, column])} " for column in columns]
+    shown = _texts_of(batch, example)
+    texts = [visible(shown[column]) for column in columns]
     waad, fai, receiver_fai, entropy = (
         _floats(getattr(scores, name), example, columns)
         for name in ("waad", "fai", "receiver_fai", "entropy")
@@ -121,8 +122,23 @@ def prompt_text(batch: TokenBatch, example: int) -> str | None:
         return None
     start = int(batch.response_mask[example].nonzero()[0, 0])
     real = batch.attention_mask[example].tolist()
-    text = "".join(batch.texts[example][column] for column in range(start) if real[column])
+    texts = _texts_of(batch, example)
+    text = "".join(texts[column] for column in range(start) if real[column])
     return visible(text) or None
+
+
+def _texts_of(batch: TokenBatch, example: int) -> list[str]:
+    """Return the text of each token, or else its id; hundreds of an image's tokens are shown once."""
+    ids = batch.input_ids[example].tolist()
+    if batch.texts is not None:
+        return with_markers(ids, batch.texts[example], {})
+    shown = []
+    for token, run in itertools.groupby(ids):
+        count = len(list(run))
+        # Without a tokenizer it is not known what they stand for.
+        repeated = [f"{token}\u00d7{count} ", *[""] * (count - 1)]
+        shown += repeated if count >= _LONG_RUN else [f"{token} "] * count
+    return shown
 
 
 def visible(text: str) -> str:

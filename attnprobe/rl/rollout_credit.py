@@ -102,7 +102,8 @@ class RolloutCredit:
         self.heads: Groups | None = None
         self.layers: tuple[int, ...] = ()
         if reads_attention:
-            self.layers, self.heads = choose_heads(self._policy, layers, heads)
+            # Not the bare policy: an adapter refuses wrappers that do more than to change layers.
+            self.layers, self.heads = choose_heads(policy, layers, heads)
 
     # ---- what a trainer may override ----------------------------------------------------------
 

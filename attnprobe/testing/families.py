@@ -1,127 +1,211 @@
-"""The table of families and backends: how each backend reads each family, tried on tiny models.
+"""The table of all families: what attnprobe does with every causal language model of transformers.
 
-    python -m attnprobe.testing.families                  # the table, as Markdown
-    python -m attnprobe.testing.families docs/backends.md # the same, put between the marks of a file
-    python -m attnprobe.testing.families --differences    # the largest difference between two backends
+    python -m attnprobe.testing.all_families                            # try all; print the table
+    python -m attnprobe.testing.all_families --output docs/families.md  # the same, into the page
+    python -m attnprobe.testing.all_families llama gemma2               # these only, with every check
 
-Every cell is tried: a model of the family is put into the backend and run, and the kind of attention that is
-observed is recorded. What is left to others: whether the numbers are right (conformance).
+`make families` runs the second. Each family gives a line of JSON in a results file, whatever happens in it.
+What is left to others: the models (all_families), and the checks (family_checks).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
+import time
 import warnings
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from attnprobe.adapters import adapter_for
-from attnprobe.adapters.base import Value
-from attnprobe.attention.factored import FactoredAttention
-from attnprobe.batch import TokenBatch
-from attnprobe.errors import IncompleteRunError, UnsupportedModelError
-from attnprobe.measurement import measure
-from attnprobe.probe import Probe, attach
-from attnprobe.suppression import suppress_attention
-from attnprobe.testing.backends import BACKENDS
-from attnprobe.testing.tiny_models import FAMILIES, REFUSED, TRAITS, VOCABULARY, tiny_model
+from attnprobe.testing.all_families import causal_families
+from attnprobe.testing.family_checks import check_family
+from attnprobe.testing.family_report import FamilyReport, Outcome
+from attnprobe.testing.tiny_models import TRAITS
 
 BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
 
-_TITLES = {"transformers": "transformers", "transformer_lens": "TransformerLens", "nnsight": "nnsight"}
+_TITLES = (
+    "family",
+    "what is particular",
+    "layers read",
+    "transformers",
+    "`measure`, `attach`",
+    "`generate`",
+    "bitwise",
+    "suppression",
+    "TransformerLens",
+    "nnsight",
+    "refused sites",
+)
 
 
-class _Kinds(Probe):
-    """Records how the attention of each layer was read."""
-
-    def __init__(self) -> None:
-        self.kinds: set[str] = set()
-
-    def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
-        self.kinds.add("factored" if isinstance(value, FactoredAttention) else "dense")
-
-
-def _batch() -> TokenBatch:
-    ids = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
-    return TokenBatch.from_ids(ids, response_start=6)
-
-
-def _cell(family: str, backend: str) -> str:
-    """Return how a family's attention is read in a backend, or why it is not."""
-    try:
-        model = BACKENDS[backend](tiny_model(family))
-        adapter = adapter_for(model)
-    except UnsupportedModelError as refusal:
-        return f"refused: {str(refusal).partition(':')[0]}"
-    probe = _Kinds()
-    with attach(adapter, probe):
-        adapter.forward(_batch())
-    return " and ".join(sorted(probe.kinds))
+def families_table(reports: Iterable[FamilyReport]) -> str:
+    """Return the table as Markdown: a line for each family that is read, then those that are not."""
+    reports = list(reports)
+    read = [_TITLES, *(family_row(report) for report in reports if report.status not in _UNREAD)]
+    parts = [_markdown(read)]
+    for status, title in _UNREAD.items():
+        rows = [
+            (f"`{report.name}`", first_sentence(report.reason))
+            for report in reports
+            if report.status == status
+        ]
+        if rows:
+            parts.append(_markdown([("family", title), *rows]))
+    return "\n\n".join(parts)
 
 
-def _row(family: str) -> tuple[str, ...]:
-    adapter = adapter_for(tiny_model(family))
-    count = len(adapter.layers) + len(adapter.skipped_layers)
-    layers = "all" if not adapter.skipped_layers else f"{len(adapter.layers)} of {count}"
-    try:
-        with suppress_attention(adapter, keys=[0]):
-            suppression = "yes"
-    except UnsupportedModelError:
-        suppression = "no"
-    refused = ", ".join(f"`{site}`" for site in adapter.refused_sites) or "none"
-    cells = [_cell(family, backend) for backend in BACKENDS]
-    return (f"`{family}`", TRAITS[family], layers, *cells, suppression, refused)
+_UNREAD = {"refused": "why it is refused", "not built": "why it cannot be tried"}
 
 
-def _reason(family: str) -> str:
-    """Return why a family is refused, in the words of the error."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            measure(tiny_model(family), _batch())
-    except (UnsupportedModelError, IncompleteRunError) as refusal:
-        return str(refusal)
-    raise AssertionError(f"{family} should be refused, but is read")
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
 
 
-def families_table() -> str:
-    """Return the table as Markdown, with a line for each family, and after it the refused families."""
-    titles = (
-        "family",
-        "what is particular",
-        "layers read",
-        *_TITLES.values(),
-        "suppression",
-        "refused sites",
+def family_row(report: FamilyReport) -> tuple[str, ...]:
+    """Return the cells of a family that is read."""
+    outcomes = report.outcomes
+    depth = len(report.layers) + len(report.skipped_layers)
+    reading = [outcome for title, outcome in outcomes.items() if title.startswith(("measure", "attach"))]
+    generating = [outcome for title, outcome in outcomes.items() if title.startswith("generate")]
+    return (
+        f"`{report.name}`",
+        TRAITS.get(report.name, ""),
+        "all" if not report.skipped_layers else f"{len(report.layers)} of {depth}",
+        report.status,
+        _numbers(reading),
+        _numbers(generating),
+        "yes" if report.is_bitwise else report.changes[0],
+        _suppression(outcomes.get("suppression")),
+        _cell(outcomes.get("transformer_lens")),
+        _cell(outcomes.get("nnsight")),
+        ", ".join(f"`{site}`" for site in report.refused_sites) or "none",
     )
-    rows = [titles, tuple("---" for _ in titles), *(_row(family) for family in FAMILIES)]
-    refused = [("family", "why it is refused"), ("---", "---")]
-    refused += [(f"`{family}`", _reason(family)) for family in REFUSED]
-    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in part) for part in (rows, refused))
 
 
-def largest_differences() -> dict[str, tuple[float, str]]:
-    """Return, for each statistic, the largest difference between two backends, and its family.
+def _numbers(outcomes: Sequence[Outcome]) -> str:
+    """Return what several comparisons of numbers say together."""
+    wrong = [outcome for outcome in outcomes if outcome.kind in ("wrong", "error")]
+    if wrong:
+        return f"WRONG: {first_sentence(wrong[0].note)}"
+    said = []
+    if any(outcome.note == "as each row alone" for outcome in outcomes):
+        said.append("as each row alone")
+    if any(outcome.note.startswith("as each row alone,") for outcome in outcomes):
+        said.append("as each row alone, in the rows that the model computes")
+    if any(outcome.note.startswith("as the model") for outcome in outcomes):
+        said.append("as the call, where the model itself depends on padding or cache")
+    refused = [f"refused: {first_sentence(o.note)}" for o in outcomes if o.kind == "refused"]
+    said += ["several rows refused"] if said and len(refused) == 1 and "cache" in refused[0] else refused
+    said += ["not comparable in some calls" for o in outcomes if o.kind == "model"]
+    return "; ".join(dict.fromkeys(said))
 
-    Over all families, in float32; differences in span and WAAD are in tokens.
+
+def _suppression(outcome: Outcome | None) -> str:
+    """Return whether attention can be suppressed; it cannot where no attention function is called."""
+    return "no" if outcome is not None and outcome.kind == "refused" else _cell(outcome)
+
+
+def _cell(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "not tried"
+    if outcome.kind == "good":
+        return re.sub(r"\d+e(-\d+)", _rounded_up, outcome.note)
+    words = {"refused": "refused", "model": "not possible"}.get(outcome.kind, outcome.kind.upper())
+    return f"{words}: {first_sentence(outcome.note)}"
+
+
+def _rounded_up(number: re.Match[str]) -> str:
+    """Return a small number as a limit, since its digits differ from machine to machine."""
+    return f"less than 1e{int(number[1]) + 1:03d}"
+
+
+def first_sentence(reason: str) -> str:
+    """Return the first sentence of a reason.
+
+    >>> first_sentence("it is an encoder: it looks ahead. attnprobe reads causal models")
+    'it is an encoder: it looks ahead'
     """
-    largest = dict.fromkeys(("span", "waad", "fai", "entropy"), (0.0, "-"))
-    for family in FAMILIES:
-        results: list[Any] = []
-        for wrap in BACKENDS.values():
-            try:
-                results.append(measure(wrap(tiny_model(family)), _batch(), horizon=(2, 6)))
-            except UnsupportedModelError:
-                continue
-        for name, (worst, _) in list(largest.items()):
-            values: list[Tensor] = [getattr(result, name).nan_to_num() for result in results]
-            difference = max(float((a - b).abs().max()) for a in values for b in values)
-            if difference > worst:
-                largest[name] = (difference, family)
-    return largest
+    return re.split(r"[.;] | \(options|: Unsupported", reason)[0].rstrip(".")
+
+
+def summary(reports: Sequence[FamilyReport]) -> str:
+    """Return how many families ended how, in a line."""
+    count = Counter(report.status for report in reports)
+    read = [report for report in reports if report.reads and report.status not in _UNREAD]
+    largest = max(
+        (
+            (o.difference, report.name)
+            for report in read
+            for o in report.outcomes.values()
+            if o.kind == "good" and o.difference
+        ),
+        default=(0.0, "-"),
+    )
+    changed = [report.name for report in read if not report.is_bitwise]
+    return (
+        f"{len(reports)} families: {len(reports) - count['not built']} built, {count['factored']} factored, "
+        f"{count['dense']} dense, {count['refused']} refused, "
+        f"{len(read) - len(changed)} of {len(read)} bitwise "
+        f"(not {', '.join(changed) or 'none'}), {count['WRONG']} wrong, {count['ERROR']} errors; the largest "
+        f"difference from eager maps is {largest[0]:.0e} ({largest[1]})"
+    )
+
+
+def check_families(names: Sequence[str], results: Path | None = None) -> list[FamilyReport]:
+    """Try families one after the other, writing a line of JSON for each."""
+    reports = []
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text("", encoding="utf-8")
+    for name in names:
+        start = time.perf_counter()
+        report = check_family(name)
+        print(f"{name}: {report.status} ({time.perf_counter() - start:.1f} s)", flush=True)
+        if results is not None:
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(report.as_json()) + "\n")
+        reports.append(report)
+    return reports
+
+
+def main() -> None:
+    """Try families, and print the table or put it into a page."""
+    parser = argparse.ArgumentParser(description=check_families.__doc__)
+    parser.add_argument("names", nargs="*", help="families; default: all that transformers knows")
+    parser.add_argument("--output", type=Path, help="put the table into this page, between its marks")
+    parser.add_argument(
+        "--results", type=Path, default=Path("build/families.jsonl"), help="the lines of JSON"
+    )
+    arguments = parser.parse_args()
+    _quietly()
+    reports = check_families(arguments.names or causal_families(), arguments.results)
+    if arguments.names:
+        for report in reports:
+            for title, outcome in report.outcomes.items():
+                print(
+                    f"{report.name:24} {title:16} {outcome.kind:8} {outcome.difference or 0:.0e}",
+                    outcome.note,
+                )
+    table = f"{families_table(reports)}\n\n{summary(reports)}."
+    if arguments.output is None:
+        print(table)
+    else:
+        _put_into(arguments.output, table)
+        print(summary(reports))
+
+
+def _put_into(page: Path, table: str) -> None:
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{page} has no {BEGIN} and {END} to put the table between")
+    page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 def _quietly() -> None:
@@ -130,29 +214,6 @@ def _quietly() -> None:
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-
-
-def main() -> None:
-    """Print the table, put it into a file, or print the differences."""
-    parser = argparse.ArgumentParser(description=families_table.__doc__)
-    parser.add_argument("file", nargs="?", type=Path, help="put the table into this file, between its marks")
-    parser.add_argument("--differences", action="store_true", help="print the largest differences instead")
-    arguments = parser.parse_args()
-    _quietly()
-    if arguments.differences:
-        for name, (difference, family) in largest_differences().items():
-            print(f"{name}: {difference:.1e} ({family})")
-        return
-    table = families_table()
-    if arguments.file is None:
-        print(table)
-        return
-    text = arguments.file.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{arguments.file} has no {BEGIN} and {END} to put the table between")
-    arguments.file.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

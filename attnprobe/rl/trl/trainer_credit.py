@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from attnprobe.adapters.reading import logits_of
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import TrainerError
@@ -39,7 +40,7 @@ class TrainerCredit(RolloutCredit):
     """
 
     def __init__(self, trainer: Any, credit: Credit, **options: Any) -> None:
-        super().__init__(policy_of(trainer), credit, **options)
+        super().__init__(trainer.accelerator.unwrap_model(trainer.model), credit, **options)
         self._trainer = trainer
         # Never by the memory budget: processes whose completions differ in length would then make different
         # numbers of forward passes and, with sharded parameters, wait for each other forever.
@@ -109,6 +110,5 @@ class WholePassAdapter(TransformersAdapter):
     def _all_modules(self) -> Iterator[nn.Module]:
         return self._root.modules()
 
-    def _logits(self, arguments: dict[str, Any]) -> Tensor:
-        logits: Tensor = self._root(**arguments).logits
-        return logits
+    def _logits(self, arguments: dict[str, Any]) -> Tensor | None:
+        return logits_of(self._root(**arguments))
