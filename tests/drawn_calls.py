@@ -17,6 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward as plain_eager
 
 from attnprobe.adapters.attention_call import AttentionCall, MaskMemory, read_attention
+from attnprobe.adapters.forward_call import Columns
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.kernels import listen
 
@@ -94,10 +95,12 @@ class Drawn:
         """Return what is read from these inputs, and the call with the output that changed inputs give."""
         output, flash = self._run(**changes)
         call = AttentionCall(
+            "eager" if "eager" in self.kernel else "sdpa",
             _Module(self.groups), self.query, self.key, self.value, self.mask(self.seen, self.query.dtype),
             self.options, output, flash,
         )  # fmt: skip
-        return read_attention(call, MaskMemory(), 0, False), call
+        columns = Columns(0, self.query.shape[2], False)
+        return read_attention(call, MaskMemory(), columns), call
 
 
 def draw(seed: int, longest: int = 512, **fixed: Any) -> Drawn:
