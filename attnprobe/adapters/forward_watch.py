@@ -85,7 +85,7 @@ class ForwardWatch:
         self._thread, self.is_whole = thread, module is self._model
         try:
             given = arguments_of(module, args, kwargs)
-            config: Any = self._model.config
+            config: Any = self._model.config.get_text_config(decoder=True)
             batch, self.columns = tokens_of(given, config._attn_implementation or "eager")
             added = self.began(batch, given)
         except BaseException:

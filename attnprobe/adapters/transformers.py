@@ -131,7 +131,7 @@ class TransformersAdapter(Adapter):
     @property
     def _calls_kernel(self) -> bool:
         """Whether the layers call PyTorch's attention themselves."""
-        implementation = self.model.config._attn_implementation
+        implementation = self.model.config.get_text_config(decoder=True)._attn_implementation
         return self._architecture.calls == "kernel" and implementation == "sdpa"
 
     @property
