@@ -39,11 +39,12 @@ SPECIAL = {
     "prompts before the text": ("cpmant",),
     "maps in another order": ("xlnet",),
     "cross-attention": ("mllama",),
+    "decoders of encoder-decoders": ("bart", "trocr", "prophetnet"),
     "towers": ("phi4_multimodal",),
     "head called decoder": ("modernbert-decoder",),
     "sliding cache, other mask": ("moshi",),
 }
-REFUSED = {"deepseek_v4", "diffllama", "cpmant", "xlnet"}
+REFUSED = {"deepseek_v4", "diffllama", "cpmant", "xlnet", "prophetnet"}
 _REST = [name for name in causal_families() if name not in {n for names in SPECIAL.values() for n in names}]
 SAMPLE = [*(name for names in SPECIAL.values() for name in names), *_REST[3::8]]
 

@@ -131,7 +131,7 @@ def first_sentence(reason: str) -> str:
     >>> first_sentence("it is an encoder: it looks ahead. attnprobe reads causal models")
     'it is an encoder: it looks ahead'
     """
-    return re.split(r"[.;] | \(options|: Unsupported", reason)[0].rstrip(".")
+    return re.split(r"[.;] |: its output differs|: Unsupported", reason)[0].rstrip(".")
 
 
 def summary(reports: Sequence[FamilyReport]) -> str:
