@@ -125,7 +125,7 @@ class _Rows:
     checked.
     """
 
-    queries: slice
+    queries: slice | Tensor
     scores: BlockScores
     query: Float[Tensor, "batch head row d"]
     key: Float[Tensor, "batch key_head key d"]
@@ -139,10 +139,8 @@ class _Rows:
 
     @staticmethod
     def of_call(attention: FactoredAttention, call: AttentionCall) -> _Rows:
-        scores, last = attention.scores, attention.query_count - 1
-        # A slice, since picking rows by their numbers takes several times as long.
-        step = max(1, last // (_ROWS[call.query.dtype.itemsize == 2] - 1))
-        queries = slice(last % step, None, step)
+        scores = attention.scores
+        queries = _chosen_queries(attention, _ROWS[call.query.dtype.itemsize == 2])
         score = scores.block(queries, slice(0, attention.key_count))
         top = score.amax(-1, keepdim=True)
         seeing = top > -torch.inf
@@ -178,6 +176,22 @@ class _Rows:
         """What is added to the scores."""
         bias = self.scores.bias
         return None if bias is None else bias[:, :, self.queries, : self.score.shape[-1]].to(self.score.dtype)
+
+
+def _chosen_queries(attention: FactoredAttention, count: int) -> slice | Tensor:
+    """Return which rows are checked: evenly spaced ones up to the last and, behind padding, the first.
+
+    Under a short window, no other row tells whether padding is seen.
+    """
+    last = attention.query_count - 1
+    step = max(1, last // (count - 1))
+    # A slice, since picking rows by their numbers takes several times as long.
+    spaced = slice(last % step, None, step)
+    mask = attention.scores.mask
+    if mask.plain or last == 0:
+        return spaced
+    begins = (~mask.sees_none()).any(1).byte().argmax(-1)
+    return torch.cat([begins.amax()[None], torch.arange(last + 1, device=attention.device)[spaced]])
 
 
 def _mixed(weights: Tensor, value: Tensor) -> Tensor:
@@ -390,10 +404,11 @@ def _largest(difference: Tensor, bound: Tensor, rows: _Rows, rounding: _Rounding
     ratio = (difference.abs() / bound).nan_to_num(torch.inf)
     place = torch.unravel_index(ratio.argmax(), ratio.shape)
     batch, head, row, _ = (int(index) for index in place)
+    numbers = torch.arange(rows.scores.query.shape[2], device=difference.device)[rows.queries].tolist()
     return (
         f"differs by {float(difference[place].abs()):.3g} from what its query, key and mask give, where "
         f"rounding to {_name(rounding.dtype)} explains {float(bound[place]):.3g} (at batch {batch}, "
-        f"head {head}, query {rows.queries.start + row * rows.queries.step})"
+        f"head {head}, query {numbers[row]})"
     )
 
 
