@@ -150,8 +150,8 @@ def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) ->
 
 def _is_cross_attention(name: str, module: nn.Module) -> bool:
     """Whether a module attends to something else than the text: an encoder's output, or images."""
-    # Decoders that were made for an encoder (Bart's) have both kinds in one class. ProphetNet's `cross_attn` is
-    # left out on purpose: it also attends in a second stream, whose attention is in no map.
+    # Decoders that were made for an encoder (Bart's) have both kinds in one class. ProphetNet's `cross_attn`
+    # is left out on purpose: it also attends in a second stream, whose attention is in no map.
     named = name == "encoder_attn" or "CrossAttention" in type(module).__name__
     return named or bool(getattr(module, "is_cross_attention", False))
 
