@@ -40,7 +40,7 @@ test-fast: install  ## Run the tests that need no real model
 fuzz: install  ## Try malformed inputs at every public entry point (a few minutes)
 	@$(BIN)/python -m tests.fuzz
 
-families: install  ## Try every causal family of transformers, and make docs/families.md (about ten minutes)
+families: install  ## Try every causal family of transformers, and make docs/families.md (a few minutes)
 	@$(BIN)/python -m attnprobe.testing.all_families --output docs/families.md
 
 lint: install  ## Check style and formatting

@@ -128,7 +128,7 @@ def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) ->
         parts = name.split(".")
         depth = next((place for place, part in enumerate(parts) if part.isdigit()), None)
         nested = any(name.startswith(outer + ".") for outer in inside)
-        if depth is None or nested or not wanted(module) or _is_cross_attention(module):
+        if depth is None or nested or not wanted(module) or _is_cross_attention(parts[-1], module):
             continue
         inside.append(name)
         named.append((name, depth, int(parts[depth])))
@@ -148,9 +148,12 @@ def _attention_modules(model: nn.Module, wanted: Callable[[nn.Module], bool]) ->
     return found
 
 
-def _is_cross_attention(module: nn.Module) -> bool:
+def _is_cross_attention(name: str, module: nn.Module) -> bool:
     """Whether a module attends to something else than the text: an encoder's output, or images."""
-    return bool(getattr(module, "is_cross_attention", False)) or "CrossAttention" in type(module).__name__
+    # Decoders that were made for an encoder (Bart's) have both kinds in one class. ProphetNet's `cross_attn`
+    # is left out on purpose: it also attends in a second stream, whose attention is in no map.
+    named = name == "encoder_attn" or "CrossAttention" in type(module).__name__
+    return named or bool(getattr(module, "is_cross_attention", False))
 
 
 def _layer(root: nn.Module, attention_name: str, number: int) -> Layer:

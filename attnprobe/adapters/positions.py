@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from attnprobe.adapters.architecture import WRAPPED
 
 _FREQUENCIES = "inv_freq"
 _ORIGINAL = "original_inv_freq"
@@ -41,7 +44,7 @@ def _without_towers(decoder: nn.Module) -> Iterator[nn.Module]:
     towers = {
         id(part)
         for module in decoder.modules()
-        if hasattr(module, "get_input_embeddings") and type(getattr(module, "config", None)) is not kind
+        if isinstance(module, PreTrainedModel) and type(module.config) is not kind
         for part in module.modules()
     }
     return (module for module in decoder.modules() if id(module) not in towers)
@@ -49,9 +52,10 @@ def _without_towers(decoder: nn.Module) -> Iterator[nn.Module]:
 
 def _table_size(module: nn.Module) -> int | None:
     """Return how many positions a module's own table of positions holds, if it has one."""
+    children = ((name, child._modules.get(WRAPPED) or child) for name, child in module.named_children())
     sizes = [
         child.num_embeddings - int(getattr(child, "offset", 0))
-        for name, child in module.named_children()
+        for name, child in children
         if isinstance(child, nn.Embedding) and ("pos" in name or name == "wpe")
     ]
     # Tables that are computed when the model is made (GPT-J, CodeGen; CTRL).

@@ -197,8 +197,8 @@ class Reading(ForwardWatch):
         if pattern.shape[0] != examples or rows > tokens or rows > keys:
             raise UnsupportedModelError(
                 f"layer {layer} of {self._name} computes maps {list(pattern.shape)} for {examples} x "
-                f"{tokens} tokens; [batch, head, query, key] was expected, so it is not known which tokens "
-                "they are about"
+                f"{tokens} tokens, where [batch, head, query, key] was expected: it is not known which "
+                "tokens they are about"
             )
         real = self._batch.attention_mask[:, None, :, None].to(pattern.device)
         # Eager masks spread the rows of padding queries, which may see nothing, over all keys.

@@ -1,9 +1,9 @@
 """Public test tools for authors of adapters and metrics.
 
-`conformance` is the suite that every adapter must pass. `all_families` builds a tiny model of every causal
-family of transformers; `family_checks` tries everything with one of them (its calls and the oracle are in
-`family_cases`, the result in `family_report`), and `families` makes the table of all. `strategies` draws the
-inputs of attention calls (it needs hypothesis), `reference` computes their pattern in the slow and obvious
-way, `tiny_models` builds small random models of some families for everyday tests, `backends` puts them into
-each library, and `tiny_trainers` trains them with TRL. The rest of attnprobe imports none of it.
+`conformance` is the suite that every adapter must pass. `all_families` tries every causal family of
+transformers and makes a table: `family_models` builds a tiny model of each, `family_checks` tries everything
+with one (its calls and the oracle are in `family_cases`, the result in `family_report`). `strategies` draws
+the inputs of attention calls (it needs hypothesis), `reference` computes their pattern in the slow and
+obvious way, `tiny_models` builds small random models of some families for everyday tests, `backends` puts
+them into each library, and `tiny_trainers` trains them with TRL. The rest of attnprobe imports none of it.
 """

@@ -1,7 +1,7 @@
 """The backends around an existing transformers model, without a tokenizer or a network.
 
-The tests and the table of families use them. What is left to others: which models (tiny_models), and what is
-done with them (conformance, families).
+The tests and the table of families use them. What is left to others: which models (tiny_models,
+family_models), and what is done with them (conformance, family_checks).
 """
 
 from __future__ import annotations

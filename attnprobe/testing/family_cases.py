@@ -4,7 +4,7 @@ A `FamilyCase` runs a family's model as users do (padded on either side, around 
 must come out of it: the metrics of each row's own eager maps, from a second model with the same weights. If
 the model itself computes something else in a padded or cached call than for each row on its own, the eager
 maps of that very call count. The checks of families make one for each family. What is left to others: the
-models (all_families), and what is compared with the oracle (family_checks).
+models (family_models), and what is compared with the oracle (family_checks).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from attnprobe import metrics
 from attnprobe.errors import AttnprobeError
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.testing.all_families import VOCABULARY, build_family
+from attnprobe.testing.family_models import VOCABULARY, build_family
 
 LENGTHS = (40, 29)
 """The tokens of the two rows, all longer than the windows, blocks and budgets of the models."""

@@ -4,7 +4,7 @@
 generate, suppression, the other backends). Each check ends in an `Outcome`: as it should be, refused with a
 reason, impossible for the model itself, a wrong number, or an error that is not attnprobe's. The table of
 families and its tests call it. What is left to others: the model, its calls and the oracle (family_cases),
-and the table (families).
+and the table (all_families).
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from attnprobe.measurement import measure
 from attnprobe.probe import Probe, attach
 from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.suppression import suppress_attention
-from attnprobe.testing.all_families import build_family
 from attnprobe.testing.backends import in_nnsight, in_transformer_lens, run_in_trace
 from attnprobe.testing.family_cases import (
     RESPONSE,
@@ -42,6 +41,7 @@ from attnprobe.testing.family_cases import (
     gap,
     without_attnprobe,
 )
+from attnprobe.testing.family_models import build_family
 from attnprobe.testing.family_report import BITWISE, FamilyReport, Outcome
 
 SIDES = ("none", "left", "right")

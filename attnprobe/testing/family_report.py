@@ -1,7 +1,7 @@
 """What was found about one family of causal language models: the outcome of each check, and its status.
 
-`family_checks` makes a report for each family, and `families` the table of all. What is left to others: the
-checks.
+`family_checks` makes a report for each family, and `all_families` the table of all. What is left to others:
+the checks.
 """
 
 from __future__ import annotations
