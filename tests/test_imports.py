@@ -180,7 +180,7 @@ def test_the_walk_sees_what_it_should() -> None:
     """A walk that finds nothing forbids nothing."""
     assert ("attnprobe.measurement", "attnprobe.probe") in arrows()
     assert ("attnprobe.measurement", "attnprobe.metrics") in arrows()
-    assert ("attnprobe.adapters.attention_call", "transformers") in arrows()
+    assert ("attnprobe.adapters.interception", "transformers") in arrows()
     tree = ast.parse(
         "import a\nif TYPE_CHECKING:\n    import b\ntry:\n    import c\nexcept ImportError: pass\n"
         "class D:\n    import d\ndef lazy():\n    import e\n"
