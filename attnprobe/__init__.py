@@ -38,7 +38,7 @@ from attnprobe.errors import (
     UnsupportedModelError,
 )
 from attnprobe.head_selection import HeadSelection
-from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
+from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import HeadGroups, classify_heads
 from attnprobe.maps import GroupMaps
 from attnprobe.measurement import group_maps, measure
@@ -49,6 +49,7 @@ from attnprobe.report import Report
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.sentences import sentence_ids
+from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
 

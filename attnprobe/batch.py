@@ -21,9 +21,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attnprobe.axes import example_indices
-from attnprobe.errors import BatchError, ParameterError
+from attnprobe.errors import BatchError
 from attnprobe.ids import as_ids, as_lists, of_mapping, ragged_lengths, rectangle, response_starts
-from attnprobe.layout import SequenceLayout, check_padding, check_sequences, packed_segments
+from attnprobe.layout import SequenceLayout, check_padding, check_sequences, packed_segments, token_columns
 from attnprobe.model_inputs import as_model_inputs, equal_inputs, refuse_inputs, with_positions
 from attnprobe.results import Result, table_column
 from attnprobe.storage import PathLike
@@ -398,36 +398,6 @@ class TokenBatch(Result):
                 for example, first, length in spans
             )
         return TokenBatch(ids, real, response, texts=texts), layout
-
-
-def token_columns(
-    place: Int[Tensor, "place 2"],
-    input_ids: Int[Tensor, "batch token"] | None,
-    texts: tuple[tuple[str, ...], ...] | None,
-) -> dict[str, Any]:
-    """Return the columns by which tables of tokens are joined: example, position, token_id and text."""
-    columns: dict[str, Any] = {
-        "example": place[:, 0].cpu().numpy(),
-        "position": place[:, 1].cpu().numpy(),
-    }
-    if input_ids is not None:
-        columns["token_id"] = table_column(input_ids, place)
-    if texts is not None:
-        columns["text"] = [texts[i][j] for i, j in place.tolist()]
-    return columns
-
-
-def check_unpacked(segment_ids: Tensor | None, action: str) -> None:
-    """Refuse packed examples, where the tokens of one response would be ranked against those of another.
-
-    Raises:
-        ParameterError: examples are packed.
-    """
-    if segment_ids is not None:
-        raise ParameterError(
-            f"cannot {action} in packed examples, which hold several sequences each: separate them with "
-            "batch.sequences()[0]"
-        )
 
 
 def _texts(tokenizer: Any, ids: Int[Tensor, "batch token"]) -> tuple[tuple[str, ...], ...]:

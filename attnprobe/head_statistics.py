@@ -1,13 +1,9 @@
 """HeadStatistics: what every head of every layer does, from one forward pass.
 
 `HeadStatistics` holds the span, WAAD, FAI and, if wanted, receiver kurtosis of each head, and the entropy
-of each token. `HeadStatisticsProbe` computes them in the forward passes that it is shown: `measure` attaches
-one, and so do users who run the model themselves. A layer's attention is reduced as soon as it is seen, and
-the results are kept per head, so that head groups can be chosen afterwards without a second pass. A pass
-that continues a KV cache adds to its sequence.
-
-What is left to others: the definitions (metrics), adding rows up (sequence_sums), reading a model
-(adapters), running one over a batch (measurement), grouping (heads).
+of each token. Results are kept per head, so that head groups can be chosen afterwards without a second pass.
+`measure` returns one, and so does `HeadStatisticsProbe.result`. What is left to others: computing it
+(statistics_probe), running a model over a batch (measurement), grouping (heads).
 """
 
 from __future__ import annotations
@@ -21,18 +17,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe import metrics, reductions
-from attnprobe.adapters.base import GrowingCache, Value
-from attnprobe.attention.operator import Attention
-from attnprobe.batch import TokenBatch, token_columns
-from attnprobe.errors import AttnprobeError, ParameterError, PatternError, ResultError
-from attnprobe.metrics import HorizonLike
-from attnprobe.probe import Probe
+from attnprobe import metrics
+from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.layout import token_columns
 from attnprobe.provenance import ranges
 from attnprobe.reductions import Horizon
 from attnprobe.results import Result, check_layers, html_table, table_column
-from attnprobe.sequence_sums import LayerSums, add_rows
-from attnprobe.validation import ArrayLike, IntLike, choice, instance, truth, whole_numbers
+from attnprobe.validation import ArrayLike, IntLike, choice, instance, whole_numbers
 
 if TYPE_CHECKING:
     StatisticsLike: TypeAlias = "HeadStatistics | Iterable[HeadStatistics]"
@@ -40,9 +31,6 @@ else:
     StatisticsLike = Any
 
 ReceiverLevel = Literal["token", "sentence"]
-
-# Of guesses in assisted decoding, which are usually fewer than twenty: each takes memory of its own.
-_MOST_REMEMBERED = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -232,283 +220,3 @@ def statistics_parts(statistics: StatisticsLike) -> Iterable[HeadStatistics]:
         instance(part, HeadStatistics, "each of the statistics", "measure returns them")
         for part in statistics
     )
-
-
-class HeadStatisticsProbe(Probe):
-    """A probe that computes head statistics in every forward pass that it is shown.
-
-    A pass with a KV cache continues the sequences of the pass before, so that `generate` gives one result
-    for each sequence: WAAD grows row by row, FAI and span add up, and the numbers are those of a single pass
-    over the whole sequence. The last generated token is never run through the model, and has no row. Nor have
-    guesses of assisted decoding that were taken from the cache again, and prompt tokens in layers that the
-    model does not run for them (the last ones of Gemma 4 in `generate`): what depends on such a row of the
-    response is NaN.
-
-    Args:
-        window: WAAD's window, in tokens.
-        horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
-        span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
-        receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
-        entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
-            did not compute, such as prompt tokens in `generate`. None: where the model shows next-token
-            logits. True: it is an error if it does not.
-
-    Raises:
-        ParameterError: an invalid window or horizon.
-
-    >>> HeadStatisticsProbe(window=0)
-    Traceback (most recent call last):
-    attnprobe.errors.ParameterError: window must be a whole number, at least 1; got 0
-    """
-
-    def __init__(
-        self,
-        *,
-        window: IntLike = 10,
-        horizon: HorizonLike = (10, 50),
-        span: bool = True,
-        receiver: bool = False,
-        entropy: bool | None = None,
-    ) -> None:
-        self.window = metrics.check_window(window)
-        self.horizon = metrics.check_horizon(horizon)
-        self.span = truth(span, "span")
-        self.receiver = truth(receiver, "receiver")
-        logits = (
-            frozenset() if entropy is not None and not truth(entropy, "entropy") else frozenset({"logits"})
-        )
-        self.sites = frozenset({"attention"}) | (logits if entropy else frozenset())
-        self.optional_sites = logits
-        self._sequence = _Sequence()
-        self._pass: dict[int, LayerSums] = {}
-        self._continues = False
-        self._cache: GrowingCache | None = None
-        self._distribution_entropy: Tensor | None = None
-        self._finished: list[HeadStatistics] = []
-
-    def follow(self, cache: GrowingCache | None) -> None:
-        """Take back what is no longer in the last pass's cache, and remember the next one's."""
-        self._sequence = dataclasses.replace(self._sequence.settled(), cache=None)
-        self._cache = cache
-
-    def begin(self, batch: TokenBatch) -> None:
-        """Forget anything that a failed pass left behind."""
-        self.abort()
-
-    def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
-        """Reduce one layer's attention, or the logits."""
-        if not isinstance(value, Attention):
-            self._distribution_entropy = metrics.distribution_entropy(value)
-            return
-        assert layer is not None
-        # Not from the first query: a layer may be given only the last tokens of a pass.
-        self._continues = value.key_start + value.key_count > batch.token_count
-        before = self._sequence.layers.get(layer) if self._continues else None
-        far = reductions.RECEIVER_HORIZON if self.receiver else None
-        self._pass[layer] = add_rows(
-            before,
-            value,
-            batch.response_mask,
-            self.window,
-            self.horizon,
-            far,
-            span=self.span,
-            drafted=0 if self._cache is None else min(self._cache.drafted, _MOST_REMEMBERED),
-        )
-
-    def end(self, batch: TokenBatch) -> None:
-        """Add the complete pass to its sequence."""
-        if not self._continues:
-            self._finished += self._current()
-            self._sequence = _Sequence()
-        self._sequence = self._sequence.extended(self._pass, batch, self._distribution_entropy, self._cache)
-        self.abort()
-
-    def abort(self) -> None:
-        """Forget the pass that is under way; earlier ones are kept."""
-        self._pass, self._continues, self._distribution_entropy = {}, False, None
-
-    def result(self) -> HeadStatistics:
-        """Return the statistics of all sequences so far, joined along the batch axis.
-
-        Raises:
-            ResultError: no complete pass was observed.
-            PatternError: more guesses were taken from the KV cache than are remembered.
-        """
-        parts = [*self._finished, *self._current()]
-        if not parts:
-            raise ResultError("there are no statistics yet: no complete forward pass was observed")
-        return HeadStatistics.concatenate(parts)
-
-    def reset(self) -> None:
-        """Forget all passes."""
-        self.abort()
-        self._sequence, self._cache = _Sequence(), None
-        self._finished = []
-
-    def _current(self) -> list[HeadStatistics]:
-        """Return the statistics of the sequences that may still grow, as a list of one or none."""
-        sequence = self._sequence.settled()
-        if not sequence.layers:
-            return []
-        assert sequence.response_mask is not None
-        mask, segments = sequence.response_mask, sequence.segment_ids
-        layers = sorted(sequence.layers)
-        reduced = [self._reduced(sequence.layers[layer], mask, segments) for layer in layers]
-        heads = max(values["waad"].shape[1] for values in reduced)
-        joined: dict[str, Any] = {"span": None, "receiver_kurtosis": None}
-        for name in reduced[0]:
-            # Layers may lie on different devices.
-            padded = [_pad_heads(values[name], heads).to(mask.device) for values in reduced]
-            joined[name] = torch.stack(padded, dim=1)
-        return [
-            HeadStatistics(
-                **joined,
-                entropy=sequence.entropy,
-                response_mask=mask,
-                segment_ids=segments,
-                input_ids=sequence.input_ids,
-                layers=tuple(layers),
-                window=self.window,
-                horizon=self.horizon,
-                receiver_level="token" if self.receiver else None,
-            )
-        ]
-
-    def _reduced(self, sums: LayerSums, mask: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
-        """Return a layer's statistics from its sums."""
-        mask = mask.to(sums.waad.device)
-        reduced = {
-            "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
-            "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),
-        }
-        if sums.distance is not None:
-            reduced["span"] = _mean_of_rows(sums.distance, mask)
-            if segments is not None:
-                reduced["sequence_span"] = _mean_by_sequence(sums.distance, mask, segments)
-        if sums.received_far is not None:
-            reduced["receiver_kurtosis"] = reductions.selectivity_of(
-                sums.received_far, mask, segment_ids=segments
-            )
-        return reduced
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """The passes of one batch of sequences so far."""
-
-    layers: dict[int, LayerSums] = dataclasses.field(default_factory=dict)
-    response_mask: Bool[Tensor, "batch token"] | None = None
-    segment_ids: Int[Tensor, "batch token"] | None = None
-    input_ids: Int[Tensor, "batch token"] | None = None
-    entropy: Float[Tensor, "batch token"] | None = None
-    last_entropy: Float[Tensor, "batch last"] | None = None
-    """That of the distributions at the last tokens, of which the last is the next token's."""
-    cache: GrowingCache | None = None
-    """Where the last tokens may be taken back; None if they may not."""
-
-    def settled(self) -> _Sequence:
-        """Return the sequence without those of its last tokens that are no longer in the cache."""
-        if self.cache is None or self.response_mask is None:
-            return self
-        count = self.response_mask.shape[1] - self.cache.length()
-        # Anything else is a cache that was emptied to be used again, or that others have added to.
-        if not 0 < count <= self.cache.drafted:
-            return self
-        remembered = min(sums.remembered for sums in self.layers.values())
-        if count > remembered:
-            raise PatternError(
-                f"{count} tokens were taken from the KV cache again, but what they added is remembered for "
-                f"the last {remembered} only: let assisted decoding make fewer guesses at a time, or measure "
-                "the finished sequence"
-            )
-        ids, segments, entropy, last = self.input_ids, self.segment_ids, self.entropy, self.last_entropy
-        return _Sequence(
-            {layer: sums.without_last(count) for layer, sums in self.layers.items()},
-            self.response_mask[:, :-count],
-            None if segments is None else segments[:, :-count],
-            None if ids is None else ids[:, :-count],
-            None if entropy is None else entropy[:, :-count],
-            None if last is None or last.shape[1] <= count else last[:, :-count],
-            dataclasses.replace(self.cache, drafted=self.cache.drafted - count),
-        )
-
-    def extended(
-        self,
-        layers: dict[int, LayerSums],
-        batch: TokenBatch,
-        distribution_entropy: Tensor | None,
-        cache: GrowingCache | None,
-    ) -> _Sequence:
-        """Return the sequence with one more complete pass.
-
-        `distribution_entropy` is `[batch, token]`, for at least the last token of the pass.
-        """
-        cache = None if cache is None or cache.drafted == 0 else cache
-        mask, segments, ids = batch.response_mask, batch.segment_ids, batch.input_ids
-        if self.response_mask is not None:
-            if segments is not None or self.segment_ids is not None:
-                raise ResultError(
-                    "packed examples cannot be continued: run each sequence as an example of its own"
-                )
-            mask = torch.cat([self.response_mask, mask], dim=-1)
-        if self.input_ids is not None:
-            ids = torch.cat([self.input_ids, ids], dim=-1)
-        entropy, last = None, None
-        if distribution_entropy is not None:
-            examples, count = batch.input_ids.shape
-            # The distribution at position t is the one that token t + 1 was sampled from.
-            entropy = distribution_entropy.new_full((examples, count), torch.nan)
-            if self.last_entropy is not None:
-                entropy[:, 0] = self.last_entropy[:, -1]
-            known = min(distribution_entropy.shape[1], count)
-            entropy[:, count - known + 1 :] = distribution_entropy[:, -known:-1]
-            last = distribution_entropy[:, -1 - (0 if cache is None else cache.drafted) :]
-            entropy = entropy.masked_fill(~self._has_token_before(batch), torch.nan)
-            if self.entropy is not None:
-                entropy = torch.cat([self.entropy, entropy], dim=-1)
-            entropy = entropy.masked_fill(~mask, torch.nan)
-        return _Sequence(layers, mask, segments, ids, entropy, last, cache)
-
-    def _has_token_before(self, batch: TokenBatch) -> Bool[Tensor, "batch token"]:
-        """Return which tokens follow another of their sequence; a first token was not sampled."""
-        real, segments = batch.attention_mask, batch.segment_ids
-        follows = real[:, :-1]
-        if segments is not None:
-            follows = follows & (segments[:, 1:] == segments[:, :-1])
-        return torch.nn.functional.pad(follows, (1, 0), value=self.last_entropy is not None)
-
-
-def _mean_of_rows(
-    distance: Float[Tensor, "batch head token"], rows: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "batch head"]:
-    """Return the mean distance of the marked rows; NaN if there is none."""
-    total = distance.masked_fill(~rows[:, None], 0.0).sum(-1)
-    count = rows.sum(-1, keepdim=True).to(total.dtype)
-    return total / count.masked_fill(count == 0, torch.nan)
-
-
-def _mean_by_sequence(
-    distance: Float[Tensor, "batch head token"],
-    rows: Bool[Tensor, "batch token"],
-    segments: Int[Tensor, "batch token"],
-) -> Float[Tensor, "batch head sequence"]:
-    """Return the mean distance of the marked rows of each sequence that has some; NaN where there is none."""
-    numbers = [ids[marked].unique() for ids, marked in zip(segments.to(rows.device), rows, strict=True)]
-    count = max(1, *(len(each) for each in numbers))
-    means = []
-    for place in range(count):
-        number = torch.stack(
-            [each[place] if place < len(each) else -rows.new_ones((), dtype=torch.long) for each in numbers]
-        )
-        means.append(_mean_of_rows(distance, rows & (segments.to(rows.device) == number[:, None])))
-    return torch.stack(means, dim=-1)
-
-
-def _pad_heads(values: Tensor, heads: int) -> Tensor:
-    """Pad the head axis with NaN, for models whose layers differ in their number of heads."""
-    missing = heads - values.shape[1]
-    if missing == 0:
-        return values
-    padding = values.new_full((values.shape[0], missing, *values.shape[2:]), torch.nan)
-    return torch.cat([values, padding], dim=1)

@@ -1,18 +1,21 @@
 """How examples are laid out: padding, packing, and the way back from right-padded sequences.
 
 `TokenBatch` checks its masks here. `TokenBatch.sequences` makes a `SequenceLayout`, with which `measure`
-returns results in the user's layout. What is left to others: the tokens themselves (batch).
+returns results in the user's layout. Tables of tokens get the columns by which they are joined here. What is
+left to others: the tokens themselves (batch).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from attnprobe.errors import BatchError
+from attnprobe.errors import BatchError, ParameterError
+from attnprobe.results import table_column
 
 
 @dataclass(frozen=True)
@@ -130,4 +133,34 @@ def check_padding(real: Bool[Tensor, "batch token"]) -> None:
         raise BatchError(
             f"attention_mask has a hole in example {int((runs > 1).nonzero()[0])}: padding must be on the "
             "left or on the right. To read tokens without describing them, leave them out of response_mask"
+        )
+
+
+def token_columns(
+    place: Int[Tensor, "place 2"],
+    input_ids: Int[Tensor, "batch token"] | None,
+    texts: tuple[tuple[str, ...], ...] | None,
+) -> dict[str, Any]:
+    """Return the columns by which tables of tokens are joined: example, position, token_id and text."""
+    columns: dict[str, Any] = {
+        "example": place[:, 0].cpu().numpy(),
+        "position": place[:, 1].cpu().numpy(),
+    }
+    if input_ids is not None:
+        columns["token_id"] = table_column(input_ids, place)
+    if texts is not None:
+        columns["text"] = [texts[i][j] for i, j in place.tolist()]
+    return columns
+
+
+def check_unpacked(segment_ids: Tensor | None, action: str) -> None:
+    """Refuse packed examples, where the tokens of one response would be ranked against those of another.
+
+    Raises:
+        ParameterError: examples are packed.
+    """
+    if segment_ids is not None:
+        raise ParameterError(
+            f"cannot {action} in packed examples, which hold several sequences each: separate them with "
+            "batch.sequences()[0]"
         )

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.batch import TokenBatch, check_unpacked
+from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError
+from attnprobe.layout import check_unpacked
 from attnprobe.provenance import Provenance
 from attnprobe.results import Result, html_table, table_column
 from attnprobe.scores import TokenScores, known_tokens

@@ -1,9 +1,9 @@
-"""Attention calls with drawn inputs, made by the kernels of torch and transformers, and ways to falsify them."""
+"""Attention calls with drawn inputs, answered by kernels of torch and transformers; ways to falsify them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward as plain_eager
 
 from attnprobe.adapters.attention_call import AttentionCall, MaskMemory, read_attention
+from attnprobe.adapters.forward_call import Columns
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.kernels import listen
 
@@ -94,10 +95,12 @@ class Drawn:
         """Return what is read from these inputs, and the call with the output that changed inputs give."""
         output, flash = self._run(**changes)
         call = AttentionCall(
+            "eager" if "eager" in self.kernel else "sdpa",
             _Module(self.groups), self.query, self.key, self.value, self.mask(self.seen, self.query.dtype),
             self.options, output, flash,
         )  # fmt: skip
-        return read_attention(call, MaskMemory(), 0, False), call
+        columns = Columns(0, self.query.shape[2], False)
+        return read_attention(call, MaskMemory(), columns), call
 
 
 def draw(seed: int, longest: int = 512, **fixed: Any) -> Drawn:
@@ -173,10 +176,41 @@ def draw(seed: int, longest: int = 512, **fixed: Any) -> Drawn:
             seen = seen & (position < lengths[:, None])[:, None, None]
     autocast = bool(choose("autocast", False, False, False, True)) and dtype == torch.float32
     description = (
-        f"seed {seed}: {kernel}, {str(dtype)[6:]}, query {list(query.shape)}, {key_heads} key heads, keys {keys}, "
-        f"values {values}, |score| to {largest:.3g}, scaling {scaling:.3g}, mask {form}, autocast {autocast}"
+        f"seed {seed}: {kernel}, {str(dtype)[6:]}, query {list(query.shape)}, {key_heads} key heads, "
+        f"keys {keys}, values {values}, |score| to {largest:.3g}, scaling {scaling:.3g}, mask {form}, "
+        f"autocast {autocast}"
     )
     return Drawn(
         kernel, groups, (query * factor).to(dtype), (key * factor).to(dtype), value.to(dtype), seen, options,
         autocast, description,
     )  # fmt: skip
+
+
+def tampered(drawn: Drawn) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ways to falsify a call: a name, and the inputs that the kernel gets instead."""
+    scaling, window = drawn.options["scaling"], drawn.options.get("sliding_window")
+    yield "scale halved", {"scaling": scaling / 2}
+    yield "scale doubled", {"scaling": scaling * 2}
+    yield "scale missing", {"scaling": 1.0 if scaling != 1.0 else drawn.query.shape[-1] ** -0.5}
+    yield "keys in another order", {"key": drawn.key.flip(2)}
+    if drawn.groups > 1 and drawn.key.shape[1] > 1:
+        yield "other groups", {"key": drawn.key.flip(1), "value": drawn.value.flip(1)}
+    if "softcap" in drawn.options:
+        yield "soft cap missing", {"softcap": None}
+        yield "another soft cap", {"softcap": drawn.options["softcap"] * 2}
+    if "s_aux" in drawn.options:
+        yield "sinks missing", {"s_aux": None}
+    if drawn.seen is None:
+        return
+    position = torch.arange(drawn.query.shape[2])
+    distance = position[:, None] - position
+    real = drawn.seen.any(2, keepdim=True)
+    if window is not None:
+        yield "window missing", {"seen": (distance >= 0) & real}
+        yield "window 3 longer", {"seen": (distance >= 0) & (distance < window + 3) & real}
+        yield "window 3 shorter", {"seen": drawn.seen & (distance < max(1, window - 3))}
+    if not bool(real.all()):
+        yield (
+            "padding visible",
+            {"seen": (distance >= 0) & (distance < (window or len(position))) & ~real | drawn.seen},
+        )

@@ -48,6 +48,7 @@ _REST = [name for name in causal_families() if name not in {n for names in SPECI
 SAMPLE = [*(name for names in SPECIAL.values() for name in names), *_REST[3::8]]
 
 
+@pytest.mark.usefixtures("as_users_call")
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_family_is_read_right_or_refused(name: str) -> None:
     """No number is wrong, no exception is another library's, and reading changes no bit."""

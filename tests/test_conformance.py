@@ -104,8 +104,11 @@ class _Changing:
     def __init__(self, observer, adapter, replaces: bool = True) -> None:
         self._observer, self._adapter, self._replaces = observer, adapter, replaces
 
-    def begin(self, batch, cached) -> None:
-        self._observer.begin(batch, cached)
+    def begin(self, batch, cached, cache=None) -> None:
+        self._observer.begin(batch, cached, cache)
+
+    def skip(self, site) -> None:
+        self._observer.skip(site)
 
     def observe(self, site, layer, value):
         replaced = self._observer.observe(site, layer, self._adapter.change(site, layer, value))

@@ -541,6 +541,10 @@ def test_weights_in_buffers_count(family: str) -> None:
         # As older checkpoints have it; neither a rotary module nor a norm is a feed-forward module.
         layer.rotary_embedding = RotaryTable()
         layer.extra_norm = nn.BatchNorm1d(4, affine=False)
+    embedding = model.get_input_embeddings()
+    weight = embedding.weight.detach()
+    del embedding.weight
+    embedding.register_buffer("weight", weight)
     assert adapter_for(model).refused_sites == adapter_for(plain).refused_sites
     assert adapter_for(model).has_next_token_logits
     probe = Counting()

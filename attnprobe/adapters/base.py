@@ -167,8 +167,8 @@ class Adapter(ABC):
         """
         if not self.has_next_token_logits:
             raise UnsupportedModelError(
-                f"{purpose} needs next-token logits, which {self.full_name} does not compute: {otherwise}load "
-                "the model with AutoModelForCausalLM"
+                f"{purpose} needs next-token logits, which {self.full_name} does not compute: {otherwise}"
+                "load the model with AutoModelForCausalLM"
             )
 
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> AbstractContextManager[None]:

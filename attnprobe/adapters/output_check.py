@@ -4,11 +4,12 @@ A family, or a user's own attention function, may do something that its call doe
 soft cap, a sink, a window. `OutputCheck` therefore computes a few rows of the output from what was read, and
 compares them with the model's. A reading makes one and shows it every call.
 
-Rounding makes them differ too, by an amount that depends on the dtype, the scores and the values. So each entry
-of the output has a bound of its own: how far can rounding change the scores, then the probabilities, then the
-output? A fixed tolerance cannot do this: large enough for bfloat16 and large scores, it lets anything pass.
-In 16 bits, where this bound leaves room for small errors, a second test asks whether the differences have a
-direction: rounding makes an output neither hotter (as if all scores were larger) nor heavier.
+Rounding makes them differ too, by an amount that depends on the dtype, the scores and the values. So each
+entry of the output has a bound of its own: how far can rounding change the scores, then the probabilities,
+then the output? A fixed tolerance cannot do this: large enough for bfloat16 and large scores, it lets
+anything pass. In 16 bits, where this bound leaves room for small errors, a second test asks whether the
+differences have a direction: rounding makes an output neither hotter (as if all scores were larger) nor
+heavier.
 
 What is left to others: reading the call (attention_call), and what happens after an error (reading).
 """
@@ -29,7 +30,7 @@ from attnprobe.attention.factored import FactoredAttention
 from attnprobe.errors import IncompleteRunError
 
 _ROWS = {False: 4, True: 8}
-"""How many queries of a call are checked, evenly spaced up to the last; more in 16 bits, where each says less."""
+"""How many queries of a call are checked, evenly spaced up to the last; in 16 bits, each says less."""
 
 _STEP = 32
 """While single tokens are generated, the first call of a layer is checked, and then one in this many."""
@@ -37,8 +38,8 @@ _STEP = 32
 _UNDECIDED = 100.0
 """If rounding can make a row's denominator this much larger, any key may win, and the row says nothing."""
 
-_SUSPICIOUS = 1.0
-"""How large the direction of the differences must be to be looked into; ordinary inputs give 1 or less."""
+_SUSPICIOUS = 0.8
+"""How large the direction of the differences must be to be looked into; ordinary inputs give 0.5 or less."""
 
 _SINGLE = torch.finfo(torch.float32).eps / 2
 
@@ -53,7 +54,7 @@ class OutputCheck:
     def check(self, attention: FactoredAttention, call: AttentionCall, where: str) -> None:
         """Check a call; `where` names its layer and model.
 
-        In a step of generation, a check would cost a good part of the attention itself, so that most steps are
+        In a step of generation, a check would cost a good part of the attention itself, so most steps are
         left out. What a layer does to its attention does not change from step to step, windows aside, which
         is why the check is repeated at all.
 
@@ -73,8 +74,8 @@ class OutputCheck:
 def check_against_output(attention: FactoredAttention, call: AttentionCall, where: str) -> None:
     """Check that some rows of the attention give the model's own attention output.
 
-    Where scores are so large that rounding decides which key wins (in bfloat16 from about 500 on), any mixture
-    of the values is possible, and a row says nothing: it passes. So does padding, which sees nothing.
+    Where scores are so large that rounding decides which key wins (in bfloat16 from about a hundred on), any
+    mixture of the values is possible, and a row says nothing: it passes. So does padding, which sees nothing.
 
     Raises:
         IncompleteRunError: they do not.
@@ -91,7 +92,7 @@ def check_against_output(attention: FactoredAttention, call: AttentionCall, wher
                 f"is {list(call.output.shape)}, which does not fit values of {list(call.value.shape)}",
             )
         change, growth = _probability_change(rows, rounding)
-        bound = rows.mix(change, rows.value.abs()) + rounding.unit * rows.output.abs() + rounding.smallest
+        bound = _mixed(change, rows.value.abs()) + rounding.unit * rows.output.abs() + rounding.smallest
         # Where nothing is seen, implementations disagree: NaN, zeros, or a mean of all values.
         mute = ~rows.seeing | (growth > _UNDECIDED)
         difference = (actual - rows.output).masked_fill_(mute, 0.0)
@@ -106,8 +107,8 @@ def check_against_output(attention: FactoredAttention, call: AttentionCall, wher
             raise _unknown(
                 where,
                 call,
-                f"comes with log-sum-exps that differ by {float(sums.abs().max()):.3g} from those of its query, "
-                f"key and mask ({sums_excess:.3g} times what rounding explains)",
+                f"comes with log-sum-exps that differ by {float(sums.abs().max()):.3g} from those of its "
+                f"query, key and mask ({sums_excess:.3g} times what rounding explains)",
             )
         if rounding.dtype.itemsize == 2:
             _check_direction(rows, rounding, change, difference, call, where)
@@ -120,10 +121,11 @@ def check_against_output(attention: FactoredAttention, call: AttentionCall, wher
 class _Rows:
     """Some rows of an attention, and the output that they give.
 
-    They are normalized here, and not with `FactoredAttention.log_sum_exp`, so that a kernel's number is checked.
+    They are normalized here, and not with `FactoredAttention.log_sum_exp`, so that a kernel's number is
+    checked.
     """
 
-    queries: slice
+    queries: slice | Tensor
     scores: BlockScores
     query: Float[Tensor, "batch head row d"]
     key: Float[Tensor, "batch key_head key d"]
@@ -137,10 +139,8 @@ class _Rows:
 
     @staticmethod
     def of_call(attention: FactoredAttention, call: AttentionCall) -> _Rows:
-        scores, last = attention.scores, attention.query_count - 1
-        # A slice, since picking rows by their numbers takes several times as long.
-        step = max(1, last // (_ROWS[call.query.dtype.itemsize == 2] - 1))
-        queries = slice(last % step, None, step)
+        scores = attention.scores
+        queries = _chosen_queries(attention, _ROWS[call.query.dtype.itemsize == 2])
         score = scores.block(queries, slice(0, attention.key_count))
         top = score.amax(-1, keepdim=True)
         seeing = top > -torch.inf
@@ -177,15 +177,28 @@ class _Rows:
         bias = self.scores.bias
         return None if bias is None else bias[:, :, self.queries, : self.score.shape[-1]].to(self.score.dtype)
 
-    def mix(self, weights: Tensor, value: Tensor) -> Float[Tensor, "batch head row value_d"]:
-        """Return the sums of values with these weights."""
-        return _mixed(weights, value)
+
+def _chosen_queries(attention: FactoredAttention, count: int) -> slice | Tensor:
+    """Return which rows are checked: evenly spaced ones up to the last and, behind padding, the first.
+
+    Under a short window, no other row tells whether padding is seen.
+    """
+    last = attention.query_count - 1
+    step = max(1, last // (count - 1))
+    # A slice, since picking rows by their numbers takes several times as long.
+    spaced = slice(last % step, None, step)
+    mask = attention.scores.mask
+    if mask.plain or last == 0:
+        return spaced
+    begins = (~mask.sees_none()).any(1).byte().argmax(-1)
+    return torch.cat([begins.amax()[None], torch.arange(last + 1, device=attention.device)[spaced]])
 
 
 def _mixed(weights: Tensor, value: Tensor) -> Tensor:
     """Return the sums of values; heads that share values go into one product, so that none are copied."""
     grouped = weights.unflatten(1, (value.shape[1], -1)).flatten(2, 3)
-    return (grouped @ value).view(*weights.shape[:3], -1)
+    mixed: Tensor = (grouped @ value).view(*weights.shape[:3], -1)
+    return mixed
 
 
 # ---- what rounding can do ---------------------------------------------------------------------
@@ -243,17 +256,17 @@ def _product_roundoff(device: str) -> float:
     matmul = getattr(backend, "matmul", None)
     precision = getattr(matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
     if precision == "none":
-        precision = torch.backends.fp32_precision
+        precision = getattr(torch.backends, "fp32_precision", "ieee")
     return {"tf32": 2.0**-11, "high": 2.0**-11, "bf16": 2.0**-8, "medium": 2.0**-8}.get(precision, _SINGLE)
 
 
 def _score_change(rows: _Rows, rounding: _Rounding) -> Float[Tensor, "batch head row key"]:
     """Return how far rounding can change each score, infinite where it is minus infinity.
 
-    A product and its scaling are rounded, a soft cap three times more, and the difference to the row's maximum
-    once. Products are sums, in float32, of rounded products: their errors follow the size of the terms,
-    `sqrt(sum((q * k)**2))`, which is at most the product of the 4-norms. The factor 4 makes several standard
-    deviations of it. A kernel rounds in this way, and so do we.
+    A product and its scaling are rounded, a soft cap three times more, and the difference to the row's
+    maximum once. Products are sums, in float32, of rounded products: their errors follow the size of the
+    terms, `sqrt(sum((q * k)**2))`, which is at most the product of the 4-norms. The factor 4 makes several
+    standard deviations of it. A kernel rounds in this way, and so do we.
     """
     single = 2 * math.sqrt(rows.query.shape[-1]) * _SINGLE
     size = rows.score.abs()
@@ -270,7 +283,8 @@ def _score_change(rows: _Rows, rounding: _Rounding) -> Float[Tensor, "batch head
 
 
 def _fourth_norm(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors.square(), dim=-1).sqrt_()
+    norm: Tensor = torch.linalg.vector_norm(vectors.square(), dim=-1).sqrt_()
+    return norm
 
 
 def _probability_change(
@@ -278,8 +292,8 @@ def _probability_change(
 ) -> tuple[Float[Tensor, "batch head row key"], Float[Tensor, "batch head row 1"]]:
     """Return how far rounding can change each probability, and how far each denominator can grow.
 
-    If scores change by up to `d`, `p` becomes at most `p * exp(d) / sum(p * exp(-d))`, and the denominator is at
-    least `1 / sum(p * exp(d))` (Cauchy and Schwarz); it falls by no more than it can rise.
+    If scores change by up to `d`, `p` becomes at most `p * exp(d) / sum(p * exp(-d))`, and the denominator is
+    at least `1 / sum(p * exp(d))` (Cauchy and Schwarz); it falls by no more than it can rise.
     """
     probability = rows.probability
     # 1 / (1 - d) rather than exp(d): it is larger, and takes a sixth of the time. From 1 on, a change that
@@ -317,14 +331,19 @@ def _check_direction(
         IncompleteRunError: they do.
     """
     # Rows whose probabilities may change altogether say nothing about a direction.
-    spread = rows.mix(change.square(), rows.value.square())
+    spread = _mixed(change.square(), rows.value.square())
     spread += change.square().sum(-1, keepdim=True) * rows.output.square()
     spread += (rounding.unit * rows.output).square() + rounding.smallest
-    weight = (rows.seeing & (change.sum(-1, keepdim=True) < 0.5)) / spread
+    weight = (rows.seeing & (change.sum(-1, keepdim=True) < 4.0)) / spread
     mean = (rows.probability * rows.score.masked_fill(rows.score == -torch.inf, 0.0)).sum(-1, keepdim=True)
     centred = rows.probability * (rows.score - mean).masked_fill_(rows.score == -torch.inf, 0.0)
-    hotter = rows.mix(centred, rows.value) - rows.output * centred.sum(-1, keepdim=True)
-    for direction, meaning in ((hotter, "as if its scores were"), (rows.output, "as if its values were")):
+    hotter = _mixed(centred, rows.value) - rows.output * centred.sum(-1, keepdim=True)
+    # How many times what rounding gives is too much: alike roundings of nearly equal scores make an output
+    # heavier more easily than hotter, and kernels differ in them.
+    for direction, meaning, allowed in (
+        (hotter, "as if its scores were", 3.0),
+        (rows.output, "as if its values were", 5.0),
+    ):
         weighted = direction * weight
         length = (weighted * direction).sum((0, 2, 3)).sqrt().clamp(min=1e-30)  # [head]
 
@@ -340,20 +359,20 @@ def _check_direction(
         ]
         usual = max(float(each.abs().max()) for each in rounded)
         nearest = min(float((found - each).abs().max()) for each in rounded)
-        if nearest > _SUSPICIOUS and float(found.abs().max()) > 2.5 * usual:
+        if nearest > _SUSPICIOUS and float(found.abs().max()) > allowed * usual:
             head = int(found.abs().argmax())
             factor = 1 + float(found[head] / length[head])
             raise _unknown(
                 where,
                 call,
-                f"is not what its query, key and mask give: in head {head} it is {meaning} {factor:.4g} times "
-                f"as large, {float(found.abs().max()) / max(usual, 1e-3):.3g} times what rounding to "
+                f"is not what its query, key and mask give: in head {head} it is {meaning} {factor:.4g} "
+                f"times as large, {float(found.abs().max()) / max(usual, 1e-3):.3g} times what rounding to "
                 f"{_name(rounding.dtype)} explains",
             )
 
 
 def _rounded(rows: _Rows, rounding: _Rounding) -> Iterator[Float[Tensor, "batch head row value_d"]]:
-    """Compute the rows' outputs with the rounding of eager attention, and of a flash kernel."""
+    """Compute the rows' outputs with the rounding of three kinds of kernel."""
     dtype, scores = rounding.dtype, rows.scores
     value = rows.value.to(dtype)
     score = _mixed(rows.query.to(dtype), rows.key.to(dtype).mT) * scores.scaling
@@ -371,11 +390,10 @@ def _rounded(rows: _Rows, rounding: _Rounding) -> Iterator[Float[Tensor, "batch 
     # A flash kernel rounds what is not yet normalized, with scores in float32.
     top = rows.score.amax(-1, keepdim=True).masked_fill(~rows.seeing, 0.0)
     unnormalized = (rows.score - top).exp().to(dtype)
-    yield (
-        (_mixed(unnormalized, value).to(rows.output.dtype) * (top - rows.log_sum_exp).exp())
-        .to(dtype)
-        .to(rows.output.dtype)
-    )
+    scale = (top - rows.log_sum_exp).exp()
+    yield (_mixed(unnormalized, value).to(rows.output.dtype) * scale).to(dtype).to(rows.output.dtype)
+    # A kernel that computes in float32 rounds the output only.
+    yield rows.output.to(dtype).to(rows.output.dtype)
 
 
 # ---- what an error says -----------------------------------------------------------------------
@@ -386,17 +404,18 @@ def _largest(difference: Tensor, bound: Tensor, rows: _Rows, rounding: _Rounding
     ratio = (difference.abs() / bound).nan_to_num(torch.inf)
     place = torch.unravel_index(ratio.argmax(), ratio.shape)
     batch, head, row, _ = (int(index) for index in place)
+    numbers = torch.arange(rows.scores.query.shape[2], device=difference.device)[rows.queries].tolist()
     return (
-        f"differs by {float(difference[place].abs()):.3g} from what its query, key and mask give, where rounding "
-        f"to {_name(rounding.dtype)} explains {float(bound[place]):.3g} (at batch {batch}, head {head}, query "
-        f"{rows.queries.start + row * rows.queries.step})"
+        f"differs by {float(difference[place].abs()):.3g} from what its query, key and mask give, where "
+        f"rounding to {_name(rounding.dtype)} explains {float(bound[place]):.3g} (at batch {batch}, "
+        f"head {head}, query {numbers[row]})"
     )
 
 
 def _unknown(where: str, call: AttentionCall, what: str) -> IncompleteRunError:
     return IncompleteRunError(
-        f"{where} does something to its attention that attnprobe does not know: its output {what}. Options of "
-        f"the call: {sorted(call.options)}. This pass was discarded"
+        f"{where} does something to its attention that attnprobe does not know: its output {what}. Options "
+        f"of the call: {sorted(call.options)}. This pass was discarded"
     )
 
 

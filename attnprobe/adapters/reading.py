@@ -1,11 +1,9 @@
 """Reading the sites of a transformers model in its forward passes, whoever runs them.
 
-`ForwardWatch` notices when a forward pass begins, ends or fails; `Reading` shows an observer the values at
-the sites in between, and replaces them with what the observer returns. Both use hooks on the model's own
-modules, so it makes no difference whether the pass was started by the user's call, by `generate`, through a
-wrapper of another library, or by an adapter. The adapters make a `Reading` for each `observed` context. What
-is left to others: where the modules are (architecture), what an attention call says (attention_call), and
-what observers do with it (`attnprobe.probe`).
+`Reading` shows an observer the values at the sites, and replaces them with what the observer returns. It uses
+hooks on the model's own modules. The adapters make one for each `observed` context. What is left to others:
+when a pass begins and ends (forward_watch), where the modules are (architecture), seeing attention calls
+(interception), what they say (attention_call), and what observers do with it (`attnprobe.probe`).
 """
 
 from __future__ import annotations
@@ -20,23 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from attnprobe.adapters.architecture import Architecture
-from attnprobe.adapters.attention_call import (
-    AttentionCall,
-    MaskMemory,
-    read_attention,
-    reads_calls,
-)
+from attnprobe.adapters.attention_call import AttentionCall, MaskMemory, read_attention
 from attnprobe.adapters.base import Observer
-from attnprobe.adapters.forward_call import Columns, arguments_of, cache_of, tokens_of
+from attnprobe.adapters.forward_call import cache_of
+from attnprobe.adapters.forward_watch import ForwardWatch
 from attnprobe.adapters.hooks import after_forward, before_forward
+from attnprobe.adapters.interception import reads_calls
 from attnprobe.adapters.multimodal import media_tokens, why_not_causal
 from attnprobe.adapters.output_check import OutputCheck
-from attnprobe.adapters.wrappers import look_through
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.masks import LaterKeysError
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
+from attnprobe.errors import InterventionError, UnsupportedModelError
 
 
 class _PassEnded(Exception):
@@ -44,100 +38,6 @@ class _PassEnded(Exception):
 
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
-
-
-class ForwardWatch:
-    """Notices when a forward pass of a model begins, ends or fails: subclasses override those three methods.
-
-    Attributes:
-        columns: where the tokens of the pass under way are in their sequences.
-        is_whole: whether the pass was started at the model itself, not at the base model inside it.
-    """
-
-    def __init__(self, model: Any, name: str) -> None:
-        self._model = model
-        self._name = name
-        self._depth = 0
-        self._thread: int | None = None
-        self.columns = Columns(0, 0, has_cache=False)
-        self.is_whole = True
-
-    def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
-        """Prepare for a pass with these arguments, and return arguments to add."""
-        return {}
-
-    def ended(self, output: Any) -> Any:
-        """Finish a pass, and return what is to replace its output, or None.
-
-        `output` is None if the pass was deliberately ended early.
-        """
-
-    def failed(self) -> None:
-        """Forget a pass that has failed."""
-
-    @property
-    def is_running(self) -> bool:
-        """Whether a forward pass is under way: gradient checkpointing recomputes layers outside of one."""
-        return self._depth > 0
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Watch the model while the context is open."""
-        with ExitStack() as stack:
-            # The base model is watched too: a user may call it without the language-model head.
-            base = look_through(self._model.base_model)
-            for module in {id(m): m for m in (self._model, base)}.values():
-                stack.enter_context(before_forward(module, self._before, first=True))
-                stack.enter_context(after_forward(module, self._after, always=True))
-            yield
-
-    def _before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        thread = threading.get_ident()
-        if self._thread is not None and self._thread != thread:
-            raise AttnprobeError(
-                f"{self._name} runs in two threads while probes are attached: their layers would be "
-                "mixed. Use a model for each thread, or take turns, each with a block of its own"
-            )
-        if self._depth and module is self._model:
-            # The last pass was interrupted (Ctrl-C), which runs no hooks: it will not end any more.
-            self._depth = 0
-            self.failed()
-        self._depth += 1
-        if self._depth > 1:
-            return None
-        self._thread, self.is_whole = thread, module is self._model
-        try:
-            given = arguments_of(module, args, kwargs)
-            config: Any = self._model.config
-            batch, self.columns = tokens_of(given, config._attn_implementation or "eager")
-            added = self.began(batch, given)
-        except BaseException:
-            self._depth = 0
-            raise
-        return (args, {**kwargs, **added}) if added else None
-
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if self._depth == 0:
-            return None
-        self._depth -= 1
-        if self._depth:
-            return None
-        if output is not None:
-            return self.ended(output)
-        # Without an output, an exception is under way.
-        self.failed()
-        return None
-
-    def cut_off(self) -> None:
-        """Treat the pass under way as ended, since nothing more of it is needed.
-
-        This is done before the exception that ends the pass, not in the hook after it: torch drops errors
-        that are raised in a hook while another exception is under way.
-        """
-        self._depth = 0
-        self.ended(None)
 
 
 class Reading(ForwardWatch):

@@ -26,13 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnprobe.adapters.attention_call import (
-    AttentionCall,
-    calls_watched,
-    implementation_changed,
-    reads_calls,
-)
+from attnprobe.adapters.attention_call import AttentionCall
 from attnprobe.adapters.base import Adapter
+from attnprobe.adapters.interception import calls_watched, implementation_changed, reads_calls
 from attnprobe.adapters.reading import Reading
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.errors import UnsupportedModelError
@@ -175,8 +171,8 @@ class _Handover:
 
             if not hasattr(self._outer, "hook_pattern"):
                 raise UnsupportedModelError(
-                    f"layer {self._number} of this bridge has no hook_pattern: its {type(self._inner).__name__} "
-                    "computes no map that TransformerLens shows"
+                    f"layer {self._number} of this bridge has no hook_pattern: its "
+                    f"{type(self._inner).__name__} computes no map that TransformerLens shows"
                 )
 
             # Registered last, so that the pattern is seen as the user's hooks left it.

@@ -23,15 +23,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from attnprobe.adapters.architecture import architecture_of, decoder_of, has_next_token_logits
-from attnprobe.adapters.attention_call import (
-    AttentionCall,
+from attnprobe.adapters.attention_call import AttentionCall
+from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
+from attnprobe.adapters.forward_watch import ForwardWatch
+from attnprobe.adapters.interception import (
     calls_watched,
     implementation_changed,
     kernel_calls_watched,
     own_pass,
     suppresses_calls,
 )
-from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
 from attnprobe.adapters.multimodal import (
     media_tokens,
     pass_arguments,
@@ -39,8 +40,14 @@ from attnprobe.adapters.multimodal import (
     telling_mismatches,
 )
 from attnprobe.adapters.positions import Regimes, context_length
-from attnprobe.adapters.reading import ForwardWatch, Reading, computes_layers_again, logits_of
-from attnprobe.adapters.wrappers import execution_device, look_through, transformers_model, uncompiled
+from attnprobe.adapters.reading import Reading, computes_layers_again, logits_of
+from attnprobe.adapters.wrappers import (
+    execution_device,
+    first_weight,
+    look_through,
+    transformers_model,
+    uncompiled,
+)
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
 
@@ -92,7 +99,7 @@ class TransformersAdapter(Adapter):
         self.context_length = context_length(decoder, text_config)
         self._regimes = Regimes(decoder, text_config)
         self.device = execution_device(embedding, model)
-        self.activation_bytes = _activation_width(text_config) * next(embedding.parameters()).element_size()
+        self.activation_bytes = _activation_width(text_config) * first_weight(embedding, model).element_size()
         self._innermost: Reading | None = None
 
     # ---- what other backends override ---------------------------------------------------------

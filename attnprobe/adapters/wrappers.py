@@ -14,10 +14,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attnprobe.errors import UnsupportedModelError
 
@@ -102,7 +103,12 @@ def execution_device(*modules: nn.Module) -> torch.device:
             device = getattr(part, "execution_device", None)
             if device is not None:
                 return torch.device(device)
-    return next(modules[0].parameters()).device
+    return first_weight(*modules).device
+
+
+def first_weight(*modules: nn.Module) -> Tensor:
+    """Return a weight of the first module that has any; quantised modules have them in buffers."""
+    return next(weight for module in modules for weight in chain(module.parameters(), module.buffers()))
 
 
 # ---- compiled code ----------------------------------------------------------------------------
@@ -143,8 +149,8 @@ def uncompiled() -> Iterator[None]:
 def compiled_again() -> Iterator[None]:
     """Let compiled code run as compiled code, even inside `uncompiled`, while the context is open.
 
-    FlexAttention compiles itself: as plain Python it would store maps, and its output would change in its last
-    bits.
+    FlexAttention compiles itself: as plain Python it would store maps, and the last bits of its output would
+    change.
     """
     with torch.compiler.set_stance("default"):
         yield

@@ -27,8 +27,8 @@ from attnprobe.analysis.bootstrap import (
     ratio_estimate,
 )
 from attnprobe.analysis.summary import Summary
-from attnprobe.batch import check_unpacked
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.layout import check_unpacked
 from attnprobe.provenance import Align, Provenance
 from attnprobe.rhythm import check_lookback, check_quantile, find_peaks, near_preplans, top_quantile
 from attnprobe.scores import TokenScores, aligned_waad

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers
-from attnprobe.batch import BatchLike, TokenBatch, check_unpacked
+from attnprobe.batch import BatchLike, TokenBatch
+from attnprobe.batch_run import check_fits
 from attnprobe.head_selection import HeadsLike
-from attnprobe.measurement import check_fits
+from attnprobe.layout import check_unpacked
 from attnprobe.metrics import HorizonLike, check_horizon
 from attnprobe.progress import progress_bar
 from attnprobe.suppression import heads_by_layer, suppress_attention

@@ -21,8 +21,9 @@ from torch import Tensor
 from attnprobe.analysis.content_words import content_overlap
 from attnprobe.analysis.forced_tokens import check_generates, check_vocabulary, force_tokens
 from attnprobe.analysis.trials import Continuation, Kind, Perturbations, Trial, TrialFile
-from attnprobe.batch import BatchLike, TokenBatch, check_unpacked
+from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.errors import ParameterError, ResultError
+from attnprobe.layout import check_unpacked
 from attnprobe.model_inputs import refuse_inputs
 from attnprobe.progress import progress_bar
 from attnprobe.scores import TokenScores, check_same_tokens

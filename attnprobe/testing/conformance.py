@@ -27,9 +27,10 @@ from attnprobe.adapters.base import Value
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import UnsupportedModelError
-from attnprobe.head_statistics import HeadStatistics, HeadStatisticsProbe
+from attnprobe.head_statistics import HeadStatistics
 from attnprobe.measurement import measure
 from attnprobe.probe import Probe, attach
+from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.suppression import suppress_attention
 from attnprobe.testing.tiny_models import FAMILIES, VOCABULARY, tiny_model
 

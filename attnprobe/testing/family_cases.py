@@ -85,6 +85,7 @@ class FamilyCase:
         generator = torch.Generator().manual_seed(1)
         self.rows = [torch.randint(3, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
         self._eager: Any = None
+        self._generated: dict[int, Any] = {}
         self._alone: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
 
     @property
@@ -163,6 +164,14 @@ class FamilyCase:
             output_logits=True,
             **more,
         )
+
+    def generated(self, prompt: Call) -> Any:
+        """Return what the model generates without attnprobe."""
+        rows = len(prompt["input_ids"])
+        if rows not in self._generated:
+            with without_attnprobe("generate"):
+                self._generated[rows] = self.generate(prompt)
+        return self._generated[rows]
 
     def whole(self, prompt: Call, sequences: Tensor) -> Call:
         """Return the call of a prompt with what was generated; the last token is never run."""

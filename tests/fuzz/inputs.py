@@ -200,7 +200,6 @@ KINDS: dict[str, Kind] = {
             ("too large", lambda v: v.input_ids * 10**6),
             ("negative", lambda v: -v.input_ids),
             ("pixels", lambda v: {"input_ids": v.input_ids, "pixel_values": torch.ones(1)}),
-            ("too long", lambda v: v.input_ids.repeat(1, 40)),
         ),
         (
             (
