@@ -92,7 +92,10 @@ class TransformerLensAdapter(TransformersAdapter):
             yield
 
     def _implementation(self, implementation: str) -> str:
-        if implementation == "eager" and getattr(self.model, "_supports_sdpa", False):
+        config = self.model.config.get_text_config(decoder=True)
+        # PyTorch's attention has no soft cap, though older versions of transformers say that Gemma 2 can use it.
+        caps = getattr(config, "attn_logit_softcapping", None) is not None
+        if implementation == "eager" and getattr(self.model, "_supports_sdpa", False) and not caps:
             return "sdpa"
         return implementation
 
