@@ -67,6 +67,8 @@ def test_generate_gives_the_numbers_of_one_pass(family: str, cache: str) -> None
 def test_rows_that_a_layer_does_not_compute_are_unknown() -> None:
     """Gemma 4 runs its last layers for the last token of the prompt only."""
     model = tiny_model("gemma4_text")
+    if not hasattr(model.model, "_maybe_slice_kv_shared_inputs"):
+        pytest.skip(f"transformers {transformers.__version__} runs Gemma 4 for all tokens")
     ids, _ = prompt(rows=1, count=20)
     probe = probe_of()
     with attnprobe.attach(model, probe):

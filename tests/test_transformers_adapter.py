@@ -591,7 +591,7 @@ def test_tokens_that_the_model_cannot_take_are_refused() -> None:
     with pytest.raises(attnprobe.BatchError, match=rf"token id {VOCABULARY} is outside the vocabulary"):
         attnprobe.measure(model, attnprobe.TokenBatch.from_ids([[1, VOCABULARY]]))
     with pytest.raises(attnprobe.BatchError, match=r"257 tokens is longer than the context .*256"):
-        attnprobe.measure(model, attnprobe.TokenBatch.from_ids([[1] * 257]))
+        attnprobe.measure(tiny_model("gpt2"), attnprobe.TokenBatch.from_ids([[1] * 257]))
 
 
 def test_a_model_with_nan_is_refused() -> None:

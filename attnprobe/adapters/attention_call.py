@@ -96,7 +96,7 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
         if mask_bias is not None:
             bias = mask_bias if bias is None else bias + mask_bias
     elif isinstance(mask, Tensor) and mask.ndim == 2:
-        key_mask = mask[:, -key_count:].bool()
+        key_mask = mask[:, :end][:, -key_count:].bool()
     elif mask is not None:
         raise UnsupportedModelError(
             f"cannot read a mask of type {type(mask).__name__}: use the sdpa or eager implementation"

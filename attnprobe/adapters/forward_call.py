@@ -93,17 +93,18 @@ def tokens_of(given: dict[str, Any], implementation: str) -> tuple[TokenBatch, C
         if embeddings is None:
             raise AttnprobeError("the model was called with neither input_ids nor inputs_embeds")
         ids = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.long)
-    mask = given.get("attention_mask")
-    real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        real = mask[:, -ids.shape[1] :].to(ids.device) != 0
-    segments = _segments(given, ids, real, implementation)
     cache = given.get("past_key_values")
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise UnsupportedModelError(
             f"cannot tell how long a cache of type {type(cache).__name__} is: use a transformers Cache"
         )
     cached = 0 if cache is None else int(cache.get_seq_length())
+    mask = given.get("attention_mask")
+    real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        # A mask may be as long as a cache that has room for columns still to come.
+        real = mask[:, : cached + ids.shape[1]][:, -ids.shape[1] :].to(ids.device) != 0
+    segments = _segments(given, ids, real, implementation)
     columns = Columns(cached, ids.shape[1], cache is not None, segments)
     return TokenBatch(ids, real, real, segments), columns
 
