@@ -114,7 +114,7 @@ def test_older_versions_are_refused_in_one_sentence(package: str, pretend) -> No
 @pytest.mark.parametrize("package", SUPPORTED)
 def test_newer_versions_give_a_warning(package: str, pretend) -> None:
     pretend(package, NEW[package])
-    said = rf"^{package} {NEW[package]} is newer than the versions that attnprobe was tested with, .* pip install"
+    said = rf"^{package} {NEW[package]} is newer than the versions that .* was tested with, .* pip install"
     with pytest.warns(UserWarning, match=said):
         check_versions(package)
 

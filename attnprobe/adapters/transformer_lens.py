@@ -91,7 +91,7 @@ class TransformerLensAdapter(TransformersAdapter):
 
     def _implementation(self, implementation: str) -> str:
         config = self.model.config.get_text_config(decoder=True)
-        # PyTorch's attention has no soft cap, though older versions of transformers say that Gemma 2 can use it.
+        # PyTorch's attention has no soft cap; older versions of transformers let Gemma 2 use it all the same.
         caps = getattr(config, "attn_logit_softcapping", None) is not None
         if implementation == "eager" and getattr(self.model, "_supports_sdpa", False) and not caps:
             return "sdpa"

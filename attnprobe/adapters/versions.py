@@ -27,9 +27,9 @@ SUPPORTED = {
 }
 """The versions that the tests were run with, by the name of the distribution.
 
-A test holds pyproject.toml and both files of constraints to this table. Reading the ranges from attnprobe's own
-metadata was rejected: a source tree that is used without an installation has none, and an editable one keeps
-those of the day on which it was installed.
+A test holds pyproject.toml and both files of constraints to this table. Reading the ranges from attnprobe's
+own metadata was rejected: a source tree that is used without an installation has none, and an editable one
+keeps those of the day on which it was installed.
 """
 
 
@@ -94,7 +94,7 @@ def check_versions(*packages: str, error: type[AttnprobeError] = UnsupportedMode
         if not is_tested(package, installed):
             needed = f"{package}{SUPPORTED[package]}"
             warnings.warn(
-                f"{package} {installed} is newer than the versions that attnprobe was tested with, {needed}: if "
-                f'something fails, pip install "{needed}"',
+                f"{package} {installed} is newer than the versions that attnprobe was tested with, {needed}: "
+                f'if something fails, pip install "{needed}"',
                 stacklevel=2,
             )

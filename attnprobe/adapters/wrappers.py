@@ -63,8 +63,8 @@ def transformers_model(model: Any) -> Any:
     Adapters of PEFT live in the layers of the model inside, so reading it reads them too.
 
     Raises:
-        UnsupportedModelError: a PEFT method that does more than to change layers, or a version of PEFT that is
-            not read.
+        UnsupportedModelError: a PEFT method that does more than to change layers, or a version of PEFT that
+            is not read.
     """
     model = look_through(model)
     while any(name in _PEFT_MODELS for name in class_names(model)):
