@@ -22,6 +22,9 @@ from attnprobe.adapters.base import GrowingCache
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, UnsupportedModelError
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What the argument with the key/value cache is called: before transformers 5.24, and since."""
+
 TAKES_PAIRS = ("eager", "sdpa", "flex_attention")
 """The attention implementations whose mask says for each pair whether it is seen; None means causal.
 
@@ -93,7 +96,7 @@ def tokens_of(given: dict[str, Any], implementation: str) -> tuple[TokenBatch, C
         if embeddings is None:
             raise AttnprobeError("the model was called with neither input_ids nor inputs_embeds")
         ids = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.long)
-    cache = given.get("past_key_values")
+    cache = _cache_in(given)
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise UnsupportedModelError(
             f"cannot tell how long a cache of type {type(cache).__name__} is: use a transformers Cache"
@@ -109,12 +112,18 @@ def tokens_of(given: dict[str, Any], implementation: str) -> tuple[TokenBatch, C
     return TokenBatch(ids, real, real, segments), columns
 
 
+def _cache_in(given: dict[str, Any]) -> Any:
+    """Return the cache that a forward call was given, under either of its names; None without one."""
+    # transformers 5.24 renamed it, and takes the old name too.
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
+
+
 def cache_of(given: dict[str, Any], columns: Columns) -> GrowingCache | None:
     """Return the cache that a forward call's keys are put into; None without one.
 
     Assisted decoding asks for the logits of its guesses, and of the token before them.
     """
-    cache = given.get("past_key_values")
+    cache = _cache_in(given)
     if cache is None:
         return None
     kept = given.get("logits_to_keep")
