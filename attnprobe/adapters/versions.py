@@ -18,7 +18,7 @@ from packaging.version import Version
 from attnprobe.errors import AttnprobeError, UnsupportedModelError
 
 SUPPORTED = {
-    "torch": ">=2.13,<2.14",
+    "torch": ">=2.13,<2.15",
     "transformers": ">=5.9,<5.25",
     "transformer-lens": ">=4.3,<4.4",
     "nnsight": ">=0.8,<0.9",
