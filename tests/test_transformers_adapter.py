@@ -586,6 +586,20 @@ def test_middle_layers_are_five_of_the_middle_third() -> None:
         assert attached.layers == (10, 12, 15, 18, 20)
 
 
+def test_a_soft_cap_that_sdpa_leaves_out_is_not_read() -> None:
+    """Older versions of transformers run Gemma 2 with sdpa: what is read is what they compute."""
+    eager = tiny_model("gemma2", implementation="eager", attn_logit_softcapping=None)
+    if not type(eager)._supports_sdpa:
+        pytest.skip(f"transformers {transformers.__version__} does not run Gemma 2 with sdpa")
+    model, probe = tiny_model("gemma2", implementation="sdpa"), CollectPatterns()
+    call, _ = padded_call(model, "right")
+    with torch.no_grad(), attnprobe.attach(model, probe):
+        model(**call)
+        expected = eager(**call, output_attentions=True).attentions
+    for layer, pattern in enumerate(expected):
+        torch.testing.assert_close(probe.patterns[layer][1], pattern[1], rtol=0, atol=1e-5)
+
+
 def test_tokens_that_the_model_cannot_take_are_refused() -> None:
     model = tiny_model("llama")
     with pytest.raises(attnprobe.BatchError, match=rf"token id {VOCABULARY} is outside the vocabulary"):
