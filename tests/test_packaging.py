@@ -55,6 +55,7 @@ def test_the_wheel_names_what_it_needs(built: Path) -> None:
         "numpy",
         "typer",
         "rich",
+        "packaging",
     }
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra")}
     assert {"transformer-lens", "nnsight", "trl", "report", "all"} <= extras
@@ -66,6 +67,14 @@ def test_the_sdist_can_be_tested(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"Makefile", "constraints.txt", "README.md", "CHANGELOG.md", "LICENSE", "tests/conftest.py"}
+    wanted = {
+        "Makefile",
+        "constraints.txt",
+        "constraints-oldest.txt",
+        "README.md",
+        "CHANGELOG.md",
+        "LICENSE",
+        "tests/conftest.py",
+    }
     assert wanted <= names
     assert "docs/metrics.md" in names

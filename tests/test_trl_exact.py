@@ -53,7 +53,7 @@ OPTIONS = [
     (GRPOTrainer, {"num_iterations": 2}),
     (GRPOTrainer, {"steps_per_generation": 4, "gradient_accumulation_steps": 2}),
     (GRPOTrainer, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}),
-    (GRPOTrainer, {"activation_checkpointing": True}),
+    (GRPOTrainer, {"gradient_checkpointing": True}),
     (GRPOTrainer, {"beta": 0.1}),
     (GRPOTrainer, {"delta": 4.0, "loss_type": "grpo"}),
     (GRPOTrainer, {"top_entropy_quantile": 0.5}),
@@ -65,7 +65,7 @@ OPTIONS = [
     (GRPOTrainer, {"tools": True}),
     (GRPOTrainer, {LORA: True}),
     (RLOOTrainer, {"num_iterations": 2, LORA: True}),
-    (RLOOTrainer, {"activation_checkpointing": True, "bf16": True}),
+    (RLOOTrainer, {"gradient_checkpointing": True, "bf16": True}),
 ]
 
 

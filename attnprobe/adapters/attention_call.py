@@ -88,13 +88,15 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
         raise UnsupportedModelError(f"{kind} looks at later tokens: attnprobe reads causal models only")
     window = options.get("sliding_window")
     bias = options.get("position_bias")
+    # PyTorch's attention has no soft cap: older versions of transformers let Gemma 2 use it all the same.
+    softcap = options.get("softcap") if call.implementation != "sdpa" else None
     causal_mask = key_mask = None
     if isinstance(mask, BlockMask) or (isinstance(mask, Tensor) and mask.ndim == 4):
         causal_mask, mask_bias = masks.read(mask, key_count)
         if mask_bias is not None:
             bias = mask_bias if bias is None else bias + mask_bias
     elif isinstance(mask, Tensor) and mask.ndim == 2:
-        key_mask = mask[:, -key_count:].bool()
+        key_mask = mask[:, :end][:, -key_count:].bool()
     elif mask is not None:
         raise UnsupportedModelError(
             f"cannot read a mask of type {type(mask).__name__}: use the sdpa or eager implementation"
@@ -119,7 +121,7 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
         mask=causal_mask,
         key_mask=key_mask,
         window=window,
-        softcap=options.get("softcap"),
+        softcap=softcap,
         sinks=options.get("s_aux"),
         bias=bias,
         log_sum_exp=log_sum_exp,

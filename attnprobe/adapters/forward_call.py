@@ -22,6 +22,9 @@ from attnprobe.adapters.base import GrowingCache
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import AttnprobeError, UnsupportedModelError
 
+CACHE_NAMES = ("past_key_values", "cache")
+"""What the argument with the key/value cache is called: before transformers 5.24, and since."""
+
 TAKES_PAIRS = ("eager", "sdpa", "flex_attention")
 """The attention implementations whose mask says for each pair whether it is seen; None means causal.
 
@@ -93,19 +96,26 @@ def tokens_of(given: dict[str, Any], implementation: str) -> tuple[TokenBatch, C
         if embeddings is None:
             raise AttnprobeError("the model was called with neither input_ids nor inputs_embeds")
         ids = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.long)
-    mask = given.get("attention_mask")
-    real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        real = mask[:, -ids.shape[1] :].to(ids.device) != 0
-    segments = _segments(given, ids, real, implementation)
-    cache = given.get("past_key_values")
+    cache = _cache_in(given)
     if cache is not None and not hasattr(cache, "get_seq_length"):
         raise UnsupportedModelError(
             f"cannot tell how long a cache of type {type(cache).__name__} is: use a transformers Cache"
         )
     cached = 0 if cache is None else int(cache.get_seq_length())
+    mask = given.get("attention_mask")
+    real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        # A mask may be as long as a cache that has room for columns still to come.
+        real = mask[:, : cached + ids.shape[1]][:, -ids.shape[1] :].to(ids.device) != 0
+    segments = _segments(given, ids, real, implementation)
     columns = Columns(cached, ids.shape[1], cache is not None, segments)
     return TokenBatch(ids, real, real, segments), columns
+
+
+def _cache_in(given: dict[str, Any]) -> Any:
+    """Return the cache that a forward call was given, under either of its names; None without one."""
+    # transformers 5.24 renamed it, and takes the old name too.
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
 def cache_of(given: dict[str, Any], columns: Columns) -> GrowingCache | None:
@@ -113,7 +123,7 @@ def cache_of(given: dict[str, Any], columns: Columns) -> GrowingCache | None:
 
     Assisted decoding asks for the logits of its guesses, and of the token before them.
     """
-    cache = given.get("past_key_values")
+    cache = _cache_in(given)
     if cache is None:
         return None
     kept = given.get("logits_to_keep")

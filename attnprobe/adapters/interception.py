@@ -30,6 +30,7 @@ from transformers import AttentionInterface
 
 from attnprobe.adapters.attention_call import AttentionCall
 from attnprobe.adapters.hooks import after_forward, before_forward
+from attnprobe.adapters.versions import check_versions
 from attnprobe.adapters.wrappers import compiled_again
 from attnprobe.attention.kernels import listen
 from attnprobe.attention.masks import split_mask
@@ -88,6 +89,8 @@ def suppresses_calls(module: nn.Module, suppressor: Suppressor) -> Iterator[None
 # How many contexts need the look-up to be intercepted, in any thread.
 _watching = 0
 _lock = threading.Lock()
+# Some versions of transformers have no such method, and a sentence says more than an AttributeError.
+check_versions("transformers")
 _look_up = AttentionInterface.get_interface
 
 

@@ -14,16 +14,14 @@ apply. `adapter_for` makes the adapter. What is left to others: everything insid
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 from torch import Tensor
 
 from attnprobe.adapters.reading import logits_of
 from attnprobe.adapters.transformers import TransformersAdapter
+from attnprobe.adapters.versions import check_versions
 from attnprobe.errors import UnsupportedModelError
-
-_NEEDED = "nnsight>=0.8,<0.9"
 
 
 class NNsightAdapter(TransformersAdapter):
@@ -31,15 +29,14 @@ class NNsightAdapter(TransformersAdapter):
 
     Raises:
         UnsupportedModelError: a wrapper around anything else, around a model that is not loaded yet,
-            or around a model that cannot be read; or another version of nnsight.
+            or around a model that cannot be read; or a version of nnsight that is not
+            read.
     """
 
     backend = "nnsight"
 
     def __init__(self, wrapper: Any) -> None:
-        version = importlib.metadata.version("nnsight")
-        if not version.startswith("0.8."):
-            raise UnsupportedModelError(f"this wrapper is from nnsight {version}: attnprobe needs {_NEEDED}")
+        check_versions("nnsight")
         self._wrapper = wrapper
         model = wrapper._module
         if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):

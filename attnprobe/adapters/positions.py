@@ -52,11 +52,12 @@ def _without_towers(decoder: nn.Module) -> Iterator[nn.Module]:
 
 def _table_size(module: nn.Module) -> int | None:
     """Return how many positions a module's own table of positions holds, if it has one."""
-    children = ((name, child._modules.get(WRAPPED) or child) for name, child in module.named_children())
+    # A backend's wrapper stands where the table was.
+    tables = {name: child._modules.get(WRAPPED) or child for name, child in module.named_children()}
     sizes = [
-        child.num_embeddings - int(getattr(child, "offset", 0))
-        for name, child in children
-        if isinstance(child, nn.Embedding) and ("pos" in name or name == "wpe")
+        table.num_embeddings - int(getattr(table, "offset", 0))
+        for name, table in tables.items()
+        if isinstance(table, nn.Embedding) and ("pos" in name or name == "wpe")
     ]
     # Tables that are computed when the model is made (GPT-J, CodeGen; CTRL).
     for name in ("embed_positions", "pos_encoding"):

@@ -17,7 +17,6 @@ reading).
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -31,23 +30,22 @@ from attnprobe.adapters.base import Adapter
 from attnprobe.adapters.interception import calls_watched, implementation_changed, reads_calls
 from attnprobe.adapters.reading import Reading
 from attnprobe.adapters.transformers import TransformersAdapter
+from attnprobe.adapters.versions import SUPPORTED, check_versions
 from attnprobe.errors import UnsupportedModelError
-
-_NEEDED = "transformer-lens>=4,<5"
 
 
 class TransformerLensAdapter(TransformersAdapter):
     """A `TransformerBridge` over a transformers model.
 
     Raises:
-        UnsupportedModelError: a bridge over anything else, a model that cannot be read, or another version of
-            TransformerLens.
+        UnsupportedModelError: a bridge over anything else, a model that cannot be read, or a version of
+            TransformerLens that is not read.
     """
 
     backend = "transformer_lens"
 
     def __init__(self, bridge: Any) -> None:
-        _check_version()
+        check_versions("transformer-lens")
         self._bridge = bridge
         model = getattr(bridge, "original_model", None)
         if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
@@ -92,7 +90,10 @@ class TransformerLensAdapter(TransformersAdapter):
             yield
 
     def _implementation(self, implementation: str) -> str:
-        if implementation == "eager" and getattr(self.model, "_supports_sdpa", False):
+        config = self.model.config.get_text_config(decoder=True)
+        # PyTorch's attention has no soft cap; older versions of transformers let Gemma 2 use it all the same.
+        caps = getattr(config, "attn_logit_softcapping", None) is not None
+        if implementation == "eager" and getattr(self.model, "_supports_sdpa", False) and not caps:
             return "sdpa"
         return implementation
 
@@ -235,13 +236,5 @@ def refuse_hooked_transformer(model: Any) -> Adapter:
     """
     raise UnsupportedModelError(
         f"{type(model).__name__} is from TransformerLens before 4.0, which attnprobe does not read: install "
-        f"{_NEEDED} and use TransformerBridge.boot_transformers(name)"
+        f"transformer-lens{SUPPORTED['transformer-lens']} and use TransformerBridge.boot_transformers(name)"
     )
-
-
-def _check_version() -> None:
-    version = importlib.metadata.version("transformer-lens")
-    if version.partition(".")[0] != "4":
-        raise UnsupportedModelError(
-            f"this TransformerBridge is from transformer-lens {version}: attnprobe needs {_NEEDED}"
-        )

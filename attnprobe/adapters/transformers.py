@@ -4,7 +4,7 @@ TransformerLens and nnsight also run a transformers model, module by module, so 
 with another entry: they find the model, prepare it, and start its forward passes. The same code reads what
 happens inside, which is why the backends agree.
 
-Families that do not look up an attention function (Bloom, Falcon, GPT-J) are read densely, from the
+Families that do not look up an attention function (Bloom, Falcon, MPT) are read densely, from the
 maps that their eager attention returns. `adapter_for` makes the adapter. What is left to others: reading
 (reading, attention_call), finding modules (architecture), and the check that every layer was seen
 (`attnprobe.probe`).
@@ -41,6 +41,7 @@ from attnprobe.adapters.multimodal import (
 )
 from attnprobe.adapters.positions import Regimes, context_length
 from attnprobe.adapters.reading import Reading, computes_layers_again, logits_of
+from attnprobe.adapters.versions import check_versions
 from attnprobe.adapters.wrappers import (
     execution_device,
     first_weight,
@@ -59,12 +60,13 @@ class TransformersAdapter(Adapter):
 
     Raises:
         UnsupportedModelError: an encoder, an encoder-decoder, a model without attention, or a PEFT method
-            that does more than to change layers.
+            that does more than to change layers; or a version of torch or transformers that is not read.
     """
 
     backend = "transformers"
 
     def __init__(self, model: Any) -> None:
+        check_versions("torch", "transformers")
         # What our own passes call: some PEFT methods prepare their layers in the wrapper's forward.
         self._entry = look_through(model)
         model = transformers_model(model)

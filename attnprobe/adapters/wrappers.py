@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnprobe.adapters.versions import check_versions
 from attnprobe.errors import UnsupportedModelError
 
 _HELD_AS = {
@@ -62,7 +63,8 @@ def transformers_model(model: Any) -> Any:
     Adapters of PEFT live in the layers of the model inside, so reading it reads them too.
 
     Raises:
-        UnsupportedModelError: a PEFT method that does more than to change layers.
+        UnsupportedModelError: a PEFT method that does more than to change layers, or a version of PEFT that
+            is not read.
     """
     model = look_through(model)
     while any(name in _PEFT_MODELS for name in class_names(model)):
@@ -73,7 +75,8 @@ def transformers_model(model: Any) -> Any:
 
 
 def _check_peft(model: Any) -> None:
-    """Check that a PEFT method changes nothing but the layers of the model."""
+    """Check that a PEFT method changes nothing but the layers of the model, and PEFT's version."""
+    check_versions("peft")
     for config in model.peft_config.values():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if getattr(config, "is_prompt_learning", False):

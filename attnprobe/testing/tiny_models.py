@@ -245,6 +245,9 @@ def tiny_model(family: str, *, implementation: str | None = None, seed: int = 0,
 
     settings = FAMILIES.get(family) or REFUSED[family]
     config = AutoConfig.for_model(family, **{**settings, "vocab_size": VOCABULARY, **changes})
+    if implementation is None and getattr(config, "attn_logit_softcapping", None) is not None:
+        # Older versions of transformers choose sdpa even so, and then leave the soft cap out.
+        implementation = "eager"
     state = torch.random.get_rng_state()
     try:
         torch.manual_seed(seed)

@@ -56,7 +56,7 @@ def tiny_trainer(
         "save_strategy": "no",
         "use_cpu": True,
         "bf16": False,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "disable_tqdm": True,
         "seed": 0,
         "beta": 0.0,

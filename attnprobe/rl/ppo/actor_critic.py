@@ -47,7 +47,10 @@ class ActorCritic(torch.nn.Module):
             )
         self.policy = policy
         self._accepted = frozenset(inspect.signature(bare_policy(policy).forward).parameters)
-        missing = [name for name in ("attention_mask", "past_key_values") if name not in self._accepted]
+        # Its name until transformers 5.23, and since 5.24.
+        names = [name for name in ("past_key_values", "cache") if name in self._accepted]
+        self._cache_name = names[0] if names else "past_key_values"
+        missing = [name for name in ("attention_mask", self._cache_name) if name not in self._accepted]
         if missing:
             raise UnsupportedModelError(
                 f"{type(bare_policy(policy)).__name__} takes no {' and no '.join(missing)}: PPO samples from "
@@ -84,7 +87,7 @@ class ActorCritic(torch.nn.Module):
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :],
-            "past_key_values": cache,
+            self._cache_name: cache,
             "use_cache": use_cache,
             "logits_to_keep": keep,
         }
@@ -95,7 +98,7 @@ class ActorCritic(torch.nn.Module):
             output = self.policy(**{name: inputs[name] for name in inputs if name in self._accepted})
         finally:
             hook.remove()
-        cache = output.get("past_key_values")
+        cache = output.get(self._cache_name)
         if use_cache and cache is None:
             raise UnsupportedModelError(
                 f"{type(bare_policy(self.policy)).__name__} returned no key/value cache"

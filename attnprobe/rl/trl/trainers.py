@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.adapters.base import evaluation_mode
+from attnprobe.adapters.versions import SUPPORTED, check_versions
 from attnprobe.errors import MissingDependencyError, TrainerError
 from attnprobe.rl.scoring import Rollout, bare_policy
 
@@ -47,6 +48,7 @@ def check_trainer(trainer: Any) -> None:
     """
     if importlib.util.find_spec("trl") is None:
         raise MissingDependencyError("credit for trainers needs trl: pip install 'attnprobe[trl]'")
+    check_versions("trl", error=TrainerError)
     import trl
     from trl import GRPOTrainer, RLOOTrainer  # type: ignore[attr-defined]
 
@@ -60,7 +62,7 @@ def check_trainer(trainer: Any) -> None:
     if missing:
         raise TrainerError(
             f"{type(trainer).__name__} of trl {trl.__version__} has no {', '.join(missing)}: this version "
-            "is not supported; trl 1.16 is"
+            f"is not supported; trl{SUPPORTED['trl']} is"
         )
     if vars(trainer).get(HANDLE) is not None:
         raise TrainerError("this trainer already has credit: call detach() on its handle first")
