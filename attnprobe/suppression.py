@@ -61,7 +61,7 @@ def suppress_attention(
     is called.
 
     Raises:
-        ParameterError: invalid layers, heads or columns.
+        ParameterError: invalid layers, heads or columns, or nothing chosen.
         UnsupportedModelError: a model whose attention cannot be suppressed, or an attention
             implementation that accepts no mask of pairs (flash attention).
         IncompleteRunError: in a forward pass, a layer did not make its attention call.
@@ -80,6 +80,10 @@ def suppress_attention(
     by_layer = heads_by_layer(heads, layers, adapter)
     if queries is not None and keys is None:
         raise ParameterError("queries are the tokens that cannot see keys: give keys too, or pairs")
+    if pairs is None and keys is None and heads is None and isinstance(layers, str) and layers == "all":
+        raise ParameterError(
+            'nothing was chosen: give pairs, keys, heads or layers, or heads="all" to suppress all attention'
+        )
     suppression = Suppression(
         by_layer,
         None if pairs is None else _pairs(pairs),

@@ -139,6 +139,28 @@ def test_packed_rows_with_a_mask_of_pairs(family: str, implementation: str) -> N
     assert_sequences(probe.result(), alone)
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("mistral", {}),
+        ("falcon", {"use_cache": False}),
+        ("opt", {"use_cache": False}),
+    ],
+)
+def test_packed_rows_that_a_model_does_not_separate_are_refused(family: str, options: dict) -> None:
+    """With a cache, or in families that ignore positions, attention crosses from one sequence to the next."""
+    model = tiny_model(family)
+    ids, positions, _ = packed()
+    options = {**options, "position_ids": positions}
+    with (
+        torch.no_grad(),
+        attnprobe.attach(model, probe_of()),
+        pytest.raises(UnsupportedModelError, match="see each other"),
+    ):
+        model(ids, **options)
+
+
 def test_measured_packed_rows_have_the_span_of_each_sequence() -> None:
     model = tiny_model("llama")
     ids, _, _ = packed()

@@ -13,7 +13,7 @@ from refusals import refused
 from test_generation import assert_equal_to_one_pass, probe_of, prompt
 
 import attnprobe
-from attnprobe.errors import IncompleteRunError, PatternError, UnsupportedModelError
+from attnprobe.errors import PatternError, UnsupportedModelError
 from attnprobe.sequence_sums import add_rows
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 
@@ -212,12 +212,18 @@ def test_early_exit() -> None:
     """A model that is its own assistant runs its first layers only."""
     model = tiny_model("llama")
     ids, _ = prompt(rows=1)
+    with torch.no_grad():
+        expected = model(ids).logits
     refused(
         lambda: generate(model, ids, probe_of(), assistant_early_exit=1),
-        "[1, 2]",
+        "1 of 3 layers",
         "assistant_early_exit",
-        error=IncompleteRunError,
+        error=UnsupportedModelError,
     )
+    # generate, which had changed the number of layers, would not have put it back after an error.
+    assert model.config.num_hidden_layers == 3
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
 
 
 def test_continuous_batching() -> None:

@@ -68,11 +68,6 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
     """
     options, mask, query = call.options, call.mask, call.query
     kind = type(call.module).__name__
-    if options.get("cache") is not None or options.get("block_table") is not None:
-        raise UnsupportedModelError(
-            f"{kind} keeps its keys in pages (continuous batching, as in generate_batch), which cannot be "
-            "followed: use generate, or measure the finished sequences"
-        )
     end = columns.end
     # A cache of fixed size has room for keys still to come, and a sliding one has dropped the first.
     key = call.key[:, :, :end] if columns.has_cache else call.key

@@ -98,6 +98,11 @@ def tokens_of(given: dict[str, Any], implementation: str) -> tuple[TokenBatch, C
         ids = embeddings.new_zeros(embeddings.shape[:2], dtype=torch.long)
     cache = _cache_in(given)
     if cache is not None and not hasattr(cache, "get_seq_length"):
+        if "Paged" in type(cache).__name__:
+            raise UnsupportedModelError(
+                "the keys of this call are kept in pages (continuous batching, as in generate_batch), which "
+                "cannot be followed: use generate, or measure the finished sequences"
+            )
         raise UnsupportedModelError(
             f"cannot tell how long a cache of type {type(cache).__name__} is: use a transformers Cache"
         )

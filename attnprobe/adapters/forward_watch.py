@@ -18,7 +18,7 @@ from attnprobe.adapters.forward_call import Columns, arguments_of, tokens_of
 from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.adapters.wrappers import look_through
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import AttnprobeError
+from attnprobe.errors import AttnprobeError, UnsupportedModelError
 
 
 class ForwardWatch:
@@ -26,6 +26,7 @@ class ForwardWatch:
 
     Attributes:
         columns: where the tokens of the pass under way are in their sequences.
+        refusal: why the last pass that could not be read was refused; None if none was.
         is_whole: whether the pass was started at the model itself, not at the base model inside it.
     """
 
@@ -34,6 +35,7 @@ class ForwardWatch:
         self._name = name
         self._depth = 0
         self._thread: int | None = None
+        self.refusal: UnsupportedModelError | None = None
         self.columns = Columns(0, 0, has_cache=False)
         self.is_whole = True
 
@@ -88,8 +90,10 @@ class ForwardWatch:
             config: Any = self._model.config.get_text_config(decoder=True)
             batch, self.columns = tokens_of(given, config._attn_implementation or "eager")
             added = self.began(batch, given)
-        except BaseException:
+        except BaseException as error:
             self._depth = 0
+            if isinstance(error, UnsupportedModelError):
+                self.refusal = error
             raise
         return (args, {**kwargs, **added}) if added else None
 

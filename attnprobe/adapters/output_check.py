@@ -30,7 +30,7 @@ from attnprobe.attention.factored import FactoredAttention
 from attnprobe.errors import IncompleteRunError
 
 _ROWS = {False: 4, True: 8}
-"""How many queries of a call are checked, evenly spaced up to the last; in 16 bits, each says less."""
+"""How many queries of a call are checked, evenly spaced; more in 16 bits, where each says less."""
 
 _STEP = 32
 """While single tokens are generated, the first call of a layer is checked, and then one in this many."""
@@ -50,6 +50,7 @@ class OutputCheck:
     def __init__(self) -> None:
         # For each attention module, how many single queries came since its last call of several.
         self._single: dict[int, int] = {}
+        self._count = 0
 
     def check(self, attention: FactoredAttention, call: AttentionCall, where: str) -> None:
         """Check a call; `where` names its layer and model.
@@ -68,12 +69,16 @@ class OutputCheck:
             self._single[id(call.module)] = count + 1
             if count % _STEP:
                 return
-        check_against_output(attention, call, where)
+        check_against_output(attention, call, where, self._count)
+        self._count += 1
 
 
-def check_against_output(attention: FactoredAttention, call: AttentionCall, where: str) -> None:
+def check_against_output(
+    attention: FactoredAttention, call: AttentionCall, where: str, number: int = 0
+) -> None:
     """Check that some rows of the attention give the model's own attention output.
 
+    They are evenly spaced, and others for each `number`: the layers of a pass cover more rows together.
     Where scores are so large that rounding decides which key wins (in bfloat16 from about a hundred on), any
     mixture of the values is possible, and a row says nothing: it passes. So does padding, which sees nothing.
 
@@ -83,7 +88,7 @@ def check_against_output(attention: FactoredAttention, call: AttentionCall, wher
     assert call.output is not None
     with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
         rounding = _Rounding.of_call(call)
-        rows = _Rows.of_call(attention, call)
+        rows = _Rows.of_call(attention, call, number)
         actual = call.output.detach()[:, rows.queries].transpose(1, 2).to(rows.output.dtype)
         if actual.shape != rows.output.shape:
             raise _unknown(
@@ -138,9 +143,9 @@ class _Rows:
     seeing: Bool[Tensor, "batch head row 1"]
 
     @staticmethod
-    def of_call(attention: FactoredAttention, call: AttentionCall) -> _Rows:
+    def of_call(attention: FactoredAttention, call: AttentionCall, number: int) -> _Rows:
         scores = attention.scores
-        queries = _chosen_queries(attention, _ROWS[call.query.dtype.itemsize == 2])
+        queries = _chosen_queries(attention, _ROWS[call.query.dtype.itemsize == 2], number)
         score = scores.block(queries, slice(0, attention.key_count))
         top = score.amax(-1, keepdim=True)
         seeing = top > -torch.inf
@@ -178,15 +183,16 @@ class _Rows:
         return None if bias is None else bias[:, :, self.queries, : self.score.shape[-1]].to(self.score.dtype)
 
 
-def _chosen_queries(attention: FactoredAttention, count: int) -> slice | Tensor:
-    """Return which rows are checked: evenly spaced ones up to the last and, behind padding, the first.
+def _chosen_queries(attention: FactoredAttention, count: int, number: int) -> slice | Tensor:
+    """Return which rows are checked: evenly spaced ones and, behind padding, the first.
 
     Under a short window, no other row tells whether padding is seen.
     """
     last = attention.query_count - 1
     step = max(1, last // (count - 1))
     # A slice, since picking rows by their numbers takes several times as long.
-    spaced = slice(last % step, None, step)
+    # The first call's include the last row; the golden ratio spreads those of the next ones evenly between.
+    spaced = slice((last - int(number * 0.618 * step)) % step, None, step)
     mask = attention.scores.mask
     if mask.plain or last == 0:
         return spaced

@@ -61,7 +61,7 @@ class Reading(ForwardWatch):
         self._output_check = OutputCheck()
         self._last_layer: int | None = None
         self._ends_early = False
-        self._refusal: UnsupportedModelError | None = None
+        self._depth_of_model = getattr(self._text_config, "num_hidden_layers", None)
 
     @contextmanager
     def attached(self, layers: Sequence[int], maps_by_hook: bool) -> Iterator[None]:
@@ -88,9 +88,9 @@ class Reading(ForwardWatch):
                     stack.enter_context(before_forward(layer.block, self._input_hook(number)))
             stack.enter_context(self.installed())
             yield
-        if self._refusal is not None and self._thread != threading.get_ident():
+        if self.refusal is not None and self._thread != threading.get_ident():
             # Whoever runs the model in a thread of its own (generate_batch) may only have logged it.
-            raise self._refusal
+            raise self.refusal
 
     @contextmanager
     def ending_early(self) -> Iterator[None]:
@@ -112,6 +112,7 @@ class Reading(ForwardWatch):
 
     def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
         """Tell the observer, and ask for maps if there is no other way to read attention."""
+        self._check_depth()
         self._logits_are_last = not isinstance(given.get("logits_to_keep"), Tensor)
         self._computes_loss = given.get("labels") is not None
         self._batch = batch
@@ -123,6 +124,24 @@ class Reading(ForwardWatch):
             self._asked_for_maps = not given.get("output_attentions")
             return {"output_attentions": True}
         return {}
+
+    def _check_depth(self) -> None:
+        """Refuse a pass through some of the layers: guesses of `generate` with `assistant_early_exit`."""
+        config = self._text_config
+        if getattr(config, "num_hidden_layers", None) == self._depth_of_model:
+            return
+        exited = config.num_hidden_layers
+        # generate puts the number back itself, but not if a pass raises.
+        config.num_hidden_layers = self._depth_of_model
+        raise UnsupportedModelError(
+            f"a pass of {self._name} was to end after {exited} of {self._depth_of_model} layers, as guesses "
+            "with assistant_early_exit do: use an assistant_model or prompt_lookup_num_tokens, or measure "
+            "the finished sequence"
+        )
+
+    @property
+    def _text_config(self) -> Any:
+        return self._model.config.get_text_config(decoder=True)
 
     def ended(self, output: Any) -> Any:
         """Show the logits, tell the observer, and remove maps that the user did not ask for."""
@@ -184,7 +203,7 @@ class Reading(ForwardWatch):
                 raise UnsupportedModelError(why_not_causal(config, self._name)) from error
             raise
         except UnsupportedModelError as error:
-            self._refusal = error
+            self.refusal = error
             raise
 
     def read_pattern(self, layer: int, pattern: Tensor) -> None:
@@ -237,10 +256,29 @@ class Reading(ForwardWatch):
     def _show(self, layer: int, attention: Attention) -> None:
         """Show a layer's attention to the observer, and end the pass if nothing more is needed."""
         self._layers_read.add(layer)
+        if self.columns.segment_ids is not None and not self.columns.cached:
+            self._check_separated(layer, attention, self.columns.segment_ids)
         self._observer.observe("attention", layer, attention)
         if self._ends_early and layer == self._last_layer:
             self.cut_off()
             raise _PassEnded(self)
+
+    def _check_separated(self, layer: int, attention: Attention, segment_ids: Tensor) -> None:
+        """Check that a layer keeps the sequences of packed rows apart, as their positions say."""
+        if isinstance(attention, FactoredAttention):
+            crosses = attention.scores.mask.crosses(segment_ids)
+        else:
+            ids = segment_ids.to(attention.device)
+            other = ids[:, -attention.query_count :, None] != ids[:, None, :]
+            pattern = attention.rows(torch.arange(attention.query_count, device=attention.device))
+            crosses = bool((pattern * other[:, None]).any())
+        if crosses:
+            raise UnsupportedModelError(
+                f"the positions of this call restart, as those of packed sequences do, but layer {layer} of "
+                f"{self._name} lets the sequences see each other. transformers separates them if there is "
+                "neither a cache nor an attention_mask, and not in every family: pass use_cache=False and no "
+                "mask, or give measure a batch with these position_ids, which it runs one by one"
+            )
 
     # ---- tensor sites -------------------------------------------------------------------------
 

@@ -100,10 +100,18 @@ class CausalMask:
         """Return the causal mask in which a token sees only its own segment; segments are contiguous."""
         count = segment_ids.shape[1]
         causal = CausalMask.causal(count, count, window, segment_ids.device)
-        begins = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
-        column = torch.arange(count, device=segment_ids.device)
-        start = column.where(begins, column.new_zeros(())).cummax(-1).values
+        start = _segment_starts(segment_ids)
         return CausalMask(torch.maximum(causal.first, start), causal.last, None, plain=False)
+
+    def crosses(self, segment_ids: Int[Tensor, "batch token"]) -> bool:
+        """Whether a query may see a key of another segment; queries are the last tokens, keys all of them."""
+        queries = self.first.shape[1]
+        if self.exact is not None:
+            ids = segment_ids.to(self.exact.device)
+            other = ids[:, -queries:, None] != ids[:, None, :]
+            return bool((self.exact & other[:, None]).any())
+        start = _segment_starts(segment_ids).to(self.first.device)[:, -queries:]
+        return bool(((self.first < start) & (self.last >= self.first)).any())
 
     def block(self, queries: slice | Tensor, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
         """Return the mask of one block."""
@@ -164,6 +172,13 @@ class CausalMask:
         )
         queries = [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
         return [Reach(block, *of_block) for block, of_block in zip(queries, numbers.tolist(), strict=True)]
+
+
+def _segment_starts(segment_ids: Int[Tensor, "batch token"]) -> Int[Tensor, "batch token"]:
+    """Return the column at which each token's segment begins."""
+    begins = torch.nn.functional.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    column = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    return column.where(begins, column.new_zeros(())).cummax(-1).values
 
 
 def split_mask(mask: Tensor) -> tuple[Bool[Tensor, "..."], Tensor | None]:
