@@ -140,7 +140,11 @@ def chat_prompt_ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> l
         BatchError: a conversation that the template rejects.
     """
     try:
-        text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+        turns = list(conversation)
+        # Templates and older versions of transformers write an empty turn for anything that has no role.
+        if not all(isinstance(turn, Mapping) for turn in turns):
+            raise TypeError("a turn must be a mapping")
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # A template may raise its own errors, jinja's and Python's.
         raise BatchError(
             f"the chat template rejects {brief(conversation)} ({type(error).__name__}: {error}): a "

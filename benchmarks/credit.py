@@ -66,7 +66,7 @@ def make_trainer(options: argparse.Namespace, folder: str) -> Any:
             num_generations=options.batch_size,
             max_completion_length=options.completion_tokens,
             generation_kwargs={"min_new_tokens": options.completion_tokens},
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             use_cpu=not torch.cuda.is_available(),
             bf16=torch.cuda.is_available(),
             learning_rate=1e-6,

@@ -24,6 +24,11 @@ from attnprobe.testing.family_report import FamilyReport, Outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+IS_PAGES_VERSION = transformers.__version__.startswith("5.23.")
+"""Whether docs/families.md and the recipes are about the families of the installed transformers."""
+
+of_the_page = pytest.mark.skipif(not IS_PAGES_VERSION, reason="docs/families.md is about transformers 5.23")
+
 SPECIAL = {
     "sinks": ("gpt_oss", "granite_swa"),
     "soft cap": ("gemma2",),
@@ -66,7 +71,8 @@ def test_a_family_is_read_right_or_refused(name: str) -> None:
     assert not wrong
     assert report.status != "refused" or len(report.reason) > 15
     assert report.is_bitwise
-    if any(name in names for names in SPECIAL.values()):
+    # Other versions compute some families in another way.
+    if IS_PAGES_VERSION and any(name in names for names in SPECIAL.values()):
         assert (report.status == "refused") == (name in REFUSED)
 
 
@@ -77,6 +83,8 @@ def test_all_families_of_the_library_are_listed() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     assert causal_families() == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if not IS_PAGES_VERSION:
+        return
     known = set(causal_families())
     for table in (family_models._FAMILIES, family_models._FACTORS, family_models.NOT_ALONE):
         assert set(table) <= known
@@ -106,13 +114,15 @@ def test_a_family_is_the_same_each_time_and_leaves_the_generator_alone() -> None
     ],
 )
 def test_a_family_has_each_kind_of_its_layers(name: str, kinds: set[str]) -> None:
+    if name not in causal_families():
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     assert set(family_config(name).layer_types) == kinds
 
 
 def test_sequences_are_longer_than_windows_and_budgets() -> None:
     assert min(LENGTHS) > 3 * WINDOW
     assert family_config("mistral").sliding_window == WINDOW
-    assert family_config("deepseek_v32").index_topk == WINDOW
+    assert family_config("glm_moe_dsa").index_topk == WINDOW
     assert family_config("gemma4_text").num_kv_shared_layers == 2
 
 
@@ -198,12 +208,14 @@ def _page() -> str:
     return page.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
 
 
+@of_the_page
 def test_the_page_names_every_family_once() -> None:
     names = re.findall(r"^\| `([^`]+)` \|", _page(), flags=re.MULTILINE)
     assert sorted(names) == causal_families()
     assert not re.search("WRONG:|ERROR", _page())
 
 
+@of_the_page
 @pytest.mark.parametrize("name", ["llama", "bloom", "qwen3_next", "granite_swa"])
 def test_the_page_is_what_the_command_gives(name: str) -> None:
     row = f"| {' | '.join(family_row(check_family(name)))} |"

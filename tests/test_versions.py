@@ -30,7 +30,7 @@ OLD = {
     "transformers": "5.3.0",
     "transformer-lens": "4.2.0",
     "nnsight": "0.7.0",
-    "peft": "0.17.1",
+    "peft": "0.20.0",
     "trl": "1.7.1",
 }
 NEW = {
@@ -179,7 +179,7 @@ def test_a_peft_model_says_so_too(pretend) -> None:
 
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     pretend("peft", OLD["peft"])
-    with pytest.raises(UnsupportedModelError, match=r"^peft 0\.17\.1 is installed"):
+    with pytest.raises(UnsupportedModelError, match=r"^peft 0\.20\.0 is installed"):
         adapter_for(model)
 
 

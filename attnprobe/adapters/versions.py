@@ -22,7 +22,7 @@ SUPPORTED = {
     "transformers": ">=5.9,<5.25",
     "transformer-lens": ">=4.3,<4.4",
     "nnsight": ">=0.8,<0.9",
-    "peft": ">=0.18,<0.22",
+    "peft": ">=0.21,<0.22",
     "trl": ">=1.8,<1.17",
 }
 """The versions that the tests were run with, by the name of the distribution.

@@ -392,8 +392,12 @@ def build_family(name: str, implementation: str | None = None, *, seed: int = 0,
         raise UnsupportedModelError(f"{name} {NOT_ALONE[name]}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        config = family_config(name, **changes)
+        if implementation is None and getattr(config, "attn_logit_softcapping", None) is not None:
+            # Older versions of transformers choose sdpa even so, and then leave the soft cap out.
+            implementation = "eager"
         model = AutoModelForCausalLM.from_config(
-            family_config(name, **changes), attn_implementation=implementation, dtype=torch.float32
+            config, attn_implementation=implementation, dtype=torch.float32
         ).eval()
         _sharpen(model, _FACTORS.get(name, 12.0))
     model.generation_config.eos_token_id = None

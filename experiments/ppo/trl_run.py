@@ -94,7 +94,7 @@ def train(config: PPOConfig) -> list[dict[str, float]]:
                 save_strategy="no",
                 use_cpu=True,
                 bf16=False,
-                activation_checkpointing=False,
+                gradient_checkpointing=False,
                 disable_tqdm=True,
                 seed=config.seed,
             ),
