@@ -63,7 +63,7 @@ def lacking(name: str) -> Any:
 
 
 @pytest.mark.usefixtures("as_users_call")
-@pytest.mark.parametrize("name", map(lacking, SAMPLE))
+@pytest.mark.parametrize("name", [lacking(name) for name in SAMPLE])
 def test_a_family_is_read_right_or_refused(name: str) -> None:
     """No number is wrong, no exception is another library's, and reading changes no bit."""
     report = check_family(name, backends=False)
