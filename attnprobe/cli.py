@@ -21,6 +21,7 @@ from rich.table import Table
 
 from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.errors import AttnprobeError, BatchError, ParameterError
+from attnprobe.layer_selection import LAYER_NAMES
 from attnprobe.validation import real_number, whole_number
 from attnprobe.version import __version__
 
@@ -56,7 +57,7 @@ ChatOption = Annotated[
 MaxNewTokensOption = Annotated[int, typer.Option(min=1, help="The longest answer to generate.")]
 TemperatureOption = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of sampling.")]
-LayersOption = Annotated[str, typer.Option(help='"all", "middle", or numbers such as 0,4,8-11.')]
+LayersOption = Annotated[str, typer.Option(help='"all", "middle", "top third", or numbers such as 0,4,8-11.')]
 QuantileOption = Annotated[float, typer.Option(help="The share of heads in the local and the global group.")]
 
 
@@ -263,7 +264,7 @@ def about(
 
 
 def parse_layers(text: str) -> Layers:
-    """Return layers from "all", "middle", or numbers and ranges separated by commas.
+    """Return layers from a name such as "all" or "middle", or numbers and ranges separated by commas.
 
     >>> parse_layers("0,4,8-10")
     [0, 4, 8, 9, 10]
@@ -271,13 +272,14 @@ def parse_layers(text: str) -> Layers:
     Raises:
         ParameterError: anything else.
     """
-    if text == "all" or text == "middle":
+    if text in LAYER_NAMES:
         return text
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ParameterError(f'layers must be "all", "middle" or numbers such as 0,4,8-11; got {text!r}')
+            names = ", ".join(f'"{name}"' for name in LAYER_NAMES)
+            raise ParameterError(f"layers must be {names} or numbers such as 0,4,8-11; got {text!r}")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from attnprobe import metrics
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.layer_selection import LayerName, named_layers
 from attnprobe.layout import token_columns
 from attnprobe.provenance import ranges
-from attnprobe.reductions import Horizon
+from attnprobe.reductions import TRAINING_HORIZON, Horizon
 from attnprobe.results import Result, check_layers, html_table, table_column
 from attnprobe.validation import ArrayLike, IntLike, choice, instance, whole_numbers
 
@@ -69,7 +70,7 @@ class HeadStatistics(Result):
     layers: tuple[int, ...]
     skipped_layers: tuple[int, ...] = ()
     window: int = 10
-    horizon: Horizon = (10, 50)
+    horizon: Horizon = TRAINING_HORIZON
     model_name: str = ""
     segment_ids: Int[Tensor, "batch token"] | None = None
     receiver_level: ReceiverLevel | None = None
@@ -90,13 +91,19 @@ class HeadStatistics(Result):
         """The number of heads in a layer; the largest, where layers differ."""
         return self.waad.shape[2]
 
-    def at_layers(self, layers: ArrayLike | IntLike) -> HeadStatistics:
+    def at_layers(self, layers: ArrayLike | IntLike | LayerName) -> HeadStatistics:
         """Return the statistics of some of the layers, as if only these had been measured.
 
+        Args:
+            layers: numbers, or a name such as "top third" (see `named_layers`), of the measured layers.
+
         Raises:
-            ParameterError: no layers, or layers that were not measured.
+            ParameterError: no layers, layers that were not measured, or an unknown name.
         """
-        chosen = tuple(sorted(set(whole_numbers(layers, "layers"))))
+        if isinstance(layers, str):
+            chosen = named_layers(layers, self.layers)
+        else:
+            chosen = tuple(sorted(set(whole_numbers(layers, "layers"))))
         missing = [layer for layer in chosen if layer not in self.layers]
         if missing:
             raise ParameterError(f"layers {missing} were not measured; there are {list(self.layers)}")

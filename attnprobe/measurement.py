@@ -31,6 +31,7 @@ from attnprobe.metrics import HorizonLike
 from attnprobe.probe import Probe, attach
 from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
+from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.sentences import sentence_ids
 from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.validation import IntLike, brief, truth, whole_number
@@ -42,7 +43,7 @@ def measure(
     *,
     layers: Layers = "all",
     window: IntLike = 10,
-    horizon: HorizonLike = (10, 50),
+    horizon: HorizonLike = TRAINING_HORIZON,
     span: bool = True,
     receiver: bool | ReceiverLevel = False,
     entropy: bool = True,
@@ -56,7 +57,8 @@ def measure(
         model: a model that an adapter knows, such as a transformers causal language model.
         batch: the tokens, in any layout: a `TokenBatch`, or anything that `TokenBatch.of` accepts, such as a
             tokenizer's output, or a processor's with images. Results are aligned with it.
-        layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
+        layers: "all", "middle" (five, evenly spaced in the middle third), another name of `named_layers`, or
+            layer numbers.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.

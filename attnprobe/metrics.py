@@ -23,6 +23,7 @@ from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
 from attnprobe.reductions import (
     RECEIVER_HORIZON,
+    TRAINING_HORIZON,
     Horizon,
     influence_of,
     kurtosis,
@@ -90,7 +91,7 @@ def windowed_attention_distance(
 def future_attention_influence(
     attention: AttentionLike,
     response_mask: ArrayLike | None = None,
-    horizon: HorizonLike = (10, 50),
+    horizon: HorizonLike = TRAINING_HORIZON,
     segment_ids: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head token"]:
     """Return the FAI of each response token: the mean attention that later response tokens give it.

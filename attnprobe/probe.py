@@ -94,7 +94,8 @@ def attach(
     Args:
         model: a model that an adapter knows.
         probes: one or more probes, in the order in which they are shown a site.
-        layers: "all", "middle" (five, evenly spaced in the middle third) or layer numbers.
+        layers: "all", "middle" (five, evenly spaced in the middle third), another name of `named_layers`, or
+            layer numbers.
         response_mask: `[batch, token]`, True (or 1) for those tokens passed to the model that are response;
             default: all that are not padding. In `generate`, give the prompt's mask; tokens after it count as
             response. With a KV cache it may cover more than the first pass.

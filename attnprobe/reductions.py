@@ -16,6 +16,9 @@ from attnprobe.validation import ArrayLike, as_tensor, brief
 
 Horizon = tuple[int, int | None]
 
+TRAINING_HORIZON: Horizon = (10, 100)
+"""The horizon of FAI in the paper's training runs (v1: `(10, 50)`), the default everywhere."""
+
 RECEIVER_HORIZON: Horizon = (10, None)
 """The horizon of receiver kurtosis: near rows are left out."""
 

@@ -24,6 +24,7 @@ from attnprobe.errors import PatternError, ResultError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.metrics import HorizonLike
 from attnprobe.probe import Probe
+from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.sequence_sums import LayerSums, add_rows
 from attnprobe.validation import IntLike, truth
 
@@ -62,7 +63,7 @@ class HeadStatisticsProbe(Probe):
         self,
         *,
         window: IntLike = 10,
-        horizon: HorizonLike = (10, 50),
+        horizon: HorizonLike = TRAINING_HORIZON,
         span: bool = True,
         receiver: bool = False,
         entropy: bool | None = None,

@@ -45,7 +45,7 @@ def suppress_attention(
 
     Args:
         model: a model that an adapter knows.
-        layers: "all", "middle" or layer numbers.
+        layers: a name such as "all" or "middle", or layer numbers.
         heads: in which heads, in any form that `HeadSelection.of` accepts: a group of `HeadGroups`, pairs, a
             mask, a dictionary by layer, or numbers, which mean these heads in every layer; default: all.
         pairs: `(query, key)` columns, the same in every example; a query may be paired with its own column.

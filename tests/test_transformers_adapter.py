@@ -571,7 +571,7 @@ def test_layers_without_attention_are_skipped() -> None:
         ([3], r"layers \[3\] cannot be read .* layers 0..2 \(3 in all\)"),
         ([-1, 0], "layers .* got -1"),
         ([], "layers .* got none"),
-        ("last", '"all", "middle" .* got \'last\''),
+        ("last", "'all', 'bottom', 'middle', .* got 'last'"),
     ],
 )
 @pytest.mark.usefixtures("as_users_call")

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, UnsupportedModelError
+from attnprobe.layer_selection import LayerName, named_layers
 from attnprobe.validation import ArrayLike, IntLike, whole_numbers
 
 LAYER_SITES = ("layer_input", "attention", "attention_output", "mlp_output", "layer_output")
@@ -45,7 +46,7 @@ SITES = (*LAYER_SITES, "logits")
 
 Value = Attention | Tensor
 
-Layers = Literal["all", "middle"] | IntLike | ArrayLike | AbstractSet[int]
+Layers = LayerName | IntLike | ArrayLike | AbstractSet[int]
 """A choice of layers; `resolve_layers` understands it."""
 
 
@@ -181,25 +182,17 @@ class Adapter(ABC):
 
 
 def resolve_layers(layers: Layers, adapter: Adapter) -> tuple[int, ...]:
-    """Return layer numbers for "all", "middle", a number, or several of them in any form, ascending.
+    """Return layer numbers for a name of `named_layers`, a number, or several numbers in any form, ascending.
 
-    "middle" is the paper's choice for training: of the layers that have attention, five that are evenly
-    spaced from floor(L/3) to floor(2L/3). Numbers may be an int, range, list, set, array or tensor.
+    Numbers may be an int, range, list, set, array or tensor.
 
     Raises:
         ParameterError: layers that the model does not have, no layers, or something else.
     """
     available = adapter.layers
     if isinstance(layers, str):
-        if layers == "all":
-            return available
-        if layers == "middle":
-            first, last = len(available) // 3, 2 * len(available) // 3
-            last = min(last, len(available) - 1)
-            steps = (first + round(i * (last - first) / 4) for i in range(5))
-            return tuple(sorted({available[step] for step in steps}))
-        raise ParameterError(f'layers must be "all", "middle" or layer numbers; got {layers!r}')
-    chosen = sorted(set(whole_numbers(layers, 'layers (unless "all" or "middle")')))
+        return named_layers(layers, available)
+    chosen = sorted(set(whole_numbers(layers, 'layers (unless a name such as "all" or "middle")')))
     wrong = [layer for layer in chosen if layer not in available]
     if wrong:
         without = [layer for layer in wrong if layer in adapter.skipped_layers]

@@ -24,6 +24,7 @@ from attnprobe.head_selection import HeadsLike
 from attnprobe.layout import check_unpacked
 from attnprobe.metrics import HorizonLike, check_horizon
 from attnprobe.progress import progress_bar
+from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.suppression import heads_by_layer, suppress_attention
 from attnprobe.validation import ArrayLike, IntLike, as_mask, truth, whole_number
 
@@ -33,7 +34,7 @@ def knockout_divergence(
     batch: BatchLike,
     tokens: ArrayLike,
     *,
-    horizon: HorizonLike = (10, 50),
+    horizon: HorizonLike = TRAINING_HORIZON,
     layers: Layers = "all",
     heads: HeadsLike | None = None,
     batch_size: IntLike = 8,
@@ -54,7 +55,7 @@ def knockout_divergence(
         batch: prompts and responses, as for `measure`; results are aligned with it.
         tokens: a mask `[batch, token]` of the tokens to ask about; each costs a forward pass.
         horizon: `(low, high)` in tokens; `(low, None)` runs to the end of the response.
-        layers: "all", "middle" or numbers: where attention is suppressed.
+        layers: a name such as "all" or "middle", or numbers: where attention is suppressed.
         heads: in which heads of these layers, in any form that `HeadSelection.of` accepts, such as
             `groups["global"]`; weights do not matter. Default: all.
         batch_size: how many tokens to run at a time. Results do not depend on it.

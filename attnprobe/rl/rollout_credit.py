@@ -26,6 +26,7 @@ from attnprobe.errors import ParameterError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import GroupsLike, group_heads
 from attnprobe.metrics import HorizonLike, check_horizon, check_window
+from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.rl.advantage import spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import Groups, HeadGrouping, choose_heads
@@ -89,7 +90,7 @@ class RolloutCredit:
         heads: GroupsLike | None = None,
         reclassify_every: IntLike | None = 10,
         window: int = 10,
-        horizon: HorizonLike = (10, 50),
+        horizon: HorizonLike = TRAINING_HORIZON,
         batch_size: IntLike | None = None,
     ) -> None:
         self.credit = credit

@@ -24,6 +24,7 @@ from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import GroupsLike, classify_heads
 from attnprobe.measurement import measure
 from attnprobe.metrics import HorizonLike
+from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, as_tensor, finite, instance, truth
 
@@ -150,7 +151,7 @@ def measure_rollout(
     *,
     layers: Layers = "middle",
     window: int = 10,
-    horizon: HorizonLike = (10, 50),
+    horizon: HorizonLike = TRAINING_HORIZON,
     span: bool = True,
     batch_size: int | None = None,
 ) -> HeadStatistics:

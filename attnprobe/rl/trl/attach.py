@@ -24,6 +24,7 @@ from attnprobe.adapters.base import Layers
 from attnprobe.errors import TrainerError
 from attnprobe.heads import GroupsLike
 from attnprobe.metrics import HorizonLike
+from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import credit_weights
 from attnprobe.rl.credit import Credit
@@ -49,7 +50,7 @@ def attach_credit(
     heads: GroupsLike | None = None,
     reclassify_every: IntLike | None = 10,
     window: int = 10,
-    horizon: HorizonLike = (10, 50),
+    horizon: HorizonLike = TRAINING_HORIZON,
     batch_size: IntLike | None = None,
     through: Through = "auto",
 ) -> CreditHandle:
