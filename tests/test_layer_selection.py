@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,7 +29,7 @@ def test_the_five_of_a_third_are_evenly_spaced_in_it(count: int, name: str) -> N
     assert chosen[0] == third * count // 3
     assert chosen[-1] == min((third + 1) * count // 3, count - 1)
     assert len(chosen) == min(5, chosen[-1] - chosen[0] + 1)
-    steps = [after - before for before, after in zip(chosen, chosen[1:], strict=False)]
+    steps = [after - before for before, after in itertools.pairwise(chosen)]
     assert not steps or max(steps) - min(steps) <= 1
 
 
