@@ -1,26 +1,27 @@
-"""Suppressing attention: what a model computes when chosen queries do not see chosen keys.
+"""Suppressing attention: what a model computes when chosen queries do not read chosen keys.
 
-`suppress_attention` removes pairs of positions, or whole heads, from the softmax in a model's layers, in
-every forward pass that runs while the block is open. The remaining keys of a row share the attention that
-was removed, as in the attention knockout of arXiv 2304.14767. Compared with the model's own logits, the
+`suppress_attention` removes pairs of positions, or whole heads, from a model's layers, in every forward pass
+that runs while the block is open: either from the softmax, where the remaining keys of a row share the
+attention that was removed, as in the attention knockout of arXiv 2304.14767; or the values only, so that all
+weights stay as they are. Compared with the model's own logits, the
 result shows what later tokens lose by not reading an earlier one. Users call it, and so does the knockout
-analysis. What is left to others: how a backend masks a pair (adapters), and what is compared.
+analysis. What is left to others: how a backend does it (adapters), and what is compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attnprobe.adapters import Adapter, adapter_for
-from attnprobe.adapters.base import Layers, Suppression, resolve_layers
+from attnprobe.adapters.base import Layers, Mode, Suppression, resolve_layers
 from attnprobe.errors import ParameterError
 from attnprobe.head_selection import HeadSelection, HeadsLike
-from attnprobe.validation import ArrayLike, IntLike, as_tensor, brief, whole_numbers
+from attnprobe.validation import ArrayLike, IntLike, as_tensor, brief, choice, whole_numbers
 from attnprobe.with_block import WithBlock
 
 # No text is this long: a larger column number is a mistake, and must not fill the memory.
@@ -37,11 +38,15 @@ def suppress_attention(
     pairs: Iterable[tuple[int, int]] | ArrayLike | None = None,
     queries: Columns | None = None,
     keys: Columns | None = None,
+    mode: Mode = "mask",
 ) -> WithBlock[None]:
     """Suppress attention in every forward pass of a model while a `with` block is open.
 
-    Suppressed pairs are masked before the softmax, so their probability is 0 and the other keys (and the
-    sink, where the model has one) share it. A query that is left with no key in a head reads zeros.
+    With `mode="mask"`, suppressed pairs are masked before the softmax, so their probability is 0 and the
+    other keys (and the sink, where the model has one) share it. A query that is left with no key in a head
+    reads zeros. With `mode="value"`, all probabilities stay as they are, but a query t no longer gets the
+    value of a suppressed key s: its output loses `A[t, s] v[s]`. Masking asks what later tokens do when they
+    must read something else instead, removing values what they lose.
 
     Args:
         model: a model that an adapter knows.
@@ -55,6 +60,8 @@ def suppress_attention(
             `[0, 1, 0]` a mask that marks one.
         queries: with `keys`: which later tokens cannot see them, in the same form; default: all.
             With neither `pairs` nor `keys`, the heads are suppressed entirely.
+        mode: "mask" or "value". The latter works under every attention implementation that can be read, but
+            not with gradients or dropout.
 
     Columns are counted from the first token of the sequence, in the layout that the model is given (padding
     included), and continue through a KV cache. Nested blocks add up. Arguments are checked when the function
@@ -62,8 +69,9 @@ def suppress_attention(
 
     Raises:
         ParameterError: invalid layers, heads or columns, or nothing chosen.
-        UnsupportedModelError: a model whose attention cannot be suppressed, or an attention
+        UnsupportedModelError: a model whose attention cannot be suppressed or, with "mask", an attention
             implementation that accepts no mask of pairs (flash attention).
+        InterventionError: in a forward pass, gradient checkpointing or, with "value", gradients or dropout.
         IncompleteRunError: in a forward pass, a layer did not make its attention call.
 
     >>> import torch
@@ -76,6 +84,7 @@ def suppress_attention(
     >>> (before != after).any(-1)[0].tolist()
     [False, False, False, False, True, True, True, True]
     """
+    choice(mode, "mode", get_args(Mode))
     adapter = adapter_for(model)
     by_layer = heads_by_layer(heads, layers, adapter)
     if queries is not None and keys is None:
@@ -90,6 +99,7 @@ def suppress_attention(
         None if queries is None else _columns(queries, "queries"),
         None if keys is None else _columns(keys, "keys"),
         everything=pairs is None and keys is None,
+        mode=mode,
     )
     return WithBlock("suppress_attention", adapter.suppressed(suppression, tuple(sorted(by_layer))))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
+from functools import partial
 
 import numpy
 import pytest
@@ -23,7 +25,7 @@ IDS = torch.randint(1, VOCABULARY, (2, TOKENS), generator=torch.Generator().manu
 # ---- a Llama by hand --------------------------------------------------------------------------
 
 
-def llama_by_hand(model, ids: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+def llama_by_hand(model, ids: torch.Tensor, removed: torch.Tensor, mode: str = "mask") -> torch.Tensor:
     """Llama in float64, from its weights alone; `removed` is `[layer, head, query, key]`."""
     config = model.config
     heads, key_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -52,9 +54,9 @@ def llama_by_hand(model, ids: torch.Tensor, removed: torch.Tensor) -> torch.Tens
         key = rotate(split(inner, part["self_attn.k_proj.weight"], key_heads))
         value = split(inner, part["self_attn.v_proj.weight"], key_heads)
         key, value = (each.repeat_interleave(heads // key_heads, 1) for each in (key, value))
-        weight = (query @ key.mT / size**0.5).exp() * (seen & ~removed[i])
+        weight = (query @ key.mT / size**0.5).exp() * (seen & ~removed[i] if mode == "mask" else seen)
         total = weight.sum(-1, keepdim=True)
-        pattern = torch.where(total > 0, weight / total.clamp(min=1e-300), 0.0)
+        pattern = torch.where(total > 0, weight / total.clamp(min=1e-300), 0.0) * ~removed[i]
         mixed = (pattern @ value).transpose(1, 2).flatten(2)
         hidden = hidden + mixed @ part["self_attn.o_proj.weight"].T
         inner = norm(hidden, part["post_attention_layernorm.weight"])
@@ -106,13 +108,14 @@ CHOICES = [
 @pytest.mark.parametrize("backend", list(BACKENDS))
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize(("chosen", "removed"), CHOICES)
-def test_logits_are_those_of_a_forward_by_hand(backend, implementation, chosen, removed) -> None:
+@pytest.mark.parametrize("mode", ["mask", "value"])
+def test_logits_are_those_of_a_forward_by_hand(backend, implementation, chosen, removed, mode) -> None:
     model = BACKENDS[backend](tiny_model("llama", implementation=implementation))
     by_hand = tiny_model("llama")
-    with torch.no_grad(), attnprobe.suppress_attention(model, **chosen):
+    with torch.no_grad(), attnprobe.suppress_attention(model, **chosen, mode=mode):
         logits = model(IDS)
     logits = logits if isinstance(logits, torch.Tensor) else logits.logits
-    expected = llama_by_hand(by_hand, IDS, removed())
+    expected = llama_by_hand(by_hand, IDS, removed(), mode)
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
     plain = llama_by_hand(by_hand, IDS, nothing())
     torch.testing.assert_close(by_hand(IDS).logits.double(), plain, rtol=1e-4, atol=1e-4)
@@ -122,8 +125,8 @@ def test_logits_are_those_of_a_forward_by_hand(backend, implementation, chosen, 
 # ---- every family -------------------------------------------------------------------------------
 
 
-def _renormalised(module, query, key, value, mask, *args, scaling=None, **options):
-    """Attention whose probabilities are taken out after the softmax, and the others scaled up."""
+def _taken_out(mode, module, query, key, value, mask, *args, scaling=None, **options):
+    """Attention whose probabilities are taken out after the softmax; with "mask" others are scaled up."""
     pattern = dense_pattern(
         query,
         key,
@@ -135,7 +138,7 @@ def _renormalised(module, query, key, value, mask, *args, scaling=None, **option
     )
     # A query that may see nothing reads zeros, in every implementation that real tokens depend on.
     taken = pattern * REMOVED
-    left = 1 - taken.sum(-1, keepdim=True)
+    left = 1 - taken.sum(-1, keepdim=True) if mode == "mask" else torch.ones(())
     pattern = torch.where(left > 1e-12, (pattern - taken) / left.clamp(min=1e-12), 0.0)
     groups = query.shape[1] // value.shape[1]
     mixed = pattern @ value.double().repeat_interleave(groups, 1)
@@ -147,12 +150,17 @@ REMOVED[:, 6:, 5] = True
 REMOVED[1, 11, 11] = True
 
 
-@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize(
+    ("mode", "side"), [("mask", "none"), ("mask", "left"), ("mask", "right"), ("value", "left")]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loses_what_was_taken_out(
-    family: str, side: str, monkeypatch: pytest.MonkeyPatch
+    family: str, mode: str, side: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Windows, sinks, soft caps, grouped queries, padding: taking out before the softmax and after agree."""
+    """Windows, sinks, soft caps, grouped queries, padding: taking out before the softmax and after agree.
+
+    Values are taken out after it, and nothing is scaled up.
+    """
     model = tiny_model(family)
     try:
         with attnprobe.suppress_attention(model, keys=[5]):
@@ -173,11 +181,11 @@ def test_every_family_loses_what_was_taken_out(
         with monkeypatch.context() as patch:
             # Not under a name of its own: sparse families drop their mask when they do not know the name.
             interface = transformers.AttentionInterface
-            patch.setattr(interface, "get_interface", lambda *_: _renormalised)
+            patch.setattr(interface, "get_interface", lambda *_: partial(_taken_out, mode))
             expected = expected_model(**arguments).logits
         with (
-            attnprobe.suppress_attention(model, keys=[5]),
-            attnprobe.suppress_attention(model, pairs=[(11, 11)], heads=[1]),
+            attnprobe.suppress_attention(model, keys=[5], mode=mode),
+            attnprobe.suppress_attention(model, pairs=[(11, 11)], heads=[1], mode=mode),
         ):
             logits = model(**arguments).logits
     scale = float(expected[real].abs().max())
@@ -187,9 +195,10 @@ def test_every_family_loses_what_was_taken_out(
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "gpt2"])
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_columns_go_on_through_a_cache(family: str, cache: str | None) -> None:
+@pytest.mark.parametrize("mode", ["mask", "value"])
+def test_columns_go_on_through_a_cache(family: str, cache: str | None, mode: str) -> None:
     """Steps with a KV cache give the logits of one pass over the whole, also where windows drop keys."""
-    chosen = {"keys": [2, 9], "queries": torch.arange(TOKENS) != 12}
+    chosen = {"keys": [2, 9], "queries": torch.arange(TOKENS) != 12, "mode": mode}
     model = tiny_model(family)
     with torch.no_grad(), attnprobe.suppress_attention(model, **chosen):
         whole = model(IDS, use_cache=False).logits
@@ -225,6 +234,116 @@ def test_probes_see_the_suppressed_attention() -> None:
         if layer == 1:
             mass[:, 2] = 0.0
         torch.testing.assert_close(pattern.sum(-1), mass, rtol=0, atol=1e-5)
+
+
+class Outputs(attnprobe.Probe):
+    """The pattern and the attention output of each layer."""
+
+    sites = frozenset({"attention", "attention_output"})
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, int], torch.Tensor] = {}
+
+    def observe(self, site, layer, value, batch) -> None:
+        if site == "attention":
+            value = value.rows(torch.arange(value.query_count))
+        self.seen[site, layer] = value
+
+
+def outputs_of(model, *blocks) -> tuple[torch.Tensor, dict]:
+    probe = Outputs()
+    with ExitStack() as stack, torch.no_grad():
+        for block in blocks:
+            stack.enter_context(block)
+        stack.enter_context(attnprobe.attach(model, probe))
+        return model(IDS).logits, probe.seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_values_go_but_weights_stay(family: str) -> None:
+    """Also in what a probe sees; and what no pair touches keeps its bits."""
+    model = tiny_model(family)
+    plain, before = outputs_of(model)
+    changed, after = outputs_of(
+        model, attnprobe.suppress_attention(model, keys=[6], layers=[1], heads=[0], mode="value")
+    )
+    assert torch.equal(before["attention", 1], after["attention", 1])
+    outputs = before["attention_output", 1], after["attention_output", 1]
+    assert torch.equal(outputs[0][:, :7], outputs[1][:, :7])
+    assert bool((outputs[0][:, 7:] != outputs[1][:, 7:]).any(-1).all())
+    assert torch.equal(plain[:, :7], changed[:, :7])
+    # A key that no query comes after: nothing is removed.
+    last, _ = outputs_of(model, attnprobe.suppress_attention(model, keys=[TOKENS - 1], mode="value"))
+    assert torch.equal(last, plain)
+
+
+def test_removals_of_values_add_up_and_a_pair_goes_once() -> None:
+    model = tiny_model("llama")
+
+    def without(**chosen) -> object:
+        return attnprobe.suppress_attention(model, **chosen, mode="value")
+
+    expected, _ = outputs_of(model, without(keys=[3, 5]))
+    nested, _ = outputs_of(model, without(keys=[3, 5]), without(keys=[5]))
+    assert torch.equal(nested, expected)
+    # A masked pair has no weight whose value could go.
+    both, _ = outputs_of(model, attnprobe.suppress_attention(model, keys=[5]), without(keys=[5]))
+    masked, _ = outputs_of(model, attnprobe.suppress_attention(model, keys=[5]))
+    torch.testing.assert_close(both, masked)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_what_is_left_without_the_other_keys_is_a_tokens_own_value(implementation: str) -> None:
+    model = tiny_model("llama", implementation=implementation)
+    values = []
+    hook = model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda *got: values.append(got[2]))
+    _, seen = outputs_of(model, attnprobe.suppress_attention(model, keys=range(TOKENS), mode="value"))
+    hook.remove()
+    own = seen["attention", 0].diagonal(dim1=2, dim2=3)  # [batch, head, token]
+    value = values[0].unflatten(-1, (2, -1)).transpose(1, 2).repeat_interleave(2, 1)
+    kept = (own[..., None] * value).transpose(1, 2).flatten(2)
+    expected = model.model.layers[0].self_attn.o_proj(kept)
+    torch.testing.assert_close(seen["attention_output", 0], expected, rtol=1e-4, atol=1e-6)
+    # And without any, nothing at all.
+    _, seen = outputs_of(model, attnprobe.suppress_attention(model, layers=[0], mode="value"))
+    assert not bool(seen["attention_output", 0].any())
+
+
+def test_values_go_under_implementations_that_take_no_mask_of_pairs() -> None:
+    """An implementation of one's own, in the style of flash attention."""
+    model, reference = tiny_model("llama"), tiny_model("llama")
+
+    def flash(module, query, key, value, mask, scaling=None, **options):
+        assert mask is None
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+
+    transformers.AttentionInterface.register("test_flash", flash)
+    transformers.AttentionMaskInterface.register("test_flash", lambda *_, **__: None)
+    model.config._attn_implementation = "test_flash"
+    with pytest.raises(UnsupportedModelError, match='mode="value"'):
+        outputs_of(model, attnprobe.suppress_attention(model, keys=[3]))
+    ours, theirs = (
+        outputs_of(each, attnprobe.suppress_attention(each, keys=[3], mode="value"))[0]
+        for each in (model, reference)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_values_are_not_removed_with_gradients_or_dropout() -> None:
+    model = tiny_model("llama", attention_dropout=0.5)
+    block = {"keys": [3], "mode": "value"}
+    with attnprobe.suppress_attention(model, **block), pytest.raises(InterventionError, match="no_grad"):
+        model(IDS)
+    model.train()
+    with (
+        torch.no_grad(),
+        attnprobe.suppress_attention(model, **block),
+        pytest.raises(InterventionError, match="dropout"),
+    ):
+        model(IDS)
 
 
 def test_divergence_of_next_token_distributions() -> None:
@@ -280,6 +399,7 @@ def test_the_model_is_left_as_it_was(backend: str) -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
+        ({"keys": [3], "mode": "zero"}, r"mode .*mask.*value.* got 'zero'"),
         ({"keys": []}, r"keys .* at least one.* got \[\]"),
         ({"keys": [-1]}, r"keys .* got -1"),
         ({"keys": "a"}, "keys .* got 'a'"),

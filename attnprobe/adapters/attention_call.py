@@ -8,9 +8,11 @@ own output (output_check).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
@@ -123,3 +125,24 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
         mean_position=mean_position,
         key_start=end - key_count,
     )
+
+
+def as_multiplied(call: AttentionCall) -> AttentionCall:
+    """Return a call with the tensors that the model's products see: autocast narrows them on the way."""
+    device = call.query.device.type
+    if not torch.is_autocast_enabled(device):
+        return call
+    # float64 is left as it is.
+    narrow = torch.get_autocast_dtype(device)
+    query, key, value = (
+        part.to(narrow) if part.dtype == torch.float32 else part
+        for part in (call.query, call.key, call.value)
+    )
+    return replace(call, query=query, key=key, value=value)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which products keep their dtype: the user's autocast is the model's."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -246,6 +246,10 @@ def display_name(model: Any) -> str:
     return name
 
 
+Mode = Literal["mask", "value"]
+"""How attention is suppressed: "mask" removes pairs from the softmax, "value" what is read over them."""
+
+
 @dataclass(frozen=True)
 class Suppression:
     """Which pairs of a query and a key are suppressed, in which heads of which layers.
@@ -256,6 +260,7 @@ class Suppression:
         queries, keys: `[batch or 1, column]`, True for the chosen columns; later columns than these are not
             chosen. None: all queries; no keys.
         everything: whether the heads see nothing at all.
+        mode: whether pairs are removed from the softmax, or the values that are read over them.
     """
 
     heads: Mapping[int, tuple[int, ...] | None]
@@ -263,6 +268,7 @@ class Suppression:
     queries: Bool[Tensor, "#batch asking"] | None
     keys: Bool[Tensor, "#batch column"] | None
     everything: bool
+    mode: Mode = "mask"
 
     def removed(
         self,

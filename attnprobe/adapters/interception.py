@@ -1,4 +1,4 @@
-"""Seeing the attention calls of a model's own forward passes, and removing pairs from them.
+"""Seeing the attention calls of a model's own forward passes, and removing pairs or values from them.
 
 Most causal language models pass query, key and mask to an attention function that they look up by name.
 While a model is observed or suppressed, the look-up gives them a function that makes the model's own call,
@@ -8,7 +8,7 @@ top-k mask, and the name leaked into copies, saved files and other libraries' er
 attention itself, and is watched there.
 
 The adapters open these contexts, and `Reading` gives the readers. What is left to others: what a call says
-(attention_call).
+(attention_call), and an output without some values (value_removal).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import AttentionInterface
 
 from attnprobe.adapters.attention_call import AttentionCall
 from attnprobe.adapters.hooks import after_forward, before_forward
+from attnprobe.adapters.value_removal import ValueRemoval, without_values
 from attnprobe.adapters.versions import check_versions
 from attnprobe.adapters.wrappers import compiled_again
 from attnprobe.attention.kernels import listen
@@ -42,9 +43,10 @@ Reader = Callable[[AttentionCall], None]
 Suppressor = Callable[[AttentionCall], Tensor]
 """A function that returns which pairs to remove: `[batch or 1, head or 1, query, key]`, True to remove."""
 
-# The readers and suppressors of each attention module, across nested contexts and threads.
+# What reads and suppresses the calls of each attention module, across nested contexts and threads.
 _readers: weakref.WeakKeyDictionary[nn.Module, list[Reader]] = weakref.WeakKeyDictionary()
 _suppressors: weakref.WeakKeyDictionary[nn.Module, list[Suppressor]] = weakref.WeakKeyDictionary()
+_removals: weakref.WeakKeyDictionary[nn.Module, list[ValueRemoval]] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -82,6 +84,16 @@ def suppresses_calls(module: nn.Module, suppressor: Suppressor) -> Iterator[None
         yield
     finally:
         _suppressors[module].remove(suppressor)
+
+
+@contextmanager
+def removes_values(module: nn.Module, removal: ValueRemoval) -> Iterator[None]:
+    """Let the module's calls lose values while the context is open; readers see them with all values."""
+    _removals.setdefault(module, []).append(removal)
+    try:
+        yield
+    finally:
+        _removals[module].remove(removal)
 
 
 # ---- intercepting the call --------------------------------------------------------------------
@@ -138,8 +150,9 @@ def _watched_call(
     """Make an attention call by the model's own function, then show it to the module's readers."""
     readers = tuple(_readers.get(module, ()))
     suppressors = tuple(_suppressors.get(module, ()))
+    removals = tuple(_removals.get(module, ()))
     output: tuple[Tensor, Tensor | None]
-    if not readers and not suppressors:
+    if not readers and not suppressors and not removals:
         output = own(module, query, key, value, attention_mask, *args, **options)
         return output
     call = AttentionCall(implementation, module, query, key, value, attention_mask, options)
@@ -147,7 +160,7 @@ def _watched_call(
     if suppressors:
         call, attention_mask, blind = _suppressed(call, suppressors)
     flash = None
-    if readers and implementation == "sdpa":
+    if (readers or removals) and implementation == "sdpa":
         with listen(own_pass=module in _own_modules.get()) as listening:
             output = own(module, query, key, value, attention_mask, *args, **options)
         flash = listening.result
@@ -158,7 +171,7 @@ def _watched_call(
     call = replace(call, output=output[0], flash=flash)
     for reader in readers:
         reader(call)
-    return output
+    return (without_values(call, removals), *output[1:]) if removals else output
 
 
 class _KernelCalls(TorchFunctionMode):
@@ -272,7 +285,7 @@ def _suppressed(
     if call.implementation not in ("eager", "sdpa"):
         raise UnsupportedModelError(
             f"attention cannot be suppressed under the {call.implementation} implementation, which takes no "
-            'mask of pairs: call model.set_attn_implementation("sdpa") or "eager" first'
+            'mask of pairs: call model.set_attn_implementation("sdpa") or "eager" first, or use mode="value"'
         )
     query_count, key_count = call.query.shape[2], call.key.shape[2]
     mask = call.mask

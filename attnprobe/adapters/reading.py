@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnprobe.adapters.architecture import Architecture
-from attnprobe.adapters.attention_call import AttentionCall, MaskMemory, read_attention
+from attnprobe.adapters.attention_call import (
+    AttentionCall,
+    MaskMemory,
+    as_multiplied,
+    read_attention,
+    without_autocast,
+)
 from attnprobe.adapters.base import Observer
 from attnprobe.adapters.forward_call import cache_of
 from attnprobe.adapters.forward_watch import ForwardWatch
@@ -184,8 +189,8 @@ class Reading(ForwardWatch):
         if not self.is_running:
             return
         layer = self._layer_of[id(call.module)]
-        call = _as_multiplied(call)
-        with torch.no_grad(), _without_autocast(call.query.device):
+        call = as_multiplied(call)
+        with torch.no_grad(), without_autocast(call.query.device):
             attention = self._attention_of(call)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
@@ -221,7 +226,7 @@ class Reading(ForwardWatch):
             )
         real = self._batch.attention_mask[:, None, :, None].to(pattern.device)
         # Eager masks spread the rows of padding queries, which may see nothing, over all keys.
-        with torch.no_grad(), _without_autocast(pattern.device):
+        with torch.no_grad(), without_autocast(pattern.device):
             real = real[:, :, -pattern.shape[2] :]
             pattern = pattern.detach()[..., : self.columns.end].masked_fill(~real, 0.0)
             start = self.columns.end - pattern.shape[3]
@@ -337,27 +342,6 @@ class Reading(ForwardWatch):
 def computes_layers_again(model: nn.Module) -> bool:
     """Whether the backward pass will recompute layers: gradient checkpointing."""
     return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-
-
-def _as_multiplied(call: AttentionCall) -> AttentionCall:
-    """Return a call with the tensors that the model's products see: autocast narrows them on the way."""
-    device = call.query.device.type
-    if not torch.is_autocast_enabled(device):
-        return call
-    # float64 is left as it is.
-    narrow = torch.get_autocast_dtype(device)
-    query, key, value = (
-        part.to(narrow) if part.dtype == torch.float32 else part
-        for part in (call.query, call.key, call.value)
-    )
-    return replace(call, query=query, key=key, value=value)
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which products keep their dtype: the user's autocast is the model's."""
-    if not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 # ---- the output ------------------------------------------------------------------------------

@@ -15,23 +15,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from attnprobe.adapters.architecture import architecture_of, decoder_of, has_next_token_logits
-from attnprobe.adapters.attention_call import AttentionCall
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
-from attnprobe.adapters.forward_watch import ForwardWatch
 from attnprobe.adapters.interception import (
     calls_watched,
     implementation_changed,
     kernel_calls_watched,
     own_pass,
-    suppresses_calls,
 )
 from attnprobe.adapters.multimodal import (
     media_tokens,
@@ -40,7 +36,8 @@ from attnprobe.adapters.multimodal import (
     telling_mismatches,
 )
 from attnprobe.adapters.positions import Regimes, context_length
-from attnprobe.adapters.reading import Reading, computes_layers_again, logits_of
+from attnprobe.adapters.reading import Reading, logits_of
+from attnprobe.adapters.suppressing import Suppressing
 from attnprobe.adapters.versions import check_versions
 from attnprobe.adapters.wrappers import (
     execution_device,
@@ -50,7 +47,7 @@ from attnprobe.adapters.wrappers import (
     uncompiled,
 )
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import AttnprobeError, IncompleteRunError, InterventionError, UnsupportedModelError
+from attnprobe.errors import UnsupportedModelError
 
 
 class TransformersAdapter(Adapter):
@@ -216,13 +213,12 @@ class TransformersAdapter(Adapter):
                 f"{self.family} does not look up its attention function: its attention can be read, but "
                 "not suppressed"
             )
-        suppressing = _Suppressing(self.model, self.full_name, suppression, layers)
+        suppressing = Suppressing(self.model, self.full_name, suppression, layers)
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
             stack.enter_context(self._ready(None, layers))
             for layer in layers:
-                module = self._architecture.layers[layer].attention
-                stack.enter_context(suppresses_calls(module, partial(suppressing.removed_pairs, layer)))
+                stack.enter_context(suppressing.of_layer(layer, self._architecture.layers[layer].attention))
             stack.enter_context(suppressing.installed())
             yield
 
@@ -247,48 +243,3 @@ def _activation_width(config: Any) -> int:
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * width
     # Some families give a width for each layer.
     return 8 * width + 3 * (max(inner) if isinstance(inner, list) else int(inner))
-
-
-class _Suppressing(ForwardWatch):
-    """Removes pairs from the attention calls of a model's layers, and checks that no layer was missed."""
-
-    def __init__(self, model: Any, name: str, suppression: Suppression, layers: Sequence[int]) -> None:
-        super().__init__(model, name)
-        self._suppression = suppression
-        self._layers = layers
-        self._applied: set[int] = set()
-
-    def began(self, batch: TokenBatch, given: dict[str, Any]) -> dict[str, Any]:
-        """Refuse gradient checkpointing, which would silently recompute layers without suppression."""
-        if computes_layers_again(self._model):
-            raise InterventionError(
-                f"the attention of {self._name} cannot be suppressed under gradient checkpointing: call "
-                "model.gradient_checkpointing_disable() first"
-            )
-        self._applied = set()
-        return {}
-
-    def ended(self, output: Any) -> Any:
-        """Check that every layer's attention was suppressed."""
-        missed = sorted(set(self._layers) - self._applied)
-        if missed:
-            raise IncompleteRunError(
-                f"the attention of layers {missed} of {self._name} was not suppressed: the model did not "
-                "make their attention call in this pass"
-            )
-
-    def removed_pairs(self, layer: int, call: AttentionCall) -> Bool[Tensor, "#batch #head query key"]:
-        """Return which keys a layer's queries must not see."""
-        if not self.is_running:
-            raise AttnprobeError(f"a layer of {self._name} was called outside a forward pass of the model")
-        self._applied.add(layer)
-        device = call.query.device
-        queries = self.columns.of_queries(call.query.shape[2])
-        keys = self.columns.of_keys(call.key.shape[2])
-        return self._suppression.removed(
-            layer,
-            call.query.shape[0],
-            call.query.shape[1],
-            torch.arange(queries.start, queries.stop, device=device),
-            torch.arange(keys.start, keys.stop, device=device),
-        )
