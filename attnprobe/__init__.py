@@ -20,6 +20,7 @@ from attnprobe.analysis.agreement import GroupAgreement, GroupStability, compare
 from attnprobe.analysis.bootstrap import Estimate
 from attnprobe.analysis.couplings import Coupling, Couplings, couplings
 from attnprobe.analysis.knockout import knockout_divergence
+from attnprobe.analysis.knockout_trials import Knockouts, knockout
 from attnprobe.analysis.perturbation import perturb
 from attnprobe.analysis.trials import Perturbations
 from attnprobe.attention import Attention, DenseAttention, FactoredAttention
@@ -75,6 +76,7 @@ __all__ = [
     "HeadStatisticsProbe",
     "IncompleteRunError",
     "InterventionError",
+    "Knockouts",
     "MissingDependencyError",
     "ModelLoadError",
     "ParameterError",
@@ -99,6 +101,7 @@ __all__ = [
     "find_rhythm",
     "group_maps",
     "group_stability",
+    "knockout",
     "knockout_divergence",
     "measure",
     "metrics",

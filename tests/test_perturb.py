@@ -30,9 +30,9 @@ from attnprobe import (
 from attnprobe.analysis.chosen_positions import choose_positions
 from attnprobe.analysis.content_words import FUNCTION_WORDS, content_overlap, content_words
 from attnprobe.analysis.forced_tokens import force_tokens
-from attnprobe.analysis.paired import weighted_median
 from attnprobe.analysis.perturbation import perturb
 from attnprobe.analysis.trials import Continuation, PerturbationSummary, Trial
+from attnprobe.analysis.weighted import weighted_median
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 NAN = math.nan

@@ -4,7 +4,7 @@
 response first, so that every response counts once, and intervals come from drawing responses, or clusters
 of them (several answers to one problem), with replacement. Medians stand beside means since what depends on a
 token is heavy-tailed: a few responses may decide a mean. What is left to others: which numbers are compared
-(trials, knockout_trials), and how resamples are drawn (bootstrap).
+(trials, knockout_trials), how resamples are drawn (bootstrap), and medians of them (weighted).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from attnprobe.analysis.bootstrap import (
     percentile_estimate,
 )
 from attnprobe.analysis.chosen_positions import Kind
+from attnprobe.analysis.weighted import weighted_median
 from attnprobe.errors import ParameterError
 from attnprobe.validation import ArrayLike, FloatLike, IntLike, brief
 
@@ -108,7 +109,8 @@ class Comparison:
     Attributes:
         first, second: the mean of each.
         difference: the mean of first minus second.
-        lower_share: the share of responses in which the first is lower; equal counts as half.
+        lower_share, higher_share: the share of responses in which the first is lower, and in which it is
+            higher; equal counts as half.
         ratio: the mean of the first over that of the second.
         first_median, second_median, difference_median, ratio_median: the medians, of each response's
             difference and ratio too.
@@ -119,6 +121,7 @@ class Comparison:
     second: Estimate = UNDEFINED
     difference: Estimate = UNDEFINED
     lower_share: Estimate = UNDEFINED
+    higher_share: Estimate = UNDEFINED
     ratio: Estimate = UNDEFINED
     first_median: Estimate = UNDEFINED
     second_median: Estimate = UNDEFINED
@@ -153,6 +156,7 @@ def compare_kinds(
         second=draws.mean(theirs),
         difference=draws.mean(ours - theirs),
         lower_share=draws.mean(lower),
+        higher_share=draws.mean(1 - lower),
         ratio=draws.ratio(ours, theirs),
         first_median=draws.median(ours),
         second_median=draws.median(theirs),
@@ -183,20 +187,3 @@ def _labels(responses: Sequence[Response], clusters: Any) -> list[Any]:
     if not all(isinstance(label, Hashable) for label in labels):
         raise ParameterError(f"clusters must be labels such as numbers or names; got {brief(clusters)}")
     return labels
-
-
-def weighted_median(
-    values: Float[Tensor, " unit"], weights: Float[Tensor, "draw unit"]
-) -> Float[Tensor, " draw"]:
-    """Return the median of the values with each as often as its whole weight says.
-
-    >>> weighted_median(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
-    tensor([2.0000, 2.5000])
-    """
-    ordered, order = values.sort()
-    reached = weights[:, order].cumsum(-1)
-    total = reached[:, -1:]
-    # The two middle ones, counted from 0; they are one and the same for an odd number.
-    middle = torch.cat([((total - 1) / 2).floor(), (total / 2).floor()], dim=-1)
-    places = torch.searchsorted(reached, middle, right=True)
-    return ordered[places.clamp(max=len(values) - 1)].mean(-1)

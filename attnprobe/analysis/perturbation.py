@@ -4,7 +4,7 @@ At a response's positions of highest and of lowest FAI, and at some drawn at ran
 call, forces each of the likeliest other tokens and lets the model continue greedily. If a token is an anchor,
 replacing it should change more of what follows. What is left to others: FAI (scores), which positions are
 tried (chosen_positions), running the model (forced_tokens), how much two texts have in common
-(content_words), and the results with their file (trials).
+(content_words), and the results (trials) with their file (trial_file).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from attnprobe.analysis.chosen_positions import (
 )
 from attnprobe.analysis.content_words import content_overlap
 from attnprobe.analysis.forced_tokens import check_generates, check_vocabulary, force_tokens
-from attnprobe.analysis.trials import Continuation, Perturbations, Trial, TrialFile
+from attnprobe.analysis.trial_file import TrialFile
+from attnprobe.analysis.trials import Continuation, Perturbations, Trial
 from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.errors import ParameterError
 from attnprobe.model_inputs import refuse_inputs
@@ -104,7 +105,7 @@ def perturb(
     chosen = choose_in_batch(
         batch, scores, counts["positions"], counts["min_remaining"], counts["drawn"], seed
     )
-    file = TrialFile.open(path, parameters, scores.provenance)
+    file = TrialFile.open(Perturbations, path, parameters, scores.provenance)
     trials = []
     with progress_bar("perturbing", len(chosen), shown=progress) as advance:
         for example, kind, column in chosen:

@@ -1,29 +1,22 @@
-"""Trials: the continuations after tokens of a response were replaced, and the file that stores them.
+"""Perturbation trials: the continuations after tokens of a response were replaced.
 
 `perturb` makes trials and returns them as `Perturbations`, which users summarise, tabulate, save and load.
-The file holds one JSON object per line, after a header, and grows with each trial, so that an interrupted run
-continues where it stopped; `TrialFile` is that file during a run. What is left to others: which tokens are
-replaced, and running a model (perturbation).
+What is left to others: which tokens are replaced, and running a model (perturbation), the file (trial_file),
+and comparing kinds of positions (paired).
 """
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
-
-import msgspec
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 from attnprobe.analysis.bootstrap import Estimate, check_resampling
 from attnprobe.analysis.chosen_positions import Kind
 from attnprobe.analysis.paired import UNDEFINED, by_response, compare_kinds
 from attnprobe.analysis.summary import Summary
-from attnprobe.errors import AttnprobeError, ParameterError, ResultError
-from attnprobe.provenance import Provenance
-from attnprobe.storage import as_path, check_writable, library_versions, write_atomically
-from attnprobe.validation import ArrayLike, FloatLike, IntLike, choice, instance
+from attnprobe.analysis.trial_file import PlacedTrial, Trials
+from attnprobe.errors import ParameterError
+from attnprobe.validation import ArrayLike, FloatLike, IntLike, choice
 
 Reference = Literal["greedy", "response"]
 
@@ -50,29 +43,15 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(PlacedTrial):
     """One position of one response, with the tokens that were forced there.
 
     Attributes:
-        example: the number of the example in the batch.
-        digest: of the example's tokens; it tells one text from another in a file of trials.
-        kind: whether the position's FAI is among the highest or the lowest, or the position was drawn.
-        position: the column in the batch; None in trials of older files, which did not store it.
-        response_position: how many tokens of the response come before it.
-        length: of the response, in tokens.
-        fai: at the position.
         token: the id of the response's own token there.
         own: the continuation of that token; its overlap says how far greedy and sampled text differ.
         others: the continuations of the other candidates, the likeliest first.
     """
 
-    example: int
-    digest: str
-    kind: Kind
-    position: int | None
-    response_position: int
-    length: int
-    fai: float
     token: int
     own: Continuation
     others: tuple[Continuation, ...]
@@ -148,30 +127,12 @@ class PerturbationSummary(Summary):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Perturbations(Summary):
-    """The trials of a batch, and what they were made with.
+class Perturbations(Trials):
+    """What the model wrote after each replacement; `Trials` says what it holds."""
 
-    Attributes:
-        trials: in the order of the examples.
-        parameters: what `perturb` was called with, and the model.
-        provenance: what the scores that chose the positions were computed from.
-        is_complete: False for what an interrupted run left in its file, and for files of older versions,
-            which do not say.
-
-    Raises:
-        ResultError: anything else in place of a trial.
-    """
+    _TRIAL: ClassVar[type[PlacedTrial]] = Trial
 
     trials: tuple[Trial, ...]
-    parameters: dict[str, Any]
-    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
-    is_complete: bool = True
-
-    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
-        instance(self.trials, tuple, "trials", error=error)
-        instance(self.parameters, dict, "parameters", error=error)
-        for trial in self.trials:
-            instance(trial, Trial, "each of the trials", error=error)
 
     def summary(
         self,
@@ -219,12 +180,6 @@ class Perturbations(Summary):
             drawn_responses=drawn.responses,
         )
 
-    def _headline(self) -> str:
-        told = [f"{len(self.trials)} trials of {len({trial.example for trial in self.trials})} responses"]
-        told += [f"{name}={value}" for name, value in self.parameters.items()]
-        told += [] if self.is_complete else ["not complete"]
-        return ", ".join(told)
-
     def _shown(self) -> dict[str, Any]:
         columns: dict[str, Any] = {"FAI": [], "trials": [], "mean overlap": []}
         for kind in get_args(Kind):
@@ -247,32 +202,14 @@ class Perturbations(Summary):
                     columns[name].append(getattr(continuation, attribute))
         return columns
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Save as JSON lines, the form in which `perturb` stores unfinished work; return the path.
-
-        Raises:
-            ResultError: a path that cannot be written.
-        """
-        count = len(self.trials) if self.is_complete else None
-        lines = [_header(self.parameters, self.provenance, count), *map(_line, self.trials)]
-        return write_atomically(path, "".join(lines).encode())
-
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Perturbations:
-        """Load what `save` wrote, or what an interrupted `perturb` left.
-
-        Raises:
-            ResultError: a file that is missing or damaged, or that holds something else.
-        """
-        path = as_path(path)
-        if not path.is_file():
-            raise ResultError(f"there is no result at {path}")
-        try:
-            return _read(path)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, msgspec.MsgspecError) as error:
-            if isinstance(error, AttnprobeError):
-                raise
-            raise ResultError(f"the trials in {path} cannot be read: {error}") from error
+    def _renamed(cls, record: dict[str, Any]) -> dict[str, Any]:
+        """Return a trial under today's names: older files called continuations rollouts."""
+        if "rollouts" in record:
+            record["others"] = record.pop("rollouts")
+            # They counted positions from the start of the response, and did not store the column.
+            record["response_position"], record["position"] = record["position"], None
+        return record
 
 
 _CONTINUATION_COLUMNS = {
@@ -283,133 +220,3 @@ _CONTINUATION_COLUMNS = {
     "overlap": "overlap",
     "greedy_overlap": "greedy_overlap",
 }
-
-
-# ---- the file ---------------------------------------------------------------------------------------
-
-_KIND = "Perturbations"
-
-
-@dataclass
-class TrialFile:
-    """A file of trials that grows during a run; without a path, trials are kept in memory only.
-
-    Attributes:
-        path: of the file, or None.
-        parameters: what the trials are made with.
-        provenance: of the scores that choose the positions.
-        done: the trials that it holds, by text, kind and place in the response.
-    """
-
-    path: Path | None
-    parameters: dict[str, Any]
-    provenance: Provenance
-    done: dict[tuple[str, Kind, int], Trial] = field(default_factory=dict)
-
-    @staticmethod
-    def open(
-        path: str | os.PathLike[str] | None, parameters: dict[str, Any], provenance: Provenance
-    ) -> TrialFile:
-        """Return the file with the trials that it already holds, ready for more.
-
-        Raises:
-            ResultError: a file of anything else or of trials made with other parameters, or one that cannot
-                be written.
-        """
-        if path is None:
-            return TrialFile(None, parameters, provenance)
-        path = as_path(path)
-        check_writable(path)
-        file = TrialFile(path, parameters, provenance)
-        if path.exists():
-            found = Perturbations.load(path)
-            if not _continues(found.parameters, parameters):
-                raise ResultError(
-                    f"{path} holds trials made with {found.parameters}, not with {parameters}: choose "
-                    "another path, or remove it"
-                )
-            file.done = {_key(trial): trial for trial in found.trials}
-        # Also if the file exists: this drops an interrupted line, and the number of trials in the header.
-        file._write(is_complete=False)
-        return file
-
-    def add(self, trial: Trial) -> None:
-        """Add a trial: it is written immediately, unless the file already has it."""
-        is_new = _key(trial) not in self.done
-        self.done[_key(trial)] = trial
-        if self.path is not None and is_new:
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(_line(trial))
-
-    def finish(self) -> None:
-        """Record in the file how many trials it holds, so that a later loss is noticed."""
-        if self.path is not None:
-            self._write(is_complete=True)
-
-    def _write(self, *, is_complete: bool) -> None:
-        assert self.path is not None
-        trials = tuple(self.done.values())
-        Perturbations(trials, self.parameters, self.provenance, is_complete).save(self.path)
-
-
-def _continues(found: dict[str, Any], parameters: dict[str, Any]) -> bool:
-    """Whether trials of earlier parameters are also trials of these: all equal, and no fewer drawn."""
-    # Older files hold none, and do not say so.
-    before = {"drawn": 0, "seed": 0, **found}
-    if before["drawn"] == 0:
-        before["seed"] = parameters.get("seed", 0)
-    grown = {**before, "drawn": parameters.get("drawn", 0)}
-    return grown == parameters and before["drawn"] <= grown["drawn"]
-
-
-def _key(trial: Trial) -> tuple[str, Kind, int]:
-    return trial.digest, trial.kind, trial.response_position
-
-
-def _header(parameters: dict[str, Any], provenance: Provenance, count: int | None) -> str:
-    header = {
-        "kind": _KIND,
-        "versions": library_versions(),
-        "parameters": parameters,
-        "provenance": asdict(provenance),
-        # None while more may come.
-        "trials": count,
-    }
-    return f"{json.dumps(header)}\n"
-
-
-def _line(trial: Trial) -> str:
-    return f"{json.dumps(asdict(trial))}\n"
-
-
-def _read(path: Path) -> Perturbations:
-    """Return what a file holds, leaving out a last line that was interrupted."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    if not lines:
-        raise ValueError("it has no header")
-    header = json.loads(lines[0])
-    if header.get("kind") != _KIND:
-        raise ResultError(f"{path} holds {header.get('kind', 'something else')}, not {_KIND}")
-    trials = tuple(msgspec.convert(_renamed(json.loads(line)), Trial) for line in lines[1:])
-    count = header.get("trials")
-    if count is not None and count != len(trials):
-        raise ValueError(f"it was written with {count} trials and has {len(trials)}")
-    provenance = msgspec.convert(header.get("provenance", {}), Provenance)
-    return Perturbations(trials, _portable(header["parameters"]), provenance, count is not None)
-
-
-def _renamed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a trial under today's names: older files called continuations rollouts."""
-    if "rollouts" in record:
-        record["others"] = record.pop("rollouts")
-        # They counted positions from the start of the response, and did not store the column.
-        record["response_position"], record["position"] = record["position"], None
-    return record
-
-
-def _portable(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return parameters with the model's name as it is stored today: older files had its folder's path."""
-    name = parameters.get("model")
-    if isinstance(name, str) and Path(name).is_absolute():
-        return {**parameters, "model": Path(name).name}
-    return parameters
