@@ -27,9 +27,11 @@ from attnprobe import (
     TokenScores,
     UnsupportedModelError,
 )
+from attnprobe.analysis.chosen_positions import choose_positions
 from attnprobe.analysis.content_words import FUNCTION_WORDS, content_overlap, content_words
 from attnprobe.analysis.forced_tokens import force_tokens
-from attnprobe.analysis.perturbation import choose_positions, perturb
+from attnprobe.analysis.paired import weighted_median
+from attnprobe.analysis.perturbation import perturb
 from attnprobe.analysis.trials import Continuation, PerturbationSummary, Trial
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 
@@ -176,6 +178,52 @@ def test_positions_are_those_of_extreme_fai(
     ]
 
 
+@given(
+    count=st.integers(4, 12),
+    drawn=st.integers(0, 10),
+    seed=st.integers(0, 2**63 - 1),
+    padding=st.integers(0, 3),
+)
+def test_drawn_positions_are_others_and_the_same_in_any_batch(
+    count: int, drawn: int, seed: int, padding: int
+) -> None:
+    ids = torch.arange(count)[None] + 1
+    fai = ids.float()
+    mask = torch.ones_like(ids).bool()
+    alone = TokenBatch.from_ids(ids, mask, response_mask=mask)
+    scores = TokenScores(fai, fai, None, mask)
+    chosen = choose_positions(alone, scores, 0, 1, 1, drawn=drawn, seed=seed)
+    columns = [column for _, column in chosen]
+    assert len(set(columns)) == len(columns) == 2 + min(drawn, count - 3)
+    assert [kind for kind, _ in chosen] == ["highest", "lowest", *["drawn"] * (len(chosen) - 2)]
+    assert all(column < count - 1 for column in columns)
+    fewer = choose_positions(alone, scores, 0, 1, 1, drawn=drawn // 2, seed=seed)
+    assert fewer == chosen[: len(fewer)]
+    # The same text after padding, as the second of two.
+    wide = torch.nn.functional.pad(torch.cat([ids.flip(1), ids]), (padding, 0))
+    real = wide > 0
+    both = TokenBatch.from_ids(wide, real, response_mask=real)
+    of_both = TokenScores(wide.float(), wide.float(), None, real)
+    again = choose_positions(both, of_both, 1, 1, 1, drawn=drawn, seed=seed)
+    assert again == [(kind, column + padding) for kind, column in chosen]
+
+
+def test_draws_differ_by_seed_and_text_and_reach_every_token() -> None:
+    ids = torch.arange(1, 41)[None].repeat(2, 1)
+    ids[1, 0] = 99
+    mask = torch.ones_like(ids).bool()
+    batch = TokenBatch.from_ids(ids, mask, response_mask=mask)
+    scores = TokenScores(ids.float(), ids.float(), None, mask)
+    draws = [
+        tuple(c for k, c in choose_positions(batch, scores, row, 1, 10, drawn=1, seed=seed) if k == "drawn")
+        for row in range(2)
+        for seed in range(200)
+    ]
+    assert draws[:200] != draws[200:]
+    # All but the highest and the lowest, which are columns 0 and 29 of one text, and 0 and 1 of the other.
+    assert {column for (column,) in draws} == set(range(1, 30))
+
+
 # ---- perturb ----------------------------------------------------------------------------------------
 
 TOKENIZER = tiny_tokenizer()
@@ -319,6 +367,26 @@ def test_trials_made_otherwise_are_not_mixed(done: tuple, tmp_path: Path) -> Non
         perturb(model, TOKENIZER, batch, scores, path=path, **{**OPTIONS, "candidates": 2})
 
 
+def test_drawn_positions_join_a_file_that_has_none(done: tuple, tmp_path: Path) -> None:
+    model, batch, scores, result = done
+    path = tmp_path / "trials.jsonl"
+    result.save(path)
+    grown = [
+        perturb(model, TOKENIZER, batch, scores, path=path, drawn=drawn, seed=3, **OPTIONS)
+        for drawn in (1, 2)
+    ]
+    assert [[trial.kind for trial in each.trials] for each in grown] == [
+        ["highest", "lowest", *["drawn"] * drawn] * 2 for drawn in (1, 2)
+    ]
+    assert tuple(trial for trial in grown[1].trials if trial.kind != "drawn") == result.trials
+    assert set(grown[0].trials) < set(grown[1].trials)
+    assert set(Perturbations.load(path).trials) == set(grown[1].trials)
+    assert grown[1].summary().drawn_responses == 2
+    for fewer in ({"drawn": 1, "seed": 3}, {"drawn": 2, "seed": 4}):
+        with pytest.raises(ResultError, match="another path"):
+            perturb(model, TOKENIZER, batch, scores, path=path, **fewer, **OPTIONS)
+
+
 def test_a_batch_may_grow(done: tuple, tmp_path: Path) -> None:
     """Trials are found by their text, wherever it now stands."""
     model, batch, scores, result = done
@@ -454,11 +522,11 @@ def trial(example: int, kind: str, overlaps: list[float]) -> Trial:
 
 TRIALS = Perturbations(
     (
-        trial(0, "highest", [0.0, 0.5]),
-        trial(0, "lowest", [0.5, 1.0]),
+        trial(0, "highest", [1.0, 0.5]),
+        trial(0, "lowest", [0.5, 0.0]),
         trial(1, "highest", [0.5, 0.5]),
         trial(1, "lowest", [0.5, 0.5]),
-        trial(2, "highest", [1.0]),
+        trial(2, "highest", [0.0]),
     ),
     {},
 )
@@ -473,14 +541,105 @@ def test_the_summary_pairs_positions_of_a_response() -> None:
     # One lower, one tie.
     assert summary.lower_share.value == 0.75
     assert (summary.lower_share.low, summary.lower_share.high) == (0.5, 1.0)
-    greedy = TRIALS.summary("greedy", resamples=200)
-    assert greedy.difference.value == pytest.approx(0.25)
+    response = TRIALS.summary("response", resamples=200)
+    assert response.difference.value == pytest.approx(0.25)
+    # Nothing was drawn.
+    assert summary.drawn_responses == 0
+    assert math.isnan(summary.drawn.value)
+    assert "drawn" not in repr(summary)
+
+
+OVERLAPS = st.integers(0, 4).map(lambda quarter: quarter / 4)
+KINDS = ("highest", "lowest", "drawn")
+
+
+@given(
+    responses=st.lists(
+        st.fixed_dictionaries({kind: st.lists(OVERLAPS, max_size=3) for kind in KINDS}),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_the_summary_is_of_means_and_medians_within_responses(responses: list[dict[str, Any]]) -> None:
+    """However many positions a response has, it counts once, and only where it has both kinds."""
+    result = Perturbations(
+        tuple(
+            trial(example, kind, [1 - overlap])
+            for example, kinds in enumerate(responses)
+            for kind in KINDS
+            for overlap in kinds[kind]
+        ),
+        {},
+    )
+    found = [{kind: np.mean(values) for kind, values in kinds.items() if values} for kinds in responses]
+    pairs = {
+        other: np.array([(of["highest"], of[other]) for of in found if {"highest", other} <= of.keys()])
+        for other in ("lowest", "drawn")
+    }
+    if len(pairs["lowest"]) == 0:
+        with pytest.raises(ParameterError, match="lowest"):
+            result.summary(resamples=3)
+        return
+    summary = result.summary(resamples=3)
+    assert (summary.responses, summary.drawn_responses) == (len(pairs["lowest"]), len(pairs["drawn"]))
+    for other, prefix in (("lowest", ""), ("drawn", "drawn_")):
+        if len(pairs[other]) == 0:
+            continue
+        highest, others = pairs[other].T
+        expected = {
+            other: others.mean(),
+            f"{other}_median": np.median(others),
+            f"{prefix}difference": (highest - others).mean(),
+            f"{prefix}difference_median": np.median(highest - others),
+            f"{prefix}lower_share": ((highest < others) + (highest == others) / 2).mean(),
+        }
+        assert {name: getattr(summary, name).value for name in expected} == pytest.approx(expected)
+    highest = pairs["lowest"][:, 0]
+    assert (summary.highest.value, summary.highest_median.value) == pytest.approx(
+        (highest.mean(), np.median(highest))
+    )
+
+
+def test_resamples_draw_whole_clusters() -> None:
+    """Copies of a response in its cluster carry no more evidence than the response alone."""
+    generator = np.random.default_rng(0)
+    pairs = generator.random((8, 2))
+    alone, copies = (
+        Perturbations(
+            tuple(
+                trial(copy * 8 + i, kind, [float(value)])
+                for copy in range(count)
+                for i, pair in enumerate(pairs)
+                for kind, value in zip(("highest", "lowest"), pair, strict=True)
+            ),
+            {},
+        )
+        for count in (1, 5)
+    )
+    expected = alone.summary()
+    clustered = copies.summary(clusters=[f"problem {i % 8}" for i in range(40)])
+    for name in ("highest", "difference", "lower_share", "lowest_median"):
+        assert tuple(getattr(clustered, name)) == pytest.approx(tuple(getattr(expected, name)))
+    assert clustered.responses == 40
+    free = copies.summary().difference
+    assert free.high - free.low < 0.7 * (expected.difference.high - expected.difference.low)
+
+
+@given(
+    values=st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=6),
+    data=st.data(),
+)
+def test_a_weighted_median_is_that_of_repeated_values(values: list[float], data: st.DataObject) -> None:
+    weights = data.draw(st.lists(st.integers(0, 3), min_size=len(values), max_size=len(values)).filter(any))
+    repeated = np.repeat(values, weights)
+    found = weighted_median(torch.tensor(values), torch.tensor([weights]).double())
+    assert found.tolist() == [np.median(repeated)]
 
 
 def test_a_summary_is_a_result(tmp_path: Path) -> None:
     summary = TRIALS.summary(resamples=200)
     assert summary == TRIALS.summary(resamples=np.int64(200))
-    assert summary != TRIALS.summary("greedy", resamples=200)
+    assert summary != TRIALS.summary("response", resamples=200)
     assert summary == PerturbationSummary.load(summary.save(tmp_path / "summary.safetensors"))
     assert summary.to_pandas()["value"].tolist() == [
         getattr(summary, name).value for name in summary.to_pandas()["quantity"]
@@ -494,11 +653,20 @@ def test_a_summary_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"highest.*lowest"):
         Perturbations(TRIALS.trials[-1:], {}).summary()
     for reference in ("own", None, 3):
-        with pytest.raises(ParameterError, match=r"reference.*response.*greedy"):
+        with pytest.raises(ParameterError, match=r"reference.*greedy.*response"):
             TRIALS.summary(reference)
     for name, value in (("resamples", 0), ("confidence", 1.0), ("seed", -1)):
         with pytest.raises(ParameterError, match=name):
             TRIALS.summary(**{name: value})
+    for clusters, facts in (([1], r"example 1.*1 label"), ("ab", "clusters"), ([[1], [2]], "clusters")):
+        with pytest.raises(ParameterError, match=facts):
+            TRIALS.summary(clusters=clusters)
+    several = dataclasses.replace(
+        TRIALS, trials=(*TRIALS.trials, *(dataclasses.replace(t, digest="x") for t in TRIALS.trials))
+    )
+    assert several.summary().responses == 4
+    with pytest.raises(ParameterError, match="several batches"):
+        several.summary(clusters=[0, 1])
 
 
 @pytest.mark.usefixtures("as_users_call")
@@ -509,12 +677,15 @@ def test_what_is_no_trial_is_refused() -> None:
 
 
 @pytest.mark.usefixtures("as_users_call")
-@pytest.mark.parametrize("name", ["candidates", "positions", "max_new_tokens", "min_remaining"])
-@pytest.mark.parametrize("value", [0, -1, 2.0, "10", None, True, NAN, torch.ones(2)])
+@pytest.mark.parametrize(
+    "name", ["candidates", "positions", "max_new_tokens", "min_remaining", "drawn", "seed"]
+)
+@pytest.mark.parametrize("value", [-1, 2.0, "10", None, True, NAN, torch.ones(2)])
 def test_counts_that_make_no_sense_are_refused(done: tuple, name: str, value: Any) -> None:
     model, batch, scores, _ = done
-    with pytest.raises(ParameterError, match=f"{name}.*got"):
-        perturb(model, TOKENIZER, batch, scores, **{name: value})
+    for wrong in (value,) if name in ("drawn", "seed") else (value, 0):
+        with pytest.raises(ParameterError, match=f"{name}.*got"):
+            perturb(model, TOKENIZER, batch, scores, **{name: wrong})
 
 
 def test_numbers_of_numpy_and_torch_are_numbers(done: tuple) -> None:

@@ -1,33 +1,36 @@
 """What happens when a token is replaced: the perturbation of Table 1 of arXiv 2510.13554v2.
 
-At a response's positions of highest and of lowest FAI, `perturb`, which users call, forces each of the
-likeliest other tokens and lets the model continue greedily. If a token is an anchor, replacing it should
-change more of what follows. What is left to others: FAI (scores), running the model (forced_tokens), how much
-two texts have in common (content_words), and the results with their file (trials).
+At a response's positions of highest and of lowest FAI, and at some drawn at random, `perturb`, which users
+call, forces each of the likeliest other tokens and lets the model continue greedily. If a token is an anchor,
+replacing it should change more of what follows. What is left to others: FAI (scores), which positions are
+tried (chosen_positions), running the model (forced_tokens), how much two texts have in common
+(content_words), and the results with their file (trials).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from dataclasses import replace
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
-
+from attnprobe.analysis.bootstrap import check_seed
+from attnprobe.analysis.chosen_positions import (
+    Kind,
+    check_same_model,
+    check_same_responses,
+    choose_in_batch,
+    run_ends,
+    text_digest,
+)
 from attnprobe.analysis.content_words import content_overlap
 from attnprobe.analysis.forced_tokens import check_generates, check_vocabulary, force_tokens
-from attnprobe.analysis.trials import Continuation, Kind, Perturbations, Trial, TrialFile
+from attnprobe.analysis.trials import Continuation, Perturbations, Trial, TrialFile
 from attnprobe.batch import BatchLike, TokenBatch
-from attnprobe.errors import ParameterError, ResultError
-from attnprobe.layout import check_unpacked
+from attnprobe.errors import ParameterError
 from attnprobe.model_inputs import refuse_inputs
 from attnprobe.progress import progress_bar
-from attnprobe.scores import TokenScores, check_same_tokens
-from attnprobe.validation import IntLike, brief, instance, truth, whole_number
+from attnprobe.scores import TokenScores
+from attnprobe.validation import IntLike, brief, truth, whole_number
 
 
 def perturb(
@@ -38,6 +41,8 @@ def perturb(
     *,
     candidates: IntLike = 10,
     positions: IntLike = 1,
+    drawn: IntLike = 0,
+    seed: IntLike = 0,
     max_new_tokens: IntLike = 100,
     min_remaining: IntLike = 10,
     path: str | os.PathLike[str] | None = None,
@@ -55,19 +60,23 @@ def perturb(
         batch: prompts and responses, as for `measure`, but not packed.
         scores: of that batch; positions are chosen by `scores.fai`, where it is defined.
         candidates: how many other tokens are forced at a position, the likeliest first.
-        positions: how many positions of each kind to choose per response; of equal FAI, the earliest.
+        positions: how many positions of highest and how many of lowest FAI to choose per response; of equal
+            FAI, the earliest.
+        drawn: how many other positions to draw at random per response; fewer if it has no more. They show
+            what replacing an ordinary token does.
+        seed: of the draw, which depends on nothing else but the response's own tokens.
         max_new_tokens: continuations are as long as the rest of the response, but no longer than this.
         min_remaining: positions with fewer tokens after them, up to the next gap, are not chosen.
         path: a JSON-lines file to which each trial is written when it is done. Trials that it already
             holds, of the same model, parameters, text and position, are not run again: an interrupted
-            run continues, and a batch may grow.
+            run continues, and a batch may grow, as may the number of drawn positions.
         progress: whether to show a progress bar.
 
-    Greedy continuations need no seed: the same call gives the same result.
+    Continuations are greedy, so the same call gives the same result.
 
     Raises:
-        ParameterError: counts below 1, packed examples, no position to choose, or something other than a
-            tokenizer.
+        ParameterError: counts below 1, a negative `drawn` or seed, packed examples, no position to choose,
+            or something other than a tokenizer.
         BatchError: ids outside the model's vocabulary, or images.
         ResultError: scores of another batch, or a path that holds something else or cannot be written.
         UnsupportedModelError: a model that cannot generate.
@@ -81,36 +90,27 @@ def perturb(
             "min_remaining": min_remaining,
         }.items()
     }
+    counts["drawn"] = whole_number(drawn, "drawn")
+    seed = check_seed(seed)
     truth(progress, "progress")
     if isinstance(tokenizer, type | bytes) or not callable(getattr(tokenizer, "decode", None)):
         raise ParameterError(f"tokenizer must be the model's tokenizer; got {brief(tokenizer)}")
     batch = TokenBatch.of(batch)
     refuse_inputs(batch.model_inputs, "perturb")
-    parameters: dict[str, Any] = {**counts, "model": check_generates(model)}
+    parameters: dict[str, Any] = {**counts, "seed": seed, "model": check_generates(model)}
     check_vocabulary(model, batch.input_ids)
-    _check_same_responses(batch, scores)
-    scored = scores.provenance.model_name
-    if scored and scored != parameters["model"]:
-        raise ResultError(f"the scores are of {scored}, but the model is {parameters['model']}")
-    chosen = [
-        (example, kind, column)
-        for example in range(batch.batch_size)
-        for kind, column in choose_positions(
-            batch, scores, example, counts["positions"], counts["min_remaining"]
-        )
-    ]
-    if not chosen:
-        raise ParameterError(
-            f"no response has {2 * counts['positions']} positions with a defined FAI and at least "
-            f"{counts['min_remaining']} tokens after them: the responses are too short"
-        )
+    check_same_responses(batch, scores, "perturb")
+    check_same_model(scores, parameters["model"])
+    chosen = choose_in_batch(
+        batch, scores, counts["positions"], counts["min_remaining"], counts["drawn"], seed
+    )
     file = TrialFile.open(path, parameters, scores.provenance)
     trials = []
     with progress_bar("perturbing", len(chosen), shown=progress) as advance:
         for example, kind, column in chosen:
             place = int(batch.response_mask[example, :column].sum())
             fai = float(scores.fai[example, column])
-            trial = file.done.get((_digest(batch, example), kind, place))
+            trial = file.done.get((text_digest(batch, example), kind, place))
             if trial is None:
                 trial = _try(model, tokenizer, batch, (example, kind, column), fai, parameters)
             trials.append(replace(trial, example=example, position=column, fai=fai))
@@ -118,33 +118,6 @@ def perturb(
             advance()
     file.finish()
     return Perturbations(tuple(trials), parameters, scores.provenance)
-
-
-def choose_positions(
-    batch: TokenBatch, scores: TokenScores, example: int, positions: int = 1, min_remaining: int = 10
-) -> list[tuple[Kind, int]]:
-    """Return the columns of highest and of lowest FAI of one response; none if there are too few."""
-    inside = batch.response_mask[example].cpu()
-    fai = scores.fai[example].cpu()
-    remaining = _run_ends(inside) - 1 - torch.arange(len(inside))
-    columns = (inside & ~fai.isnan() & (remaining >= min_remaining)).nonzero()[:, 0]
-    if len(columns) < 2 * positions:
-        return []
-    ascending = columns[fai[columns].argsort(stable=True)]
-    descending = columns[(-fai[columns]).argsort(stable=True)]
-    highest: list[tuple[Kind, int]] = [("highest", int(c)) for c in descending[:positions]]
-    lowest: list[tuple[Kind, int]] = [("lowest", int(c)) for c in ascending[:positions]]
-    return highest + lowest
-
-
-def _run_ends(inside: Bool[Tensor, " token"]) -> Int[Tensor, " token"]:
-    """Return for each token the next column that lies outside the response: a gap, or the end.
-
-    >>> _run_ends(torch.tensor([True, True, False, True])).tolist()
-    [2, 2, 2, 4]
-    """
-    column = torch.arange(len(inside)).masked_fill(inside, len(inside))
-    return column.flip(0).cummin(0).values.flip(0)
 
 
 def _try(
@@ -159,7 +132,7 @@ def _try(
     example, kind, column = where
     ids, inside = batch.input_ids[example], batch.response_mask[example].cpu()
     first = int(batch.attention_mask[example].nonzero()[0])
-    rest = int(_run_ends(inside)[column]) - column - 1
+    rest = int(run_ends(inside)[column]) - column - 1
     length = min(parameters["max_new_tokens"], rest)
     forced = force_tokens(model, ids[first:column], int(ids[column]), parameters["candidates"], length)
     response_text = _decode(tokenizer, ids[column + 1 : column + 1 + length].tolist())
@@ -176,7 +149,7 @@ def _try(
     ]
     return Trial(
         example=example,
-        digest=_digest(batch, example),
+        digest=text_digest(batch, example),
         kind=kind,
         position=column,
         response_position=int(inside[:column].sum()),
@@ -188,31 +161,5 @@ def _try(
     )
 
 
-def _check_same_responses(batch: TokenBatch, scores: TokenScores) -> None:
-    """Check that scores are of the responses of a batch that is not packed."""
-    check_unpacked(batch.segment_ids, "perturb")
-    instance(scores, TokenScores, "scores", "score_tokens returns them")
-    check_same_tokens(batch, scores, "the scores")
-    ours, theirs = batch.response_mask.cpu(), scores.response_mask.cpu()
-    differs = (ours != theirs).any(-1).nonzero()[:, 0].tolist()
-    if differs:
-        example = differs[0]
-        raise ResultError(
-            f"the scores are of other responses than the batch: example {example} has "
-            f"{int(theirs[example].sum())} scored tokens, but its response has {int(ours[example].sum())}"
-        )
-
-
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _digest(batch: TokenBatch, example: int) -> str:
-    """Return a digest that identifies a text and which of its tokens are response."""
-    real = batch.attention_mask[example]
-    ids = batch.input_ids[example][real].tolist()
-    response = batch.response_mask[example][real].nonzero()[:, 0].tolist()
-    count = len(response)
-    # If the response is the end of the text, its length says it all, and is what older files store.
-    is_end = response == list(range(len(ids) - count, len(ids)))
-    return hashlib.sha256(json.dumps([ids, count if is_end else response]).encode()).hexdigest()[:16]

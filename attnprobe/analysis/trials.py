@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
-import torch
-from torch import Tensor
 
-from attnprobe.analysis.bootstrap import Estimate, check_resampling, ratio_estimate
+from attnprobe.analysis.bootstrap import Estimate, check_resampling
+from attnprobe.analysis.chosen_positions import Kind
+from attnprobe.analysis.paired import UNDEFINED, by_response, compare_kinds
 from attnprobe.analysis.summary import Summary
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
 from attnprobe.provenance import Provenance
 from attnprobe.storage import as_path, check_writable, library_versions, write_atomically
-from attnprobe.validation import FloatLike, IntLike, choice, instance
+from attnprobe.validation import ArrayLike, FloatLike, IntLike, choice, instance
 
-Kind = Literal["highest", "lowest"]
-Reference = Literal["response", "greedy"]
+Reference = Literal["greedy", "response"]
+
+_OTHERS: tuple[Kind, Kind] = ("lowest", "drawn")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Continuation:
         token: the forced token's id.
         probability: the model's probability of it there, at temperature 1.
         text: the greedy continuation, without the forced token.
-        overlap: of its content words with those of the response's own text, in `[0, 1]`.
-        greedy_overlap: with those of the greedy continuation of the response's own token.
+        overlap: of its content words with those of the response's own text, in `[0, 1]` (v1 of the paper).
+        greedy_overlap: with those of the greedy continuation of the response's own token (v2).
     """
 
     token: int
@@ -55,7 +56,7 @@ class Trial:
     Attributes:
         example: the number of the example in the batch.
         digest: of the example's tokens; it tells one text from another in a file of trials.
-        kind: whether the position's FAI is among the highest or the lowest.
+        kind: whether the position's FAI is among the highest or the lowest, or the position was drawn.
         position: the column in the batch; None in trials of older files, which did not store it.
         response_position: how many tokens of the response come before it.
         length: of the response, in tokens.
@@ -76,7 +77,7 @@ class Trial:
     own: Continuation
     others: tuple[Continuation, ...]
 
-    def overlap(self, reference: Reference = "response") -> float:
+    def overlap(self, reference: Reference = "greedy") -> float:
         """Return the mean overlap over the continuations of the other candidates."""
         choice(reference, "reference", get_args(Reference))
         name = "overlap" if reference == "response" else "greedy_overlap"
@@ -86,13 +87,20 @@ class Trial:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PerturbationSummary(Summary):
-    """Table 1 of arXiv 2510.13554v2: mean overlaps, with bootstrap intervals over responses.
+    """Table 1 of arXiv 2510.13554v2: overlaps, with bootstrap intervals over responses.
+
+    Each response counts once: its positions of one kind are averaged first.
 
     Attributes:
         highest, lowest: the mean overlap after a token of highest or of lowest FAI was replaced.
         difference: highest minus lowest; below 0 if anchors matter more.
         lower_share: the share of responses whose overlap is lower at the highest FAI; ties count half.
-        responses: how many have positions of both kinds.
+        highest_median, lowest_median, difference_median: the medians over the same responses; the last is
+            the median of the differences, not the difference of the medians.
+        responses: how many have positions of highest and of lowest FAI.
+        drawn, drawn_difference, drawn_lower_share, drawn_median, drawn_difference_median: the same with drawn
+            positions in place of those of lowest FAI; NaN if none were drawn.
+        drawn_responses: how many have positions of highest FAI and drawn ones.
     """
 
     highest: Estimate
@@ -100,16 +108,43 @@ class PerturbationSummary(Summary):
     difference: Estimate
     lower_share: Estimate
     responses: int
+    # Defaults, since summaries of older versions did not store them.
+    highest_median: Estimate = UNDEFINED
+    lowest_median: Estimate = UNDEFINED
+    difference_median: Estimate = UNDEFINED
+    drawn: Estimate = UNDEFINED
+    drawn_difference: Estimate = UNDEFINED
+    drawn_lower_share: Estimate = UNDEFINED
+    drawn_median: Estimate = UNDEFINED
+    drawn_difference_median: Estimate = UNDEFINED
+    drawn_responses: int = 0
 
     def _headline(self) -> str:
-        return f"responses={self.responses}"
+        told = [f"responses={self.responses}"]
+        return ", ".join([*told, f"drawn_responses={self.drawn_responses}"] if self.drawn_responses else told)
 
     def _table(self) -> dict[str, Any]:
         """Return a line for each quantity: value, low and high."""
-        names = ("highest", "lowest", "difference", "lower_share")
+        names = [
+            "highest",
+            "lowest",
+            "difference",
+            "lower_share",
+            "highest_median",
+            "lowest_median",
+            "difference_median",
+        ]
+        if self.drawn_responses:
+            names += [
+                "drawn",
+                "drawn_difference",
+                "drawn_lower_share",
+                "drawn_median",
+                "drawn_difference_median",
+            ]
         estimates = [getattr(self, name) for name in names]
         columns = {part: [getattr(each, part) for each in estimates] for part in Estimate._fields}
-        return {"quantity": list(names), **columns}
+        return {"quantity": names, **columns}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,46 +175,48 @@ class Perturbations(Summary):
 
     def summary(
         self,
-        reference: Reference = "response",
+        reference: Reference = "greedy",
         *,
+        clusters: ArrayLike | None = None,
         resamples: IntLike = 2000,
         confidence: FloatLike = 0.95,
         seed: IntLike = 0,
     ) -> PerturbationSummary:
-        """Compare the positions of highest FAI with those of lowest FAI, response by response.
+        """Compare the positions of highest FAI with those of lowest FAI and the drawn ones, within responses.
 
         Args:
-            reference: what continuations are compared with: "response", the response's own text; or
-                "greedy", the greedy continuation of the response's own token (the original in v2 of the
-                paper), which leaves out the difference between greedy and sampled text.
+            reference: what continuations are compared with: "greedy", the greedy continuation of the
+                response's own token, as in v2 of the paper; or "response", the response's own text, as in v1,
+                where the difference between greedy and sampled text counts too.
+            clusters: a label for each example of the batch, such as its problem; resamples then draw whole
+                clusters. Answers to one problem are not independent: without it, intervals are too narrow.
             resamples, confidence, seed: of the bootstrap over responses.
 
         Raises:
-            ParameterError: an unknown reference, or no response with positions of both kinds.
+            ParameterError: an unknown reference, no response with positions of highest and of lowest FAI, or
+                clusters that are not one label for each example.
         """
         choice(reference, "reference", get_args(Reference))
-        resamples, confidence, seed = check_resampling(resamples, confidence, seed)
-        # By digest too: a file may hold trials of several batches, each of which has an example 0.
-        found: dict[tuple[int, str], dict[str, list[float]]] = {}
-        for trial in self.trials:
-            of_kind = found.setdefault((trial.example, trial.digest), {}).setdefault(trial.kind, [])
-            of_kind.append(trial.overlap(reference))
-        pairs = [
-            (sum(kinds["highest"]) / len(kinds["highest"]), sum(kinds["lowest"]) / len(kinds["lowest"]))
-            for kinds in found.values()
-            if len(kinds) == 2
-        ]
-        if not pairs:
+        options = (clusters, *check_resampling(resamples, confidence, seed))
+        found = by_response(self.trials, lambda trial: trial.overlap(reference))
+        lowest, drawn = (compare_kinds(found, "highest", other, *options) for other in _OTHERS)
+        if not lowest.responses:
             raise ParameterError("no response has trials at both its highest and its lowest FAI")
-        highest, lowest = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
-        lower = (highest < lowest).double() + 0.5 * (highest == lowest).double()
-
-        def mean(values: Tensor) -> Estimate:
-            options: dict[str, Any] = {"resamples": resamples, "confidence": confidence, "seed": seed}
-            return ratio_estimate(values, torch.ones_like(values), **options)
-
         return PerturbationSummary(
-            mean(highest), mean(lowest), mean(highest - lowest), mean(lower), len(pairs)
+            highest=lowest.first,
+            lowest=lowest.second,
+            difference=lowest.difference,
+            lower_share=lowest.lower_share,
+            responses=lowest.responses,
+            highest_median=lowest.first_median,
+            lowest_median=lowest.second_median,
+            difference_median=lowest.difference_median,
+            drawn=drawn.second,
+            drawn_difference=drawn.difference,
+            drawn_lower_share=drawn.lower_share,
+            drawn_median=drawn.second_median,
+            drawn_difference_median=drawn.difference_median,
+            drawn_responses=drawn.responses,
         )
 
     def _headline(self) -> str:
@@ -286,7 +323,7 @@ class TrialFile:
         file = TrialFile(path, parameters, provenance)
         if path.exists():
             found = Perturbations.load(path)
-            if found.parameters != parameters:
+            if not _continues(found.parameters, parameters):
                 raise ResultError(
                     f"{path} holds trials made with {found.parameters}, not with {parameters}: choose "
                     "another path, or remove it"
@@ -313,6 +350,16 @@ class TrialFile:
         assert self.path is not None
         trials = tuple(self.done.values())
         Perturbations(trials, self.parameters, self.provenance, is_complete).save(self.path)
+
+
+def _continues(found: dict[str, Any], parameters: dict[str, Any]) -> bool:
+    """Whether trials of earlier parameters are also trials of these: all equal, and no fewer drawn."""
+    # Older files hold none, and do not say so.
+    before = {"drawn": 0, "seed": 0, **found}
+    if before["drawn"] == 0:
+        before["seed"] = parameters.get("seed", 0)
+    grown = {**before, "drawn": parameters.get("drawn", 0)}
+    return grown == parameters and before["drawn"] <= grown["drawn"]
 
 
 def _key(trial: Trial) -> tuple[str, Kind, int]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import attnprobe
-from attnprobe.analysis.perturbation import choose_positions
+from attnprobe.analysis.chosen_positions import choose_positions
 from attnprobe.models import LoadedModel
 from attnprobe.progress import progress_bar
 from experiments.rhythm.measure import batch_of
