@@ -222,6 +222,8 @@ def test_random_heads_are_counted_as_the_heads_themselves(statistics: attnprobe.
         assert found.null_values.tolist() == pytest.approx(means, rel=1e-5)
         assert found.null.value == pytest.approx(sum(means) / 4, rel=1e-5)
         assert found.null_position_lift.value == pytest.approx(sum(lifts) / 4, rel=1e-4, abs=1e-6)
+        assert found.null_position_lifts.tolist() == pytest.approx(lifts, rel=1e-4, abs=1e-6)
+        assert alone.null_position_lifts is None
         reached = sum(mean >= found.observed.value - 1e-6 for mean in means)
         assert found.p_value == pytest.approx((1 + reached) / 5)
         assert found.movable is None

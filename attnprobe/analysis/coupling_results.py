@@ -47,6 +47,7 @@ class Coupling(Summary):
             mean under the null and under `null="position"`.
         peaks: the number of peaks of each problem.
         null_values: the mean over the peaks in each draw.
+        null_position_lifts: the position lift of each draw of random heads; None where peaks are moved.
 
     Raises:
         ResultError: numbers of the wrong type or size.
@@ -65,6 +66,7 @@ class Coupling(Summary):
     position_sum: Float[Tensor, " problem"]
     peaks: Float[Tensor, " problem"]
     null_values: Float[Tensor, " draw"]
+    null_position_lifts: Float[Tensor, " draw"] | None = None
 
     def _headline(self) -> str:
         problems = int((self.peaks > 0).sum())

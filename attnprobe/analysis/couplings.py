@@ -352,6 +352,7 @@ def _summarise(
         position_sum=position,
         peaks=peaks,
         null_values=drawn,
+        null_position_lifts=drawn_lifts if by_heads else None,
     )
 
 
