@@ -89,9 +89,7 @@ def _coupling_line(coupling: Coupling) -> dict[str, Any]:
 
 def _adjusted(couplings: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
     """Return Holm's p-values over all comparisons of the tested choices."""
-    places = [
-        (choice, null, name) for choice in TESTED for null in couplings[choice] for name in NAMES
-    ]
+    places = [(choice, null, name) for choice in TESTED for null in couplings[choice] for name in NAMES]
     adjusted = holm_adjusted([couplings[c][null][name]["p_value"] for c, null, name in places])
     table: dict[str, Any] = {}
     for (choice, null, name), value in zip(places, adjusted, strict=True):
@@ -164,9 +162,7 @@ def _lags(raw: Raw, group: str) -> dict[str, dict[str, Any]]:
     ):
         hits, peaks = (anchor & moved).sum(-1).double(), anchor.sum(-1).double()
         chance = peaks * (moved & pool).sum(-1) / pool.sum(-1).clamp(min=1)
-        share, expected = (
-            [(w @ above) / (w @ peaks) for w in (ones, weights)] for above in (hits, chance)
-        )
+        share, expected = ([(w @ above) / (w @ peaks) for w in (ones, weights)] for above in (hits, chance))
         lift = [ours / theirs - 1 for ours, theirs in zip(share, expected, strict=True)]
         table[name] = {
             "share": percentile_estimate(float(share[0]), share[1], CONFIDENCE),
@@ -262,9 +258,7 @@ def _perturbation(raw: Raw) -> dict[str, Any]:
     table["own_token"] = float(own.mean())
     table["trials"] = len(trials)
     table["relative_position"] = {
-        kind: float(
-            torch.tensor([t.response_position / t.length for t in trials if t.kind == kind]).mean()
-        )
+        kind: float(torch.tensor([t.response_position / t.length for t in trials if t.kind == kind]).mean())
         for kind in ("highest", "lowest", "drawn")
     }
     return table

@@ -30,6 +30,7 @@ from attnprobe.progress import progress_bar
 from experiments.rhythm.choices import RANDOM_HEADS, groups_of, scores_of
 from experiments.rhythm.measure import Measured
 from experiments.rhythm.problems import template_of
+from experiments.rhythm.records import read_records
 
 DRAWS = 2000
 """How many times peaks are moved, and heads drawn."""
@@ -211,6 +212,12 @@ def read(folder: Path) -> Raw:
         perturbations=_perturbations(pandas.read_parquet(folder / "perturbations.parquet"), number),
         knockouts=_knockouts(pandas.read_parquet(folder / "knockouts.parquet"), number),
     )
+
+
+def of_responses(folder: Path) -> dict[str, Any]:
+    """Return what the answers themselves say: how many there are, and how many are right."""
+    records = read_records(folder / "responses.jsonl")
+    return {"asked": len(records), "right": sum(record["right"] for record in records)}
 
 
 def _perturbations(table: pandas.DataFrame, number: dict[int, int]) -> attnprobe.Perturbations:
