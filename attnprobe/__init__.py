@@ -18,7 +18,8 @@ from attnprobe import metrics
 from attnprobe.adapters import adapter_for, register_adapter
 from attnprobe.analysis.agreement import GroupAgreement, GroupStability, compare_groups, group_stability
 from attnprobe.analysis.bootstrap import Estimate
-from attnprobe.analysis.couplings import Coupling, Couplings, couplings
+from attnprobe.analysis.coupling_results import Coupling, Couplings
+from attnprobe.analysis.couplings import couplings
 from attnprobe.analysis.knockout import knockout_divergence
 from attnprobe.analysis.knockout_trials import Knockouts, knockout
 from attnprobe.analysis.perturbation import perturb

@@ -1,4 +1,4 @@
-"""Couplings against a reference that goes peak by peak, and their baseline against its expectation."""
+"""Couplings against a reference that goes peak by peak, with what each part of a result says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from attnprobe import (
@@ -30,7 +30,7 @@ from attnprobe.scores import described_by_prediction
 from attnprobe.storage import load_result, save_result
 
 NAN = math.nan
-FAST = {"permutations": 20, "resamples": 20}
+FAST = {"draws": 20, "resamples": 20}
 
 
 @st.composite
@@ -61,6 +61,12 @@ def slow_couplings(
 ) -> dict[str, tuple[list[float], list[int], list[float]]]:
     """For each coupling and problem: the sum over peaks, their number, the mean over where they could be."""
     find = top_quantile if definition == "top" else (lambda v, q: find_peaks(v, quantile=q))
+
+    def could_be(values: torch.Tensor, t: int) -> bool:
+        """A local maximum has a defined neighbour on either side."""
+        around = [t] if definition == "top" else [t - 1, t, t + 1]
+        return all(0 <= u < len(values) and not math.isnan(values[u]) for u in around)
+
     waad = scores.waad
     if align == "prediction":
         moved = [[NAN, *row[:-1]] for row in waad.tolist()]
@@ -71,13 +77,13 @@ def slow_couplings(
     found: dict[str, tuple[list[float], list[int], list[float]]] = {name: ([], [], []) for name in NAMES}
     for row in range(waad.shape[0]):
         tokens = range(waad.shape[1])
-        fai = [t for t in tokens if not math.isnan(scores.fai[row, t])]
+        fai = [t for t in tokens if could_be(scores.fai[row], t)]
         near = {t: float(follows(preplan[row], scores.response_mask[row], t, lookback)) for t in tokens}
         cases = {
             "entropy_at_preplans": (
                 {t: float(scores.entropy[row, t]) for t in tokens},
                 preplan[row],
-                [t for t in tokens if not math.isnan(waad[row, t])],
+                [t for t in tokens if could_be(waad[row], t)],
             ),
             "receiver_at_global": ({t: float(anchor[row, t]) for t in tokens}, receiver[row], fai),
             "anchor_after_preplan": (near, anchor[row], fai),
@@ -114,55 +120,32 @@ def test_couplings_are_as_defined(
     result = measure_couplings(
         scores, align=align, quantile=quantile, lookback=lookback, peaks=definition, **FAST
     )
-    for name, (sums, peaks, _) in slow_couplings(scores, align, quantile, lookback, definition).items():
+    for name, (sums, peaks, means) in slow_couplings(scores, align, quantile, lookback, definition).items():
         coupling = getattr(result, name)
         assert coupling.peaks.tolist() == peaks
         assert coupling.observed_sum.tolist() == pytest.approx(sums)
         total = sum(peaks)
         expected = sum(sums) / total if total else NAN
         assert coupling.observed.value == pytest.approx(expected, nan_ok=True)
-        random = float(coupling.random_sum.sum())
-        assert coupling.random == pytest.approx(random / total if total else NAN, nan_ok=True)
+        anywhere = [number * mean for number, mean in zip(peaks, means, strict=True)]
+        assert coupling.null_sum.tolist() == pytest.approx(anywhere)
+        assert coupling.position_sum.tolist() == pytest.approx(anywhere)
+        random = sum(anywhere)
+        assert coupling.null.value == pytest.approx(random / total if total else NAN, nan_ok=True)
         lift = sum(sums) / random - 1 if random else NAN
         assert coupling.lift.value == pytest.approx(lift, nan_ok=True)
+        assert coupling.position_lift.value == pytest.approx(lift, nan_ok=True)
         assert 0 < coupling.p_value <= 1
-
-
-@settings(max_examples=15)
-@given(scores=scored_problems(), baseline=st.sampled_from(["shuffle", "rotate"]))
-def test_the_permutation_baseline_matches_its_expectation(scores: TokenScores, baseline: str) -> None:
-    """Peaks put anywhere see the mean over where they could be, times their number."""
-    count = 3000
-    result = measure_couplings(scores, baseline=baseline, permutations=count, resamples=1)
-    for name, (_, peaks, means) in slow_couplings(scores, "token", 0.4, 3, "maxima").items():
-        expected = [number * mean for number, mean in zip(peaks, means, strict=True)]
-        # Five standard errors of a mean over permutations; no value here is above 6.
-        for found, wanted, number in zip(getattr(result, name).random_sum, expected, peaks, strict=True):
-            assert float(found) == pytest.approx(wanted, abs=1e-9 + 5 * 3 * number / count**0.5)
-
-
-def test_a_baseline_that_can_be_counted_is_exact() -> None:
-    """One peak in eight tokens, one token that has the value: an eighth, however it is shuffled."""
-    fai = torch.tensor([[0.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0]])
-    scores = TokenScores(fai, fai, None, torch.ones(1, 8, dtype=torch.bool), receiver_fai=fai)
-    for baseline in ("shuffle", "rotate"):
-        result = measure_couplings(scores, baseline=baseline, permutations=20_000, resamples=10)
-        assert result.receiver_at_global is not None
-        assert result.receiver_at_global.observed.value == 1.0
-        assert result.receiver_at_global.random == pytest.approx(1 / 8, abs=0.01)
-        assert result.receiver_at_global.lift.value == pytest.approx(7, rel=0.1)
-        # Every eighth permutation is the order that was observed.
-        assert result.receiver_at_global.p_value == pytest.approx(1 / 8, abs=0.01)
 
 
 def test_a_rotation_keeps_the_distances_of_peaks() -> None:
     """Peaks two apart see a value that alternates all or never; shuffled, they see half of it."""
     saw = torch.tensor([[0.0, 1.0] * 10])
     scores = TokenScores(saw, saw, saw, torch.ones(1, 20, dtype=torch.bool))
-    rotated = measure_couplings(scores, baseline="rotate", quantile=1.0, permutations=200, resamples=2)
+    rotated = measure_couplings(scores, null="rotate", quantile=1.0, draws=200, resamples=2)
     assert rotated.entropy_at_preplans is not None
     assert rotated.entropy_at_preplans.p_value == pytest.approx(0.5, abs=0.12)
-    shuffled = measure_couplings(scores, quantile=1.0, permutations=200, resamples=2)
+    shuffled = measure_couplings(scores, quantile=1.0, draws=200, resamples=2)
     assert shuffled.entropy_at_preplans is not None
     assert shuffled.entropy_at_preplans.p_value < 0.05
 
@@ -171,7 +154,7 @@ def test_scores_without_relation_have_no_lift() -> None:
     generator = torch.Generator().manual_seed(0)
     waad, fai, entropy, receiver = torch.rand(4, 60, 100, generator=generator).unbind(0)
     scores = TokenScores(waad, fai, entropy, torch.ones(60, 100, dtype=torch.bool), receiver_fai=receiver)
-    result = measure_couplings(scores, permutations=200, resamples=200)
+    result = measure_couplings(scores, draws=200, resamples=200)
     for name in NAMES:
         coupling = getattr(result, name)
         assert abs(coupling.lift.value) < 0.05
@@ -231,7 +214,7 @@ def test_the_same_seed_gives_the_same_result() -> None:
     first, again, other = (measure_couplings(scores, seed=seed, **FAST) for seed in (1, 1, 2))
     assert first == again
     assert first != other
-    assert first.anchor_after_preplan.random != other.anchor_after_preplan.random
+    assert first.anchor_after_preplan.null.low != other.anchor_after_preplan.null.low
 
 
 def test_a_row_describes_the_token_that_it_produced() -> None:
@@ -289,7 +272,7 @@ def test_other_and_damaged_files_are_refused(tmp_path: Path) -> None:
         ({**tensors, name: tensors[name].long()}, settings, "peaks"),
         ({key: value for key, value in tensors.items() if key != name}, settings, "peaks"),
         (tensors, {**settings, "couplings": {}}, "anchor_after_preplan"),
-        (tensors, {**settings, "couplings": {"anchor_after_preplan": {"random": "x"}}}, "random"),
+        (tensors, {**settings, "couplings": {"anchor_after_preplan": {"null": "x"}}}, "null"),
         (tensors, {**settings, "parameters": {"seed": None}}, "parameters"),
     ]
     for parts, said, named in damaged:
@@ -336,10 +319,11 @@ SCORES = TokenScores(torch.rand(1, 9), torch.rand(1, 9), None, torch.ones(1, 9, 
     [
         ("align", ["row", None, 1]),
         ("peaks", ["all", ["top"]]),
-        ("baseline", ["none", True]),
+        ("null", ["none", True, None]),
+        ("classes", [None, "class"]),
         ("quantile", [0.0, 1.1, "0.4", None, NAN, True]),
         ("lookback", [-1, True, 1.5, "3", None, [1]]),
-        ("permutations", [0, 2.0, "many", None, True]),
+        ("draws", [0, 2.0, "many", None, True]),
         ("resamples", [0, -3, None]),
         ("confidence", [0.0, 1.0, NAN, "0.9"]),
         ("seed", [-1, 0.5, None, 2**70]),
@@ -353,7 +337,7 @@ def test_parameters_that_make_no_sense_are_refused(name: str, values: list[Any])
 
 def test_numbers_of_numpy_and_torch_are_numbers() -> None:
     plain = measure_couplings(SCORES, quantile=0.5, lookback=2, seed=1, **FAST)
-    fancy = {"permutations": np.int64(20), "resamples": torch.tensor(20)}
+    fancy = {"draws": np.int64(20), "resamples": torch.tensor(20)}
     assert plain == measure_couplings(SCORES, quantile=np.float64(0.5), lookback=np.int32(2), seed=1, **fancy)
 
 

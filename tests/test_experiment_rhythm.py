@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import pandas
 import pytest
 import torch
 
 import attnprobe
+from attnprobe.analysis.coupling_results import NAMES
 from attnprobe.models import LoadedModel
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
-from experiments.rhythm import document, generate, measure, suppress, tables, train
+from experiments.rhythm import generate, measure, page, raw, train
 from experiments.rhythm.__main__ import main
-from experiments.rhythm.problems import boxed_answer, is_right, make_problems, training_problems
+from experiments.rhythm.problems import (
+    boxed_answer,
+    is_right,
+    make_problems,
+    template_of,
+    training_problems,
+)
 from experiments.rhythm.records import append_record, read_records
 
 # ---- problems -------------------------------------------------------------------------------------
@@ -103,51 +110,66 @@ def test_an_answer_does_not_depend_on_its_neighbours(loaded: LoadedModel, tmp_pa
     assert len({tuple(answer) for answer in together}) == 4
 
 
-# ---- tables ---------------------------------------------------------------------------------------
+# ---- the page and its raw data --------------------------------------------------------------------
+
+COMMITTED = list(page.MODELS.values())
 
 
-def test_receivers_over_all_tokens_need_no_second_pass() -> None:
-    model = tiny_model("llama", implementation="eager")
-    ids = torch.randint(1, 90, (1, 60), generator=torch.Generator().manual_seed(0))
-    batch = attnprobe.TokenBatch.from_ids(ids.tolist(), response_start=torch.tensor([12]))
-    statistics = attnprobe.measure(model, batch, **measure.SETTINGS["end"])
-    found = tables._kurtosis_over_all_tokens(measure.Measured(batch, {"end": statistics}, [0]))
-    with torch.no_grad():
-        patterns = model(ids, output_attentions=True).attentions
-    expected = [
-        attnprobe.metrics.receiver_kurtosis(pattern, batch.response_mask, minimum_rows=1)
-        for pattern in patterns
-    ]
-    torch.testing.assert_close(found, torch.stack(expected, 1), rtol=1e-3, atol=1e-3)
-    assert statistics.receiver_kurtosis is not None
-    assert not torch.allclose(found, statistics.receiver_kurtosis, rtol=0.1)
+def test_problems_of_one_template_differ_in_names_and_numbers_only() -> None:
+    problems = make_problems(60)
+    alike: dict[int, set[int]] = {}
+    for problem in problems:
+        words = [word for word in problem.plain_prompt.split() if word.islower() and word.isalpha()]
+        alike.setdefault(template_of(problem.index), set()).add(len(words) // 20)
+    assert len(alike) < 60
+    assert all(max(lengths) - min(lengths) <= 2 for lengths in alike.values())
 
 
-@pytest.mark.parametrize(("place", "share"), [(49, 1.0), (41, 1.0), (40, 0.0), (0, 0.0)])
-def test_a_receiver_peaks_among_the_last_nine_tokens(place: int, share: float) -> None:
-    model = tiny_model("llama")
-    batch = attnprobe.TokenBatch.from_ids([list(range(1, 61))], response_start=torch.tensor([0]))
-    statistics = attnprobe.measure(model, batch, **measure.SETTINGS["end"])
-    fai = torch.where(statistics.fai.isnan(), torch.nan, torch.zeros_like(statistics.fai))
-    assert int((~fai.isnan()).any(0).any(0).any(0).nonzero()[-1]) == 49
-    fai[..., place] = 1
-    assert tables._peaks_at_the_end(dataclasses.replace(statistics, fai=fai)) == share
-
-
-COMMITTED = sorted((Path(tables.__file__).parent / "results").iterdir())
-
-
-@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
-def test_committed_results_can_be_read(folder: Path) -> None:
-    """And today's code makes the committed tables of them."""
-    summary = json.loads((folder / "summary.json").read_text())
-    assert "\n".join(document._tables(summary)) + "\n" == (folder / "tables.md").read_text()
-    suppressed = tables.suppression_table(read_records(folder / "suppression.jsonl"))
-    for name, value in summary["suppression"].items():
-        assert suppressed[name] == pytest.approx(value)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMITTED)
+def test_every_number_follows_from_the_raw_data(name: str) -> None:
+    """What is stored is what today's code computes from the committed raw data."""
+    folder = page.RESULTS / name
+    stored = json.loads((folder / "summary.json").read_text())
+    # Draws decide p-values and intervals of nulls, and nothing else: fewer are drawn here.
+    found = json.loads(json.dumps(page.summarise(folder, draws=100)))
+    differing = list(differences(found, stored))
+    allowed = {"draws", "p_value", "null"}
+    assert [place for place in differing if place[0] != "adjusted" and not allowed & set(place)] == []
+    for choice, nulls in stored["couplings"].items():
+        for null, couplings in nulls.items():
+            for coupling, line in couplings.items():
+                again = found["couplings"][choice][null][coupling]
+                assert again["null"][0] == pytest.approx(line["null"][0], rel=1e-6)
+                # Three standard errors of a share of 100 draws, at most.
+                assert again["p_value"] == pytest.approx(line["p_value"], abs=0.16)
     answers = read_records(folder / "responses.jsonl")
-    assert sum(record["right"] for record in answers) == summary["right"]
-    assert len(measure.long_enough(answers)) == summary["answers"]
+    assert len(measure.long_enough(answers)) == stored["answers"]
+
+
+def differences(found: Any, stored: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yield where two nested results differ."""
+    if isinstance(stored, dict):
+        assert found.keys() == stored.keys()
+        for key in stored:
+            yield from differences(found[key], stored[key], (*place, key))
+    elif isinstance(stored, list):
+        for ours, theirs in zip(found, stored, strict=True):
+            yield from differences(ours, theirs, place)
+    elif found != (stored if stored is None else pytest.approx(stored, rel=1e-6, abs=1e-9)):
+        yield place
+
+
+def test_the_page_states_the_stored_numbers() -> None:
+    assert page.PAGE.read_text() == page.render(page.read_summaries())
+
+
+def test_a_claim_that_does_not_hold_cannot_be_written() -> None:
+    summaries = page.read_summaries()
+    line = summaries["smol"]["couplings"]["main"]["heads"]["receiver_at_global"]
+    line["position_lift"][0] = 100.0
+    with pytest.raises(AssertionError, match="no longer holds"):
+        page.render(summaries)
 
 
 # ---- the whole ------------------------------------------------------------------------------------
@@ -155,6 +177,7 @@ def test_committed_results_can_be_read(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.filterwarnings("ignore::attnprobe.AttnprobeWarning")
 def test_one_command_makes_everything_and_goes_on_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,41 +189,40 @@ def test_one_command_makes_everything_and_goes_on_where_it_stopped(
     folder = tmp_path / "tiny"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    arguments = ["--model", str(folder), "--problems", "4", "--intervened", "2"]
+    arguments = ["--model", str(folder), "--problems", "4", "--intervened", "2", "--draws", "5"]
     arguments += ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     main(arguments)
     results = tmp_path / "results" / "tiny"
     names = {path.name for path in results.iterdir()}
+    tables = {"answers", "tokens", "heads", "random_heads", "perturbations", "knockouts"}
     assert names == {
         "responses.jsonl",
-        "suppression.jsonl",
-        "tokens.parquet",
-        "couplings.parquet",
-        "perturbations.parquet",
-        "summary.json",
-        "tables.md",
+        *(f"{name}.parquet" for name in tables),
         "figure-2.png",
-        "figure-8.png",
-        "couplings.png",
+        "figure-9.png",
     }
-    written = (results / "summary.json").read_text()
-    summary = json.loads(written)
-    assert summary["perturbation"]["response"]["responses"] == 2
-    assert set(summary["couplings"]["as in the paper"]) == set(tables.NAMES)
+    summary = page.summarise(results, draws=20)
+    assert summary["answers"] == summary["asked"] == 4
+    assert summary["perturbation"]["greedy"]["responses"] == 2
 
-    tokens = pandas.read_parquet(results / "tokens.parquet")
-    assert {"problem", "position", "response_position", "token_id", "text", "waad"} <= set(tokens.columns)
-    trials = pandas.read_parquet(results / "perturbations.parquet")
-    assert {"problem", "position", "response_position", "token_id", "overlap"} <= set(trials.columns)
-    place = ["problem", "position", "response_position"]
-    own = trials[trials["rank"] == 0].merge(tokens, on=[*place, "token_id"])
-    assert len(own) == 4
+    # The scores come back as they were, and so do the couplings.
+    statistics = [
+        attnprobe.HeadStatistics.load(path)
+        for path in sorted((tmp_path / "work" / "tiny" / "statistics").glob("*-end.safetensors"))
+    ]
+    whole = attnprobe.HeadStatistics.concatenate(statistics)
+    scores = attnprobe.score_tokens(whole, attnprobe.classify_heads(whole))
+    direct = attnprobe.couplings(scores, null="token", draws=5, resamples=5)
+    again = attnprobe.couplings(raw.read(results).scores(), null="token", draws=5, resamples=5)
+    for name in NAMES:
+        assert getattr(again, name).observed_sum.tolist() == getattr(direct, name).observed_sum.tolist()
+        assert getattr(again, name).null.value == pytest.approx(getattr(direct, name).null.value)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("this was done before")
 
-    for module, name in ((generate, "sample"), (suppress, "_of_answer")):
-        monkeypatch.setattr(module, name, refuse)
+    written = {path.name: path.read_bytes() for path in results.glob("*.parquet")}
+    monkeypatch.setattr(generate, "sample", refuse)
+    monkeypatch.setattr(attnprobe, "measure", refuse)
     main(arguments)
-    # As text: a value that is undefined here is not equal to itself.
-    assert (results / "summary.json").read_text() == written
+    assert {path.name: path.read_bytes() for path in results.glob("*.parquet")} == written

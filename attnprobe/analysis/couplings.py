@@ -1,206 +1,64 @@
 """Couplings: do WAAD peaks, FAI peaks and entropy go together more often than by chance?
 
-`couplings`, which users call, makes the three measurements of Table 2 of arXiv 2510.13554v2. Each has its own
-baseline, in which the peaks of a response are moved to other tokens of it, many times, from a seed. All three
-are the same question: what is the mean, over some peaks, of a value that every token has? What is left to
-others: token scores (scores), peaks (rhythm), and intervals (bootstrap).
+`couplings`, which users call, makes the three measurements of Table 2 of arXiv 2510.13554v2, under a null of
+the user's choice: peaks that lie elsewhere, or other heads. All three are the same question: what is the
+mean, over some peaks, of a value that every token has? What is left to others: token scores (scores), peaks
+(rhythm), the nulls (nulls, random_heads), intervals (bootstrap), and the results (coupling_results).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.analysis.bootstrap import (
-    Estimate,
     bootstrap_weights,
     check_resampling,
     divide,
     percentile_estimate,
-    ratio_estimate,
 )
-from attnprobe.analysis.summary import Summary
-from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.analysis.coupling_results import NAMES, Coupling, Couplings
+from attnprobe.analysis.nulls import MovedPeaks, Null, PeakSums, TokenClasses, strata_of
+from attnprobe.analysis.random_heads import RandomHeads
+from attnprobe.analysis.token_classes import token_class
+from attnprobe.errors import ParameterError, ResultError
+from attnprobe.head_statistics import HeadStatistics
+from attnprobe.heads import GroupsLike, classify_heads, head_groups
+from attnprobe.layer_selection import LayerName
 from attnprobe.layout import check_unpacked
 from attnprobe.provenance import Align, Provenance
 from attnprobe.rhythm import check_lookback, check_quantile, find_peaks, near_preplans, top_quantile
-from attnprobe.scores import TokenScores, aligned_waad
-from attnprobe.storage import load_result, save_result
-from attnprobe.validation import FloatLike, IntLike, choice, instance, whole_number
+from attnprobe.scores import TokenScores, aligned_waad, score_tokens
+from attnprobe.validation import ArrayLike, FloatLike, IntLike, brief, choice, instance, whole_number
 
 PeakDefinition = Literal["maxima", "top"]
-Baseline = Literal["shuffle", "rotate"]
 
-NAMES = ("entropy_at_preplans", "receiver_at_global", "anchor_after_preplan")
-"""The couplings, in the order of Table 2."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Coupling(Summary):
-    """One coupling: the mean of a value over some peaks, compared with its mean over moved peaks.
-
-    Attributes:
-        observed: the mean over the peaks of all problems, with its interval.
-        random: the mean over moved peaks.
-        lift: `(observed - random) / random`, with its interval.
-        p_value: the share of permutations whose mean is at least the observed one, in (0, 1].
-        observed_sum, random_sum, peaks: for each problem: the sum of the value over its peaks, the same
-            for moved peaks (mean over permutations), and the number of peaks.
-
-    Raises:
-        ResultError: sums of the wrong type or size.
-    """
-
-    observed: Estimate
-    random: float
-    lift: Estimate
-    p_value: float
-    observed_sum: Float[Tensor, " problem"]
-    random_sum: Float[Tensor, " problem"]
-    peaks: Float[Tensor, " problem"]
-
-    def _headline(self) -> str:
-        problems = int((self.peaks > 0).sum())
-        return (
-            f"observed {self.observed}, random {self.random:.4g}, lift {self.lift}, p {self.p_value:.3g}, "
-            f"{int(self.peaks.sum())} peaks in {problems} problems"
-        )
-
-    def _shown(self) -> dict[str, Any]:
-        return {}
-
-    def _table(self) -> dict[str, Any]:
-        """Return a line for each problem: its number of peaks and its sums."""
-        columns: dict[str, Any] = {"problem": list(range(len(self.peaks)))}
-        return columns | {name: getattr(self, name).tolist() for name in ("peaks", *_SUMS)}
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Couplings(Summary):
-    """The three couplings of Table 2 of arXiv 2510.13554v2; None if a score was not measured.
-
-    Attributes:
-        entropy_at_preplans: mean entropy, in nats, at WAAD peaks.
-        receiver_at_global: share of the receiver heads' FAI peaks that are also peaks of the global heads.
-        anchor_after_preplan: share of FAI peaks that coincide with, or follow within `lookback` tokens,
-            a WAAD peak.
-        parameters: what `couplings` was called with.
-        provenance: what the scores were computed from; without heads if they differ between batches.
-
-    Raises:
-        ResultError: anything else in place of a coupling.
-    """
-
-    entropy_at_preplans: Coupling | None
-    receiver_at_global: Coupling | None
-    anchor_after_preplan: Coupling
-    parameters: dict[str, float | int | str]
-    provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
-
-    def _check(self, error: type[AttnprobeError] = ResultError) -> None:
-        for name in NAMES:
-            if getattr(self, name) is not None or name == "anchor_after_preplan":
-                instance(getattr(self, name), Coupling, name, error=error)
-
-    def _measured(self) -> dict[str, Coupling]:
-        """Return the couplings that are not None, by name."""
-        found = {name: getattr(self, name) for name in NAMES}
-        return {name: coupling for name, coupling in found.items() if coupling is not None}
-
-    def _headline(self) -> str:
-        # The provenance includes the alignment.
-        told = [f"{name}={value}" for name, value in self.parameters.items() if name != "align"]
-        return ", ".join([*told, str(self.provenance)])
-
-    def _shown(self) -> dict[str, Any]:
-        measured = self._measured()
-        return {
-            "coupling": list(measured),
-            "random": [coupling.random for coupling in measured.values()],
-            "observed": [coupling.observed for coupling in measured.values()],
-            "lift": [coupling.lift for coupling in measured.values()],
-            "p": [coupling.p_value for coupling in measured.values()],
-        }
-
-    def _table(self) -> dict[str, Any]:
-        """Return a line for each coupling: random, observed, lift, their limits, p-value and counts."""
-        measured = self._measured()
-        of = measured.values()
-        columns: dict[str, Any] = {"coupling": list(measured), "random": [each.random for each in of]}
-        for quantity in ("observed", "lift"):
-            estimates = [getattr(each, quantity) for each in of]
-            columns[quantity] = [estimate.value for estimate in estimates]
-            columns[f"{quantity}_low"] = [estimate.low for estimate in estimates]
-            columns[f"{quantity}_high"] = [estimate.high for estimate in estimates]
-        columns["p_value"] = [each.p_value for each in of]
-        columns["peaks"] = [int(each.peaks.sum()) for each in of]
-        columns["problems"] = [int((each.peaks > 0).sum()) for each in of]
-        return columns
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Save as one safetensors file with JSON metadata, and return its path.
-
-        Raises:
-            ResultError: a path that cannot be written.
-        """
-        tensors: dict[str, Tensor | None] = {}
-        numbers = {}
-        for name, coupling in self._measured().items():
-            tensors |= {f"{name}.{field}": getattr(coupling, field) for field in ("peaks", *_SUMS)}
-            numbers[name] = {field: getattr(coupling, field) for field in _Numbers.__annotations__}
-        settings = {"parameters": self.parameters, "provenance": self.provenance, "couplings": numbers}
-        return save_result(path, "Couplings", tensors, settings)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Couplings:
-        """Load what `save` wrote.
-
-        Raises:
-            ResultError: a file that is missing or damaged, or that holds something else.
-        """
-        types = {
-            "parameters": dict[str, float | int | str],
-            "provenance": Provenance,
-            "couplings": dict[_Name, _Numbers],
-        }
-        tensors, settings = load_result(path, "Couplings", (), types)
-        loaded: dict[str, Any] = dict.fromkeys(NAMES)
-        try:
-            for name, numbers in settings.pop("couplings").items():
-                sums = {field: tensors.get(f"{name}.{field}") for field in ("peaks", *_SUMS)}
-                loaded[name] = Coupling(**numbers, **sums)  # type: ignore[arg-type]
-            return cls(**loaded, **settings)
-        except AttnprobeError as error:
-            raise ResultError(f"{path} is damaged: {error}") from error
-
-
-class _Numbers(TypedDict):
-    observed: Estimate
-    random: float
-    lift: Estimate
-    p_value: float
-
-
-_Name = Literal["entropy_at_preplans", "receiver_at_global", "anchor_after_preplan"]
-_SUMS = ("observed_sum", "random_sum")
+if TYPE_CHECKING:
+    Measured: TypeAlias = TokenScores | HeadStatistics
+    MeasuredLike: TypeAlias = Measured | Iterable[Measured]
+else:
+    Measured = MeasuredLike = Any
 
 
 def couplings(
-    scores: TokenScores | Iterable[TokenScores],
+    measured: MeasuredLike,
+    heads: GroupsLike | None = None,
     *,
+    layers: ArrayLike | IntLike | LayerName | None = None,
     align: Align = "token",
     quantile: FloatLike = 0.4,
-    lookback: IntLike = 3,
+    lookback: IntLike = 1,
     peaks: PeakDefinition = "maxima",
-    baseline: Baseline = "shuffle",
-    permutations: IntLike = 1000,
+    null: Null = "position",
+    classes: TokenClasses = token_class,
+    draws: IntLike = 1000,
+    clusters: Sequence[Hashable] | None = None,
     resamples: IntLike = 2000,
     confidence: FloatLike = 0.95,
     seed: IntLike = 0,
@@ -208,10 +66,15 @@ def couplings(
     """Measure the three couplings of Table 2 of arXiv 2510.13554v2 over the problems of a data set.
 
     Sums over problems are pooled, so that every peak counts equally, whichever problem it belongs to. In a
-    response with gaps, no anchor follows a preplan across a gap, but a baseline moves peaks across gaps.
+    response with gaps, no anchor follows a preplan across a gap, but a null moves peaks across gaps. No model
+    is run.
 
     Args:
-        scores: of one batch, or of several batches, one after the other; each example is a problem.
+        measured: token scores, or the statistics of every head that `measure` returns; of one batch, or of
+            several batches, one after the other. Each example is a problem. Random heads need statistics.
+        heads: with statistics: the head groups, as for `score_tokens`. Default: those of `classify_heads`
+            over all that is given, which is then kept in memory.
+        layers: with statistics: which of the measured layers, such as "top third" (Table 10); default: all.
         align: which token a row of the pattern describes. "token": row t describes token t, as in the
             paper. "prediction": row t describes token t + 1, which it produced; WAAD moves by one, while
             FAI, which is read from columns, does not.
@@ -219,47 +82,99 @@ def couplings(
         lookback: within how many tokens an anchor "immediately follows" a preplan (the paper's k); 0: it
             must coincide with one.
         peaks: "maxima" takes the local maxima within the quantile; "top" takes the whole quantile.
-        baseline: what counts as chance. "shuffle" moves each peak of a response to any of its tokens;
-            "rotate" moves all of them by the same random number of tokens, which keeps their distances.
-        permutations: how many times the peaks are moved.
-        resamples, confidence: of the bootstrap over problems.
-        seed: of permutations and bootstrap.
+        null: what counts as chance.
+            "position" moves each peak to any token of its response that could be a peak (the paper's).
+            "rotate" moves all peaks of a response by the same number of tokens, which keeps their distances.
+            "token" moves peaks among tokens of the same id in the same answer: is it more than which tokens
+            these are? "bigram": of the same id and the same id before it.
+            "class" moves peaks among tokens of the same class, such as line ends.
+            "heads" leaves the peaks alone and puts random heads in place of the groups, in groups of the same
+            sizes that overlap as much: is it these heads, or would any do?
+        classes: with `null="class"`: the function that gives a token's class, from its text.
+        draws: how many times peaks are moved, or heads drawn.
+        clusters: a label for each problem, such as the template that it was made from: the bootstrap draws
+            whole clusters, since problems of one template are not independent. Default: each problem on its
+            own.
+        resamples, confidence: of the bootstrap over problems; `confidence` is also that of the null's
+            interval.
+        seed: of draws and bootstrap.
 
     Raises:
-        ParameterError: an unknown alignment, definition or baseline, a quantile outside (0, 1], a negative
-            lookback, no permutations or resamples, packed examples, or no problem.
+        ParameterError: an unknown alignment, definition or null, a quantile outside (0, 1], a negative
+            lookback, no draws or resamples, packed examples, no problem, another number of clusters than of
+            problems, scores where statistics are needed, or unknown ids or texts of tokens.
         ResultError: scores of different models, layers, windows, horizons or alignments.
+
+    >>> from attnprobe import TokenBatch, measure
+    >>> from attnprobe.testing.tiny_models import tiny_model
+    >>> batch = TokenBatch.from_ids(torch.arange(1, 65)[None].expand(2, -1), response_start=4)
+    >>> statistics = measure(tiny_model("llama"), batch, horizon=(2, 20))
+    >>> couplings(statistics, null="heads", draws=10).anchor_after_preplan.movable is None
+    True
     """
     choice(align, "align", get_args(Align))
     definition = choice(peaks, "peaks", get_args(PeakDefinition))
-    choice(baseline, "baseline", get_args(Baseline))
+    choice(null, "null", get_args(Null))
+    if not callable(classes):
+        raise ParameterError(
+            f"classes must be a function from a token's text to its class; got {brief(classes)}"
+        )
     quantile, lookback = check_quantile(quantile), check_lookback(lookback, minimum=0)
-    permutations = whole_number(permutations, "permutations", minimum=1)
+    draws = whole_number(draws, "draws", minimum=1)
     resamples, confidence, seed = check_resampling(resamples, confidence, seed)
+
+    def questions(scores: TokenScores) -> dict[str, _Question]:
+        return _questions(scores, align, quantile, lookback, definition)
+
     # One generator for each coupling, so that draws do not depend on how problems are batched.
-    permuting = {
-        name: _Permuting(baseline, permutations, torch.Generator().manual_seed(seed)) for name in NAMES
+    moving = {
+        name: MovedPeaks(null == "rotate", draws, torch.Generator().manual_seed(seed)) for name in NAMES
     }
-    found: dict[str, list[_Problem]] = {name: [] for name in NAMES}
+    random_heads: RandomHeads | None = None
+    found: dict[str, list[PeakSums]] = {name: [] for name in NAMES}
     problems, provenance = 0, Provenance()
-    for part in _parts(scores):
-        provenance = _joined(provenance, part.provenance) if problems else part.provenance
-        problems += part.waad.shape[0]
-        for name, question in _questions(part, align, quantile, lookback, definition).items():
-            found[name] += [permuting[name].ask(*of_problem) for of_problem in zip(*question, strict=True)]
+    for scores, statistics, groups in _scored(measured, heads, layers):
+        provenance = _joined(provenance, scores.provenance) if problems else scores.provenance
+        examples = scores.waad.shape[0]
+        problems += examples
+        asked = questions(scores)
+        if null == "heads":
+            if statistics is None:
+                raise ParameterError(
+                    'null="heads" needs the statistics of every head, which measure returns, not token scores'
+                )
+            random_heads = random_heads or RandomHeads.draw(statistics, groups, draws, seed)
+            for example in range(examples):
+                drawn = [questions(part) for part in random_heads.scores(statistics, example)]
+                for name, question in asked.items():
+                    found[name].append(_with_heads(question, [part[name] for part in drawn], example))
+            continue
+        strata = strata_of(scores, null, classes)
+        for name, question in asked.items():
+            found[name] += [
+                moving[name].ask(*of_problem) for of_problem in zip(*question, strata, strict=True)
+            ]
     if problems == 0:
         raise ParameterError("couplings need at least one problem; got none")
+    if clusters is not None and len(clusters) != problems:
+        raise ParameterError(
+            f"clusters must name one for each of the {problems} problems; got {len(clusters)}"
+        )
+    weights = bootstrap_weights(problems, resamples, seed, clusters)
     summary: dict[str, Any] = {
-        name: _summarise(asked, resamples, confidence, seed) if len(asked) == problems else None
-        for name, asked in found.items()
+        name: _summarise(sums, weights, confidence, by_heads=null == "heads")
+        if len(sums) == problems
+        else None
+        for name, sums in found.items()
     }
     parameters: dict[str, float | int | str] = {
         "align": align,
         "quantile": quantile,
         "lookback": lookback,
         "peaks": peaks,
-        "baseline": baseline,
-        "permutations": permutations,
+        "null": null,
+        "draws": draws,
+        "clusters": problems if clusters is None else len(set(clusters)),
         "resamples": resamples,
         "confidence": confidence,
         "seed": seed,
@@ -267,12 +182,54 @@ def couplings(
     return Couplings(**summary, parameters=parameters, provenance=replace(provenance, align=align))
 
 
-def _parts(scores: TokenScores | Iterable[TokenScores]) -> Iterator[TokenScores]:
-    """Yield scores one batch at a time, so that those of a generator are not all in memory."""
-    if not isinstance(scores, Iterable):
-        scores = [instance(scores, TokenScores, "scores", "score_tokens returns them")]
-    for part in scores:
-        yield instance(part, TokenScores, "each of the scores", "score_tokens returns them")
+_Scored: TypeAlias = "tuple[TokenScores, HeadStatistics | None, dict[Any, Any]]"
+
+
+def _scored(
+    measured: MeasuredLike, heads: GroupsLike | None, layers: ArrayLike | IntLike | LayerName | None
+) -> Iterator[_Scored]:
+    """Yield the scores of one batch at a time, with the statistics and groups that they are computed from."""
+    parts = _parts(measured)
+    first = next(parts, None)
+    if first is None:
+        return
+    parts = chain([first], parts)
+    if isinstance(first, TokenScores):
+        given = "heads" if heads is not None else "layers" if layers is not None else None
+        if given:
+            raise ParameterError(
+                f"{given} choose among statistics, but these are token scores: pass what measure returns"
+            )
+        for part in parts:
+            yield instance(part, TokenScores, "each of the scores"), None, {}
+        return
+    statistics = (
+        part if layers is None else part.at_layers(layers)
+        for part in (instance(part, HeadStatistics, "each of the statistics") for part in parts)
+    )
+    if heads is None:
+        kept = list(statistics)
+        heads, statistics = classify_heads(kept), (part for part in kept)
+    for part in statistics:
+        groups = head_groups(
+            heads, layers=part.layers, head_count=part.head_count, model_name=part.model_name
+        )
+        yield score_tokens(part, heads), part, groups
+
+
+def _parts(measured: MeasuredLike) -> Iterator[Measured]:
+    """Yield what was measured one batch at a time, so that those of a generator are not all in memory."""
+    kinds = (TokenScores, HeadStatistics)
+    expected = "TokenScores or HeadStatistics, which score_tokens and measure return"
+    if isinstance(measured, kinds):
+        yield measured
+        return
+    if not isinstance(measured, Iterable) or isinstance(measured, str | bytes | Tensor | dict):
+        raise ParameterError(f"couplings are measured over {expected}; got {brief(measured)}")
+    for part in measured:
+        if not isinstance(part, kinds):
+            raise ParameterError(f"couplings are measured over {expected}; got {brief(part)} among them")
+        yield part
 
 
 def _joined(first: Provenance, part: Provenance) -> Provenance:
@@ -287,13 +244,18 @@ def _joined(first: Provenance, part: Provenance) -> Provenance:
     return first if first.heads == part.heads else replace(first, heads={})
 
 
-Question = tuple[Float[Tensor, "batch token"], Bool[Tensor, "batch token"], Bool[Tensor, "batch token"]]
+class _Question(NamedTuple):
+    """The value of each token, the peaks, and the pool: which tokens could be peaks."""
+
+    values: Float[Tensor, "batch token"]
+    peak: Bool[Tensor, "batch token"]
+    pool: Bool[Tensor, "batch token"]
 
 
 def _questions(
     scores: TokenScores, align: Align, quantile: float, lookback: int, definition: str
-) -> dict[str, Question]:
-    """Return for each coupling: the value of each token, the peaks, and which tokens could be peaks."""
+) -> dict[str, _Question]:
+    """Return the question that each coupling asks."""
     check_unpacked(scores.segment_ids, "find peaks")
     scores = scores.to("cpu")
     inside = scores.response_mask
@@ -307,73 +269,97 @@ def _questions(
             return top_quantile(values, quantile)
         return find_peaks(values, quantile=quantile)
 
+    def pool_of(values: Tensor) -> Tensor:
+        defined = ~values.isnan()
+        if definition == "top":
+            return defined
+        # A token at the edge of what is defined has one neighbour, and is never a local maximum.
+        wide = torch.nn.functional.pad(defined, (1, 1))
+        return defined & wide[:, :-2] & wide[:, 2:]
+
     waad, fai = of_response(aligned_waad(scores, align)), of_response(scores.fai)
     preplan, anchor = peaks_of(waad), peaks_of(fai)
-    asked: dict[str, Question] = {}
+    asked: dict[str, _Question] = {}
     if scores.entropy is not None:
         entropy = of_response(scores.entropy)
-        defined = ~waad.isnan() & ~entropy.isnan()
-        asked["entropy_at_preplans"] = (entropy, preplan & defined, defined)
+        pool = pool_of(waad) & ~entropy.isnan()
+        asked["entropy_at_preplans"] = _Question(entropy, preplan & pool, pool)
     if scores.receiver_fai is not None:
         receiver_fai = of_response(scores.receiver_fai)
-        defined = ~receiver_fai.isnan() & ~fai.isnan()
-        asked["receiver_at_global"] = (anchor.double(), peaks_of(receiver_fai) & defined, defined)
+        pool = pool_of(receiver_fai) & ~fai.isnan()
+        asked["receiver_at_global"] = _Question(anchor.double(), peaks_of(receiver_fai) & pool, pool)
     near = near_preplans(preplan, inside, lookback)
-    asked["anchor_after_preplan"] = (near.double(), anchor, ~fai.isnan())
+    asked["anchor_after_preplan"] = _Question(near.double(), anchor, pool_of(fai))
     return asked
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """One problem's answer to one question: sums over its peaks, as observed and for each permutation."""
-
-    observed: float
-    peaks: int
-    permuted: Float[Tensor, " permutation"]
-
-
-@dataclass(frozen=True)
-class _Permuting:
-    """Moves peaks to other tokens, many times."""
-
-    baseline: str
-    permutations: int
-    generator: torch.Generator
-
-    def ask(
-        self, values: Float[Tensor, " token"], at: Bool[Tensor, " token"], eligible: Bool[Tensor, " token"]
-    ) -> _Problem:
-        """Return the sums of the values at the peaks, and at the tokens that the peaks are moved to."""
-        value, peak = values[eligible], at[eligible]
-        count, tokens = int(peak.sum()), len(value)
-        if count == 0:
-            return _Problem(0.0, 0, torch.zeros(self.permutations, dtype=torch.float64))
-        if self.baseline == "rotate":
-            offset = torch.randint(tokens, (self.permutations, 1), generator=self.generator)
-            place = (peak.nonzero()[:, 0] + offset) % tokens
-        else:
-            order = torch.rand(self.permutations, tokens, generator=self.generator)
-            place = order.argsort(-1)[:, :count]
-        return _Problem(float(value[peak].sum()), count, value[place].sum(-1))
+def _sums(question: _Question) -> tuple[Tensor, Tensor, Tensor]:
+    """Return for each example: the sum over its peaks, their number, and the sum expected anywhere."""
+    values = question.values.masked_fill(~question.pool, 0.0)
+    counts = question.peak.sum(-1).double()
+    mean = values.sum(-1) / question.pool.sum(-1).clamp(min=1)
+    return (values * question.peak).sum(-1), counts, counts * mean
 
 
-def _summarise(asked: list[_Problem], resamples: int, confidence: float, seed: int) -> Coupling:
-    observed = torch.tensor([problem.observed for problem in asked], dtype=torch.float64)
-    peaks = torch.tensor([problem.peaks for problem in asked], dtype=torch.float64)
-    permuted = torch.stack([problem.permuted for problem in asked])
-    random = permuted.mean(-1)
-    weights = bootstrap_weights(len(asked), resamples, seed)
-    lifts = divide(weights @ observed, weights @ random) - 1
-    lift = float(divide(observed.sum(), random.sum()) - 1)
-    # The observed order counts as one of the permutations, so that a p-value is never 0. The tolerance is
-    # for rounding: equal sums, added in another order, must count as equal.
-    reached = permuted.sum(0) >= observed.sum() - 1e-9
-    return Coupling(
-        observed=ratio_estimate(observed, peaks, resamples=resamples, confidence=confidence, seed=seed),
-        random=float(divide(random.sum(), peaks.sum())),
-        lift=percentile_estimate(lift, lifts, confidence),
-        p_value=(1 + int(reached.sum())) / (1 + permuted.shape[1]),
-        observed_sum=observed,
-        random_sum=random,
-        peaks=peaks,
+def _with_heads(question: _Question, drawn: list[_Question], example: int) -> PeakSums:
+    """Return the sums of one problem, as observed and with random heads."""
+    observed, peaks, position = (float(part[example]) for part in _sums(question))
+    sums, counts, positions = (
+        torch.cat(parts) for parts in zip(*(_sums(part) for part in drawn), strict=True)
     )
+    return PeakSums(observed, int(peaks), position, None, sums, counts, positions, 0)
+
+
+def _summarise(
+    found: list[PeakSums], weights: Float[Tensor, "resample problem"], confidence: float, *, by_heads: bool
+) -> Coupling:
+    def column(name: str) -> Tensor:
+        return torch.tensor([float(getattr(each, name)) for each in found], dtype=torch.float64)
+
+    observed, peaks, position = column("observed"), column("peaks"), column("position")
+    sums, counts, positions = (
+        torch.stack([getattr(each, name) for each in found]) for name in ("sums", "counts", "positions")
+    )
+    mean = float(divide(observed.sum(), peaks.sum()))
+    drawn = divide(sums.sum(0), counts.sum(0))
+    null_sum = sums.mean(-1) if by_heads else column("expected")
+    if by_heads:
+        # Draws differ in their number of peaks: the null is the mean over draws of their means.
+        null_mean = float(drawn.nanmean())
+        null_means = divide(weights @ sums, weights @ counts).nanmean(-1)
+    else:
+        null_mean = float(divide(null_sum.sum(), peaks.sum()))
+        null_means = divide(weights @ null_sum, weights @ peaks)
+    resampled = divide(weights @ observed, weights @ peaks)
+    lift = mean / null_mean - 1 if null_mean else float("nan")
+    position_lift = float(divide(observed.sum(), position.sum())) - 1
+    drawn_lifts = divide(sums.sum(0), positions.sum(0)) - 1
+    return Coupling(
+        observed=percentile_estimate(mean, resampled, confidence),
+        null=percentile_estimate(null_mean, drawn, confidence),
+        lift=percentile_estimate(lift, divide(resampled, null_means) - 1, confidence),
+        p_value=_share_reached(drawn, mean),
+        position_lift=percentile_estimate(
+            position_lift, divide(weights @ observed, weights @ position) - 1, confidence
+        ),
+        null_position_lift=(
+            percentile_estimate(float(drawn_lifts.nanmean()), drawn_lifts, confidence) if by_heads else None
+        ),
+        position_lift_p_value=_share_reached(drawn_lifts, position_lift) if by_heads else None,
+        movable=None if by_heads else float(divide(column("movable").sum(), peaks.sum())),
+        observed_sum=observed,
+        null_sum=null_sum,
+        position_sum=position,
+        peaks=peaks,
+        null_values=drawn,
+        null_position_lifts=drawn_lifts if by_heads else None,
+    )
+
+
+def _share_reached(drawn: Float[Tensor, " draw"], observed: float) -> float:
+    """Return the share of draws at least as large as what was observed, which counts as one of them.
+
+    The tolerance is for rounding: equal sums, added in another order, must count as equal.
+    """
+    reached = drawn >= observed - 1e-9 * max(1.0, abs(observed))
+    return (1 + int(reached.sum())) / (1 + len(drawn))

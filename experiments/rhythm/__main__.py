@@ -1,9 +1,10 @@
-"""One command for the whole experiment: answer, measure, perturb, and write tables and figures.
+"""One command for what needs a model: answer, measure, perturb, knock out, and write the raw data.
 
     python -m experiments.rhythm
 
-Each step stores what it has done, so that an interrupted run continues where it stopped. What is left to
-others: the steps themselves (generate, measure, suppress, tables, document, figures).
+Each step stores what it has done, so that an interrupted run continues where it stopped. Afterwards
+`python -m experiments.rhythm.page` computes all numbers. What is left to others: the steps themselves
+(generate, measure, raw, figures) and the estimates (page).
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from typing import Any
 import torch
 
 import attnprobe
-from attnprobe.analysis.perturbation import perturb
 from attnprobe.models import LoadedModel, load_model
-from experiments.rhythm import document, figures, generate, measure, problems, suppress, tables
+from experiments.rhythm import choices, figures, generate, measure, problems, raw
 
 HERE = Path(__file__).parent
-STEPS = ("perturb", "suppress")
+STEPS = ("perturb", "knockout")
 """The steps that can be skipped."""
+
+POSITIONS = {"positions": 2, "drawn": 2}
+"""How many tokens of each answer are intervened on: two of highest FAI, two of lowest, two drawn."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = load_model(options.model, progress=True)
     results = options.results / loaded.name
     work = options.work / loaded.name
-    results.mkdir(parents=True, exist_ok=True)
+    for folder in (results, work):
+        folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
     asked = problems.make_problems(options.problems)
     answers = generate.generate(loaded, asked, results / "responses.jsonl")
@@ -41,59 +45,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = measure.long_enough(answers)
     measured = measure.measure(loaded, chosen, work / "statistics")
     clock.tell(f"statistics of {len(chosen)} answers")
-    summary: dict[str, Any] = {
-        "model": loaded.name,
-        "answers": len(chosen),
-        "tokens": int(measured.batch.response_mask.sum()),
-        "right": sum(record["right"] for record in answers),
-        "groups": tables.grouping_table(measured),
-        "couplings": tables.coupling_tables(measured, loaded.model),
-        "following_without_coincidence": tables.following_without_coincidence(measured),
+    raw.write(measured, results, draws=options.draws)
+    clock.tell("raw data of the couplings")
+    scores = dict(choices.scores_of(measured))["main"]
+    first = slice(options.intervened)
+    tried: dict[str, Any] = {
+        "batch": measured.batch.select(first),
+        "scores": scores.select(first),
+        **POSITIONS,
+        "progress": True,
     }
-    clock.tell("couplings")
-    scores = {name: tables.scores_for(measured, setting=name) for name in measure.SETTINGS}
-    if "suppress" not in options.without:
-        path = results / "suppression.jsonl"
-        records = chosen[: options.intervened]
-        suppressed = suppress.suppress(loaded, records, scores["end"], measured.batch, path)
-        summary["suppression"] = tables.suppression_table(suppressed)
-        clock.tell("suppression")
+    if "knockout" not in options.without:
+        knocked = attnprobe.knockout(loaded.model, **tried, path=work / "knockouts.jsonl")
+        raw.write_trials(measured.problems, knocked, results / "knockouts.parquet")
+        clock.tell("knock-outs")
     if "perturb" not in options.without:
-        intervened = slice(options.intervened)
-        perturbations = perturb(
-            loaded.model,
-            loaded.tokenizer,
-            measured.batch.select(intervened),
-            scores["end"].select(intervened),
-            path=work / "perturbations.jsonl",
-            progress=True,
+        perturbed = attnprobe.perturb(
+            loaded.model, loaded.tokenizer, **tried, path=work / "perturbations.jsonl"
         )
-        summary["perturbation"] = tables.perturbation_table(perturbations)
-        document.write_perturbations(measured.problems, perturbations, results / "perturbations.parquet")
+        raw.write_trials(measured.problems, perturbed, results / "perturbations.parquet")
         clock.tell("perturbations")
-    document.write_tokens(measured.problems, measured.batch, scores, results / "tokens.parquet")
-    document.write_lines(tables.couplings_per_problem(measured), results / "couplings.parquet")
-    document.write_summary(summary, results)
-    _draw(loaded, chosen, measured, summary, results)
-    clock.tell("tables and figures")
+    _draw(loaded, chosen, measured, results)
+    clock.tell("figures")
 
 
 def _draw(
-    loaded: LoadedModel,
-    chosen: Sequence[dict[str, Any]],
-    measured: measure.Measured,
-    summary: dict[str, Any],
-    results: Path,
+    loaded: LoadedModel, chosen: Sequence[dict[str, Any]], measured: measure.Measured, results: Path
 ) -> None:
-    """Draw the figures of one answer and of the couplings."""
-    near = measured.statistics["near"]
-    scores = tables.scores_for(measured, setting="near")
+    """Draw the figures of one answer."""
+    statistics, heads = choices.groups_of(measured)["main"]
+    scores = attnprobe.score_tokens(statistics, heads)
     example = figures.choose_example(scores)
-    heads = attnprobe.classify_heads(near)
     figures.figure_2(loaded, chosen[example], scores.select(example), heads, results / "figure-2.png")
-    figures.figure_9(scores.select(example), results / "figure-8.png")
-    paper = {name: line["lift"] for name, line in document.PAPER.items()}
-    figures.couplings_figure(summary["couplings"], paper, results / "couplings.png")
+    figures.figure_9(scores.select(example), results / "figure-9.png")
 
 
 class _Clock:
@@ -111,9 +95,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", help="a GGUF file or a folder; default: the packaged SmolLM2")
     parser.add_argument("--problems", type=int, default=100, help="how many problems to ask")
     parser.add_argument("--intervened", type=int, default=75, help="how many answers to intervene on")
+    parser.add_argument("--draws", type=int, default=raw.DRAWS, help="how many times random heads are drawn")
     parser.add_argument("--without", nargs="*", choices=STEPS, default=[], help="steps to skip")
     parser.add_argument("--threads", type=int, default=1, help="how many processor cores to use")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="where small results go")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="where the raw data go")
     parser.add_argument("--work", type=Path, default=HERE / "cache", help="where large intermediate files go")
     return parser.parse_args(arguments)
 

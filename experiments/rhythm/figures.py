@@ -103,18 +103,20 @@ def _write_text(axis: Any, texts: Sequence[str], strength: Sequence[float], colo
     axis.set_ylim(-line - 1, 0.5)
 
 
-def couplings_figure(tables: dict[str, dict[str, Any]], paper: dict[str, float], path: Path) -> None:
-    """Draw the lifts of Table 2 with their intervals, one line for each choice."""
+def couplings_figure(
+    table: dict[str, dict[str, Any]], paper: dict[str, dict[str, float]], path: Path
+) -> None:
+    """Draw the lifts of Table 2 over shuffled positions with their intervals, one line for each choice."""
     titles = {
         "entropy_at_preplans": "entropy at WAAD peaks",
         "receiver_at_global": "receiver peaks that are global peaks",
         "anchor_after_preplan": "FAI peaks at or after WAAD peaks",
     }
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 5), sharey=True, layout="constrained")
-    cases = list(tables)
+    cases = list(table)
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for place, case in enumerate(cases):
-            value, low, high = (100 * number for number in tables[case][name]["lift"])
+            value, low, high = (torch.nan if number is None else 100 * number for number in table[case][name])
             axis.errorbar(
                 value,
                 -place,
@@ -124,7 +126,7 @@ def couplings_figure(tables: dict[str, dict[str, Any]], paper: dict[str, float],
                 color="crimson" if place == 0 else "0.3",
             )
         axis.axvline(0, color="0.7", linewidth=1)
-        axis.axvline(100 * paper[name], color="steelblue", linestyle="--", linewidth=1)
+        axis.axvline(100 * paper[name]["lift"], color="steelblue", linestyle="--", linewidth=1)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("lift over shuffled peaks, %", fontsize=8)
     axes[0].set_yticks([-place for place in range(len(cases))], cases, fontsize=8)

@@ -1,8 +1,8 @@
 """The second step: measure every head on every answer, one answer at a time, each stored in a file.
 
-An answer is measured twice, with the two horizons of the paper and, at the same time, with the two kinds of
-receiver heads. The files are large (every head, every token) and stay in the work folder; what the tables
-need is small and goes to the results. What is left to others: answers (generate), tables (tables).
+An answer is measured under three settings. The files are large (every head, every token) and stay in the work
+folder; what the estimates need is small and goes to the results. What is left to others: answers (generate), and
+which scores are made of the statistics (choices).
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import attnprobe
 from attnprobe.models import LoadedModel
 from attnprobe.progress import progress_bar
 
-# In shorter answers no token has a complete horizon of [10, 50] after it.
+# In shorter answers hardly any token has much text after it.
 MIN_TOKENS = 60
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "end": {"horizon": (10, None), "receiver": "token"},
-    "near": {"horizon": (10, 50), "receiver": "sentence"},
+    "end": {"horizon": (10, None), "receiver": "token", "span_ignores": ("first",)},
+    "near": {"horizon": (10, 100), "receiver": "sentence"},
+    "weighted": {"horizon": (10, None), "receiver": "token", "value_weighted": True},
 }
-"""The horizon of the paper's analysis, which runs to the end of the response, and that of its training."""
+"""The horizon of the paper's analysis, which runs to the end of the response; that of its training; and the first
+again with attention weighted by the values that it reads."""
 
 
 @dataclass(frozen=True)

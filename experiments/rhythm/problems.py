@@ -1,13 +1,14 @@
 """The problems: procedural grade-school word problems, and the paper's prompt for them.
 
-Problem `i` depends only on the seed and on `i`, not on how many are requested. `generate` and `train` use
-them. What is left to others: answering them (generate).
+Problem `i` depends only on the seed and on `i`, not on how many are requested. `generate` and `train` use them,
+and `raw` stores their templates. What is left to others: answering them (generate).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -46,6 +47,15 @@ def make_problems(count: int) -> list[Problem]:
     return [_split(index, source[index]) for index in range(count)]
 
 
+def template_of(index: int) -> int:
+    """Return the number of the template that a problem was made from.
+
+    Problems of one template share their text but for names and numbers, so they are not independent: intervals
+    come from drawing templates.
+    """
+    return int(_source(SEED).task_indices[index])
+
+
 def training_problems(count: int) -> list[tuple[Problem, str]]:
     """Return other problems of the same generator, from another seed, with their worked solutions.
 
@@ -64,6 +74,7 @@ def training_problems(count: int) -> list[tuple[Problem, str]]:
     return found
 
 
+@cache
 def _source(seed: int) -> Any:
     import reasoning_gym
 
