@@ -32,7 +32,6 @@ from attnprobe.analysis.content_words import FUNCTION_WORDS, content_overlap, co
 from attnprobe.analysis.forced_tokens import force_tokens
 from attnprobe.analysis.perturbation import perturb
 from attnprobe.analysis.trials import Continuation, PerturbationSummary, Trial
-from attnprobe.analysis.weighted import weighted_median
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 
 NAN = math.nan
@@ -623,17 +622,6 @@ def test_resamples_draw_whole_clusters() -> None:
     assert clustered.responses == 40
     free = copies.summary().difference
     assert free.high - free.low < 0.7 * (expected.difference.high - expected.difference.low)
-
-
-@given(
-    values=st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=6),
-    data=st.data(),
-)
-def test_a_weighted_median_is_that_of_repeated_values(values: list[float], data: st.DataObject) -> None:
-    weights = data.draw(st.lists(st.integers(0, 3), min_size=len(values), max_size=len(values)).filter(any))
-    repeated = np.repeat(values, weights)
-    found = weighted_median(torch.tensor(values), torch.tensor([weights]).double())
-    assert found.tolist() == [np.median(repeated)]
 
 
 def test_a_summary_is_a_result(tmp_path: Path) -> None:

@@ -20,7 +20,13 @@ import torch
 
 from attnprobe.adapters import adapter_for
 from attnprobe.adapters.base import Mode
-from attnprobe.analysis.bootstrap import Estimate, check_resampling, check_seed
+from attnprobe.analysis.bootstrap import (
+    Estimate,
+    bootstrap_weights,
+    check_resampling,
+    check_seed,
+    percentile_estimate,
+)
 from attnprobe.analysis.chosen_positions import (
     Kind,
     check_same_model,
@@ -29,7 +35,7 @@ from attnprobe.analysis.chosen_positions import (
     text_digest,
 )
 from attnprobe.analysis.knockout import ResponseRuns
-from attnprobe.analysis.paired import UNDEFINED, Resampling, by_response, compare_kinds
+from attnprobe.analysis.paired import UNDEFINED, by_response, cluster_labels, compare_kinds
 from attnprobe.analysis.summary import Summary
 from attnprobe.analysis.trial_file import PlacedTrial, TrialFile, Trials
 from attnprobe.analysis.weighted import weighted_partial_correlation, weighted_rank_correlation
@@ -343,14 +349,19 @@ def _correlations(
         return (UNDEFINED, UNDEFINED), len(drawn)
     of_token = [(trial.example, trial.digest) for trial in drawn]
     responses = list(dict.fromkeys(of_token))
-    draws = Resampling.of(responses, clusters, resamples, confidence, seed)
+    weights = bootstrap_weights(len(responses), resamples, seed, cluster_labels(responses, clusters))
     # A token is drawn as often as its response.
     number = {response: i for i, response in enumerate(responses)}
-    draws = replace(draws, weights=draws.weights[:, [number[response] for response in of_token]])
+    weights = weights[:, [number[response] for response in of_token]]
+    once = torch.ones_like(weights[:1])
     fai, divergence, position = torch.tensor(
         [(trial.fai, trial.divergence, trial.response_position) for trial in drawn], dtype=torch.float64
     ).unbind(-1)
-    return (
-        draws.estimate(lambda weights: weighted_rank_correlation(fai, divergence, weights)),
-        draws.estimate(lambda weights: weighted_partial_correlation(fai, divergence, position, weights)),
-    ), len(drawn)
+    raw, partial = (
+        [weighted_rank_correlation(fai, divergence, each) for each in (once, weights)],
+        [weighted_partial_correlation(fai, divergence, position, each) for each in (once, weights)],
+    )
+    of_all, given_position = (
+        percentile_estimate(float(value), resampled, confidence) for value, resampled in (raw, partial)
+    )
+    return (of_all, given_position), len(drawn)

@@ -4,7 +4,7 @@
 response first, so that every response counts once, and intervals come from drawing responses, or clusters
 of them (several answers to one problem), with replacement. Medians stand beside means since what depends on a
 token is heavy-tailed: a few responses may decide a mean. What is left to others: which numbers are compared
-(trials, knockout_trials), how resamples are drawn (bootstrap), and medians of them (weighted).
+(trials, knockout_trials), and how resamples are drawn (bootstrap).
 """
 
 from __future__ import annotations
@@ -17,15 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.analysis.bootstrap import (
-    Estimate,
-    bootstrap_weights,
-    check_resampling,
-    divide,
-    percentile_estimate,
-)
+from attnprobe.analysis.bootstrap import Estimate, median_estimate, ratio_estimate
 from attnprobe.analysis.chosen_positions import Kind
-from attnprobe.analysis.weighted import weighted_median
 from attnprobe.errors import ParameterError
 from attnprobe.validation import ArrayLike, FloatLike, IntLike, brief
 
@@ -48,58 +41,6 @@ def by_response(trials: Iterable[Any], value: Callable[[Any], float]) -> dict[Re
         response: {kind: sum(numbers) / len(numbers) for kind, numbers in kinds.items()}
         for response, kinds in found.items()
     }
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """Resamples of some responses, from which intervals of any statistic follow.
-
-    Attributes:
-        weights: how often each response was drawn in each resample.
-        confidence: of the intervals.
-    """
-
-    weights: Float[Tensor, "resample response"]
-    confidence: float
-
-    @staticmethod
-    def of(
-        responses: Sequence[Response],
-        clusters: ArrayLike | None,
-        resamples: IntLike,
-        confidence: FloatLike,
-        seed: IntLike,
-    ) -> Resampling:
-        """Draw responses with replacement or, with clusters, all responses of each cluster drawn.
-
-        Raises:
-            ParameterError: no responses, no resamples, a confidence outside (0, 1), or clusters that are not
-                one label for each example.
-        """
-        resamples, confidence, seed = check_resampling(resamples, confidence, seed)
-        labels = [i for i, _ in enumerate(responses)] if clusters is None else _labels(responses, clusters)
-        numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
-        of_clusters = bootstrap_weights(len(numbers), resamples, seed)
-        return Resampling(of_clusters[:, [numbers[label] for label in labels]], confidence)
-
-    def estimate(
-        self, statistic: Callable[[Float[Tensor, "draw response"]], Float[Tensor, " draw"]]
-    ) -> Estimate:
-        """Return a statistic, a function of how often each response counts, with its interval."""
-        once = statistic(torch.ones_like(self.weights[:1]))
-        return percentile_estimate(float(once), statistic(self.weights), self.confidence)
-
-    def mean(self, values: Float[Tensor, " response"]) -> Estimate:
-        """Return the mean over responses."""
-        return self.ratio(values, torch.ones_like(values))
-
-    def ratio(self, above: Float[Tensor, " response"], below: Float[Tensor, " response"]) -> Estimate:
-        """Return the ratio of two means over responses."""
-        return self.estimate(lambda weights: divide(weights @ above, weights @ below))
-
-    def median(self, values: Float[Tensor, " response"]) -> Estimate:
-        """Return the median over responses."""
-        return self.estimate(lambda weights: weighted_median(values, weights))
 
 
 @dataclass(frozen=True)
@@ -142,33 +83,48 @@ def compare_kinds(
     """Compare two kinds of positions, response by response; all undefined if no response has both.
 
     Raises:
-        ParameterError: as `Resampling.of`.
+        ParameterError: clusters that are not one label for each example.
     """
     both = [response for response, kinds in found.items() if {first, second} <= kinds.keys()]
     if not both:
         return Comparison()
-    draws = Resampling.of(both, clusters, resamples, confidence, seed)
+    options: dict[str, Any] = {
+        "clusters": cluster_labels(both, clusters),
+        "resamples": resamples,
+        "confidence": confidence,
+        "seed": seed,
+    }
     pairs = [[found[response][kind] for kind in (first, second)] for response in both]
     ours, theirs = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
     lower = (ours < theirs).double() + 0.5 * (ours == theirs).double()
+
+    def mean(values: Float[Tensor, " response"]) -> Estimate:
+        return ratio_estimate(values, torch.ones_like(values), **options)
+
     return Comparison(
-        first=draws.mean(ours),
-        second=draws.mean(theirs),
-        difference=draws.mean(ours - theirs),
-        lower_share=draws.mean(lower),
-        higher_share=draws.mean(1 - lower),
-        ratio=draws.ratio(ours, theirs),
-        first_median=draws.median(ours),
-        second_median=draws.median(theirs),
-        difference_median=draws.median(ours - theirs),
+        first=mean(ours),
+        second=mean(theirs),
+        difference=mean(ours - theirs),
+        lower_share=mean(lower),
+        higher_share=mean(1 - lower),
+        ratio=ratio_estimate(ours, theirs, **options),
+        first_median=median_estimate(ours, **options),
+        second_median=median_estimate(theirs, **options),
+        difference_median=median_estimate(ours - theirs, **options),
         # Infinity counts as the largest; two zeros as equal.
-        ratio_median=draws.median((ours / theirs).masked_fill(ours == theirs, 1.0)),
+        ratio_median=median_estimate((ours / theirs).masked_fill(ours == theirs, 1.0), **options),
         responses=len(both),
     )
 
 
-def _labels(responses: Sequence[Response], clusters: Any) -> list[Any]:
-    """Return the label of each response."""
+def cluster_labels(responses: Sequence[Response], clusters: Any) -> list[Any] | None:
+    """Return the cluster of each response from the labels of all examples; None without clusters.
+
+    Raises:
+        ParameterError: clusters that are not one label for each example.
+    """
+    if clusters is None:
+        return None
     given = clusters.tolist() if hasattr(clusters, "tolist") else clusters
     examples = [example for example, _ in responses]
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):

@@ -1,35 +1,16 @@
-"""Medians and rank correlations of values that count several times, as those of a resample do.
+"""Rank correlations of values that count several times, as those of a resample do.
 
-A resample of a bootstrap is a weight for each value: how often it was drawn. Means follow from weighted sums,
-but medians and ranks need the functions here, which give what the repeated values would give, for all
-resamples at once. The comparisons of positions call them (paired, knockout_trials). What is left to others:
-drawing the weights (bootstrap).
+A resample of a bootstrap is a weight for each value: how often it was drawn. The functions here give what the
+repeated values would give, for all resamples at once. `Knockouts.summary` calls them. What is left to others:
+drawing the weights, and means and medians (bootstrap).
 """
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.analysis.bootstrap import divide
-
-
-def weighted_median(
-    values: Float[Tensor, " unit"], weights: Float[Tensor, "draw unit"]
-) -> Float[Tensor, " draw"]:
-    """Return the median of the values with each as often as its whole weight says.
-
-    >>> weighted_median(torch.tensor([3.0, 1.0, 2.0]), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0]]))
-    tensor([2.0000, 2.5000])
-    """
-    ordered, order = values.sort()
-    reached = weights[:, order].cumsum(-1)
-    total = reached[:, -1:]
-    # The two middle ones, counted from 0; they are one and the same for an odd number.
-    middle = torch.cat([((total - 1) / 2).floor(), (total / 2).floor()], dim=-1)
-    places = torch.searchsorted(reached, middle, right=True)
-    return ordered[places.clamp(max=len(values) - 1)].mean(-1)
 
 
 def weighted_rank_correlation(
@@ -39,6 +20,7 @@ def weighted_rank_correlation(
 
     NaN if all values of either are equal, or there is a single pair.
 
+    >>> import torch
     >>> weights = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 2.0]])
     >>> weighted_rank_correlation(torch.tensor([1.0, 2.0, 30.0]), torch.tensor([0.0, -4.0, 5.0]), weights)
     tensor([0.5000, 1.0000])
@@ -62,6 +44,7 @@ def weighted_partial_correlation(
 
     NaN if the ranks of either follow from those of the third, as those of two units always do.
 
+    >>> import torch
     >>> a, b, c = torch.tensor([[1.0, 2, 3, 4], [2, 1, 4, 3], [1, 3, 4, 2]])
     >>> weighted_partial_correlation(a, b, c, torch.ones(1, 4))
     tensor([0.5238])
