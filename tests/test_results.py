@@ -70,7 +70,14 @@ def batch_of(seed: int = 0, examples: int = 4, tokens: int = 6) -> TokenBatch:
     common = tokens_of(seed, examples, tokens)
     real = torch.ones(examples, tokens, dtype=torch.bool)
     segments = (torch.arange(tokens) // 3).expand(examples, -1).clone()
-    return TokenBatch(attention_mask=real, segment_ids=segments, **common)
+    named = drawn(seed + 2000)(examples, 2, tokens) < 0.5
+    return TokenBatch(
+        attention_mask=real,
+        segment_ids=segments,
+        segments=named,
+        segment_names=("plan", "answer"),
+        **common,
+    )
 
 
 def statistics_of(seed: int = 0, examples: int = 4, tokens: int = 6) -> HeadStatistics:
@@ -248,6 +255,8 @@ def test_only_trimming_drops_columns(name: str) -> None:
     changed: dict[str, Any] = {used: mask, "response_mask": mask}
     if getattr(result, "segment_ids", None) is not None:
         changed["segment_ids"] = None
+    if isinstance(result, TokenBatch):
+        changed["segments"] = result.segments & mask[:, None]
     result = dataclasses.replace(result, **changed)
     for examples, length in (([0], 2), ([0, 1], 4), ([3, 0], 3), (slice(None), 6)):
         trimmed = result.select(examples, trim=True)
@@ -509,6 +518,7 @@ CHANGED_SETTINGS: dict[str, Any] = {
     "quantile": 0.1,
     "lookback": 9,
     "provenance": Provenance(),
+    "segment_names": ("answer", "plan"),
 }
 
 
@@ -757,6 +767,7 @@ WRONG_SETTINGS: dict[str, list[Any]] = {
     "receiver_level": ["word", 5, True],
     "quantile": ["0.3", [0.3], True],
     "lookback": ["3", None, 2.5],
+    "segment_names": ["x", None, 5, ["plan"], ["plan", "plan"], ["plan", "first"], ["plan", ""], [1, 2]],
     "provenance": [
         None, "x", 5, {"window": "10"}, {"layers": "x"}, {"horizon": [1]}, {"heads": []},
         {"heads": {"local": [[0, 1]]}}, {"align": "sideways"},
