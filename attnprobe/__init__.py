@@ -26,6 +26,7 @@ from attnprobe.attention import Attention, DenseAttention, FactoredAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import (
     AttnprobeError,
+    AttnprobeWarning,
     BatchError,
     IncompleteRunError,
     InterventionError,
@@ -60,6 +61,7 @@ __all__ = [
     "Attachment",
     "Attention",
     "AttnprobeError",
+    "AttnprobeWarning",
     "BatchError",
     "Coupling",
     "Couplings",

@@ -58,8 +58,10 @@ def segment_names(
     return found
 
 
-def check_known(names: Iterable[str], own: Collection[str], argument: str) -> None:
-    """Check that segments are built in or among a batch's own.
+def check_known(
+    names: Iterable[str], own: Collection[str], argument: str, hint: str = "batch.with_segments({})"
+) -> None:
+    """Check that segments are built in or among a batch's own; `hint` says how one is added.
 
     Raises:
         ParameterError: one is not; the message says which there are.
@@ -67,9 +69,10 @@ def check_known(names: Iterable[str], own: Collection[str], argument: str) -> No
     for name in names:
         if name not in BUILT_IN and name not in own:
             there = ", ".join((*BUILT_IN, *own))
+            add = hint.format(f"{{{name!r}: mask}}")
             raise ParameterError(
-                f"{argument} names the segment {name!r}, which this batch does not have: it has {there}. Add "
-                f"it with batch.with_segments({{{name!r}: mask}})"
+                f"{argument} names the segment {name!r}, which is not there; there are {there}. Add it with "
+                f"{add}"
             )
 
 
