@@ -44,11 +44,11 @@ class EntropyCredit(Selective):
 class EntropySelection(Strategy):
     """Only the tokens that were sampled at the highest entropy keep a gradient (arXiv 2506.01939).
 
-    They weigh 1, the other tokens of the response 0. This is a baseline of arXiv 2510.13554v2, and it
-    usually drops tokens of either sign, as `signs="both"` does. The number of tokens by which a trainer
-    divides its loss stays the same, as with TRL's own `top_entropy_quantile`; there, however, tokens are
-    ranked across all completions of a batch, not within each. A token whose entropy is not defined keeps
-    its gradient, since nothing says that it was certain.
+    They weigh 1, the other tokens of the response 0; with `signs="both"` that drops tokens of positive and
+    negative advantages, as in that work. This is a baseline of arXiv 2510.13554v2. The number of tokens that
+    a trainer divides its loss by stays the same, as with TRL's `top_entropy_quantile`, which ranks the tokens
+    of a whole batch rather than those of each completion. A token whose entropy is not defined keeps its
+    gradient, since nothing says that it was certain.
 
     Attributes:
         quantile: the share of a response's n tokens that is kept: `ceil(quantile * n)` tokens; among equal

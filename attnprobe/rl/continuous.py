@@ -95,6 +95,8 @@ class ContinuousCredit(CreditStrategy):
     def _scaled(self, values: Float[Tensor, "completion token"]) -> Float[Tensor, "completion token"]:
         assert self.scale is not None
         order = values[~values.isnan()].sort()
+        if not len(order.values):
+            return values
         found = self.scale(order.values)
         if not isinstance(found, Tensor) or found.shape != order.values.shape:
             raise ResultError(
@@ -105,9 +107,8 @@ class ContinuousCredit(CreditStrategy):
         if not bool(found.isfinite().all()):
             worst = int((~found.isfinite()).nonzero()[0])
             raise ResultError(f"scale gave {float(found[worst])} for a score of {float(order.values[worst])}")
-        # Rounding may turn a step back, by far less than this.
-        steps = found.diff() / (found.amax() - found.amin()).clamp(min=1e-300) if len(found) else found
-        if bool((steps > 1e-9).any()) and bool((steps < -1e-9).any()):
+        steps, rounding = found.diff(), 1e-6 * (found.amax() - found.amin())
+        if bool((steps > rounding).any()) and bool((steps < -rounding).any()):
             raise ResultError(
                 "scale is not monotone: it rises between some scores and falls between others, so that a "
                 "weight would say nothing about the order of scores"

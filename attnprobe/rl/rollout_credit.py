@@ -243,10 +243,8 @@ class RolloutCredit:
         kind = self.credit if inspect.isroutine(self.credit) else type(self.credit)
         found = {"credit": kind.__qualname__, "signs": repr(self.signs)}
         if dataclasses.is_dataclass(self.credit):
-            parameters = {
-                each.name: getattr(self.credit, each.name) for each in dataclasses.fields(self.credit)
-            }
-            found |= {f"credit.{name}": _told(value) for name, value in parameters.items()}
+            parameters = dataclasses.fields(self.credit)
+            found |= {f"credit.{each.name}": _told(getattr(self.credit, each.name)) for each in parameters}
         if self.layers:
             found |= {name: repr(getattr(self, name)) for name in ("layers", "window", "horizon")}
             found["reclassify_every"] = repr(self.grouping.reclassify_every)

@@ -2,8 +2,8 @@
 
 `attach_credit` makes one for each trainer, and `CreditHandle` holds it. The trainer's callback keeps the
 grouping of heads, its accelerator sums over processes and sets the precision, its own function computes
-entropy, and if its parameters are sharded, the whole model is run (`WholePassAdapter`). What is left to others: measuring and
-weighing (rollout_credit), and reading a trainer (trainers).
+entropy, and if its parameters are sharded, the whole model is run (`WholePassAdapter`). What is left to
+others: measuring and weighing (rollout_credit), and reading a trainer (trainers).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class TrainerCredit(RolloutCredit):
     def precision(self) -> AbstractContextManager[Any]:
         """Return the trainer's mixed precision.
 
-        It wraps the forward pass of what the trainer calls; inside of PEFT's wrapper, the policy itself
-        would be run in the precision of its parameters.
+        accelerate wraps the forward pass of what the trainer calls in it; a policy inside PEFT's wrapper
+        would without it be measured in the precision of its parameters.
         """
         precision: AbstractContextManager[Any] = self._trainer.accelerator.autocast()
         return precision
