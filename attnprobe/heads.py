@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,6 +41,9 @@ from attnprobe.validation import (
 
 Group = Literal["local", "global", "receiver"]
 
+SelectivityName = Literal["kurtosis", "gini"]
+"""The measures of how selective inbound attention is, by which receivers are ranked."""
+
 
 if TYPE_CHECKING:
     GroupsLike: TypeAlias = "HeadGroups | Mapping[str, HeadsLike] | HeadsLike"
@@ -59,14 +62,15 @@ class HeadGroups(Result):
 
     Attributes:
         local_heads, global_heads: masks of the heads with the lowest and the highest span. They are disjoint.
-        receiver_heads: a mask of the heads whose inbound attention is most selective; None if kurtosis was
-            not measured.
-        span, receiver_kurtosis: the means over responses by which heads were ranked; NaN for heads that a
-            layer does not have.
+        receiver_heads: a mask of the heads whose inbound attention is most selective; None if that was not
+            measured.
+        span, receiver_kurtosis, receiver_gini: the means over responses by which heads were ranked; NaN for
+            heads that a layer does not have.
         layers: the layer number behind each index of the layer axis.
         model_name: the model that the groups belong to.
         receiver_level: whether receivers were found by token or by sentence; None if they were not.
         quantile: the share of heads in each of local and global; None if the groups were made by hand.
+        selectivity: whether receivers were ranked by kurtosis or by Gini coefficient.
 
     Raises:
         ResultError: tensors of other dtypes or shapes than these.
@@ -81,6 +85,10 @@ class HeadGroups(Result):
     model_name: str = ""
     receiver_level: ReceiverLevel | None = None
     quantile: float | None = None
+    receiver_gini: Float[Tensor, "layer head"] | None = None
+    selectivity: SelectivityName = "kurtosis"
+
+    _ADDED_LATER: ClassVar[dict[str, Any]] = {"selectivity": "kurtosis"}
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
@@ -107,8 +115,8 @@ class HeadGroups(Result):
         """Return a group's heads as (layer number, head), the most typical first."""
         mask = self.mask(group)
         value = self.span if group == "local" else -self.span
-        if group == "receiver" and self.receiver_kurtosis is not None:
-            value = -self.receiver_kurtosis
+        if group == "receiver" and self.receiver_selectivity is not None:
+            value = -self.receiver_selectivity
         found = mask.nonzero().tolist()
         found.sort(key=lambda place: float(value[place[0], place[1]]))
         return [(self.layers[layer], head) for layer, head in found]
@@ -120,6 +128,11 @@ class HeadGroups(Result):
             ParameterError: an unknown group, or receivers if kurtosis was not measured.
         """
         return HeadSelection(tuple((*pair, 1.0) for pair in self.pairs(group)), self.model_name)
+
+    @property
+    def receiver_selectivity(self) -> Float[Tensor, "layer head"] | None:
+        """The measure that receivers were ranked by; None if it is not known."""
+        return self.receiver_gini if self.selectivity == "gini" else self.receiver_kurtosis
 
     @property
     def local(self) -> HeadSelection:
@@ -152,7 +165,7 @@ class HeadGroups(Result):
             )
 
     def _table(self) -> dict[str, Any]:
-        """Return a line for each head: layer, head, span, kurtosis, and whether it is in each group."""
+        """Return a line for each head: layer, head, span, selectivity, and whether it is in each group."""
         place = (~self.span.isnan()).nonzero().cpu()
         layer, head = place.unbind(1)
         columns: dict[str, Any] = {
@@ -160,8 +173,9 @@ class HeadGroups(Result):
             "head": head.numpy(),
             "span": table_column(self.span, place),
         }
-        if self.receiver_kurtosis is not None:
-            columns["receiver_kurtosis"] = table_column(self.receiver_kurtosis, place)
+        for name in ("receiver_kurtosis", "receiver_gini"):
+            if (values := getattr(self, name)) is not None:
+                columns[name] = table_column(values, place)
         for group in GROUPS:
             mask = getattr(self, f"{group}_heads")
             if mask is not None:
@@ -173,16 +187,18 @@ class HeadGroups(Result):
         known = [group for group in GROUPS if getattr(self, f"{group}_heads") is not None]
         columns = []
         for group in known:
-            values = self.receiver_kurtosis if group == "receiver" else self.span
+            values = self.receiver_selectivity if group == "receiver" else self.span
+            digits = 2 if group == "receiver" and self.selectivity == "gini" else 1
             cells = []
             for layer, head in self.pairs(group)[:10]:
-                value = "" if values is None else f" {float(values[self.layers.index(layer), head]):.1f}"
+                place = self.layers.index(layer), head
+                value = "" if values is None else f" {float(values[place]):.{digits}f}"
                 cells.append(f"L{layer}H{head}{value}")
             columns.append(cells)
         names = {
             "local": "most local, span",
             "global": "most global, span",
-            "receiver": "receivers, kurtosis",
+            "receiver": f"receivers, {self.selectivity}",
         }
         title = f"HeadGroups({self._headline()})"
         return html_table(title, [names[group] for group in known], zip_longest(*columns, fillvalue=""))
@@ -241,8 +257,9 @@ def classify_heads(
     *,
     quantile: FloatLike = 0.3,
     receivers: IntLike = 20,
+    selectivity: SelectivityName = "kurtosis",
 ) -> HeadGroups:
-    """Group heads by their mean span over responses, and by receiver kurtosis where measured.
+    """Group heads by their mean span over responses, and by receiver selectivity where measured.
 
     Sec. 4.1 of arXiv 2510.13554v2: of all heads of the measured layers, the 30% of lowest span are local
     and the 30% of highest span global.
@@ -253,15 +270,19 @@ def classify_heads(
             a single response. Each response counts the same, whatever its length.
         quantile: the share of heads in each of local and global, in (0, 0.5]: `floor(quantile * heads)`
             heads, at least one.
-        receivers: how many heads of highest mean kurtosis are receivers, as in arXiv 2506.19143; a head
-            whose kurtosis is undefined is never one.
+        receivers: how many of the most selective heads are receivers, as in arXiv 2506.19143; a head whose
+            selectivity is undefined is never one.
+        selectivity: what receivers are ranked by: the mean over responses of "kurtosis", as there, or of
+            "gini", the Gini coefficient. Kurtosis grows with a response's length, so that long ones decide
+            its mean; the Gini coefficient does not.
 
     Equal values are ranked by layer, then head.
 
     Raises:
-        ParameterError: a quantile outside (0, 0.5], fewer than one receiver, fewer than two heads, or
-            statistics without span.
-        ResultError: no statistics, or statistics of different models, layers, or receiver levels.
+        ParameterError: a quantile outside (0, 0.5], fewer than one receiver, fewer than two heads, an unknown
+            selectivity, or statistics without span.
+        ResultError: no statistics, or statistics of different models, layers, or receiver levels; or, by
+            "gini", statistics of an older version, which did not measure it.
 
     >>> from attnprobe import TokenBatch, measure
     >>> from attnprobe.testing.tiny_models import tiny_model
@@ -271,23 +292,30 @@ def classify_heads(
     (3, 3)
     """
     quantile, receivers = check_shares(quantile, receivers)
+    choice(selectivity, "selectivity", get_args(SelectivityName))
     first: HeadStatistics | None = None
-    span, kurtosis = _RunningMean(), _RunningMean()
+    span = _RunningMean()
+    received: dict[str, _RunningMean] = {name: _RunningMean() for name in get_args(SelectivityName)}
     for part in statistics_parts(statistics):
         first = part if first is None else first
         if part.span is None:
             raise ParameterError("ranking heads needs their span: measure(..., span=True)")
         check_same_measurement(first, part, "classify heads over")
         span.add(part.span)
-        if part.receiver_kurtosis is not None:
-            kurtosis.add(part.receiver_kurtosis)
+        for name, mean in received.items():
+            if (values := getattr(part, f"receiver_{name}")) is not None:
+                mean.add(values)
     if first is None:
         raise ResultError("there are no statistics to classify heads by")
+    if selectivity == "gini" and first.receiver_gini is None and first.receiver_kurtosis is not None:
+        raise ResultError("these statistics have no receiver_gini to rank receivers by: measure again")
     groups = group_heads(
         span.mean(),
-        None if first.receiver_kurtosis is None else kurtosis.mean(),
+        None if first.receiver_kurtosis is None else received["kurtosis"].mean(),
+        gini=None if first.receiver_gini is None else received["gini"].mean(),
         quantile=quantile,
         receivers=receivers,
+        selectivity=selectivity,
     )
     return replace(
         groups, layers=first.layers, model_name=first.model_name, receiver_level=first.receiver_level
@@ -325,10 +353,12 @@ def group_heads(
     span: ArrayLike,
     kurtosis: ArrayLike | None = None,
     *,
+    gini: ArrayLike | None = None,
     quantile: FloatLike = 0.3,
     receivers: IntLike = 20,
+    selectivity: SelectivityName = "kurtosis",
 ) -> HeadGroups:
-    """Group heads by given spans and kurtoses, by the rules of `classify_heads`.
+    """Group heads by given spans, kurtoses and Gini coefficients, by the rules of `classify_heads`.
 
     Raises:
         ParameterError: spans that are not [layer, head], a quantile outside (0, 0.5], fewer than one
@@ -340,6 +370,8 @@ def group_heads(
     quantile, receivers = check_shares(quantile, receivers)
     span = _per_head(span, "span")
     kurtosis = None if kurtosis is None else _per_head(kurtosis, "kurtosis")
+    gini = None if gini is None else _per_head(gini, "gini")
+    ranked = gini if selectivity == "gini" else kurtosis
     defined = int((~span.isnan()).sum())
     if defined < 2:
         raise ParameterError(
@@ -350,9 +382,11 @@ def group_heads(
         local_heads=_lowest(span, count),
         # Counted from the other end, so that no head is in both groups where spans are equal.
         global_heads=_lowest(-span.flip(0, 1), count).flip(0, 1),
-        receiver_heads=None if kurtosis is None else _lowest(-kurtosis, receivers),
+        receiver_heads=None if ranked is None else _lowest(-ranked, receivers),
         span=span,
         receiver_kurtosis=kurtosis,
+        receiver_gini=gini,
+        selectivity=selectivity,
         layers=tuple(range(span.shape[0])),
         quantile=quantile,
     )

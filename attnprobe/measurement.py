@@ -32,7 +32,7 @@ from attnprobe.probe import Probe, attach
 from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.reductions import TRAINING_HORIZON
-from attnprobe.sentences import sentence_ids
+from attnprobe.sentences import SentenceReceivers, sentence_ids
 from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.validation import IntLike, brief, truth, whole_number
 
@@ -45,7 +45,7 @@ def measure(
     window: IntLike = 10,
     horizon: HorizonLike = TRAINING_HORIZON,
     span: bool = True,
-    receiver: bool | ReceiverLevel = False,
+    receiver: bool | ReceiverLevel | SentenceReceivers = False,
     entropy: bool = True,
     batch_size: IntLike | None = None,
     memory_budget: IntLike = MEMORY_BUDGET,
@@ -62,8 +62,9 @@ def measure(
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
-        receiver: whether to compute receiver kurtosis too (one more pass over the attention): over
-            tokens ("token" or True), or over sentences ("sentence"), for which the batch needs texts.
+        receiver: whether to compute receiver kurtosis and its Gini coefficient too (one more pass over the
+            attention): over tokens ("token" or True), or over sentences ("sentence", or
+            `SentenceReceivers(...)` with options), for which the batch needs texts.
         entropy: whether to compute token entropy; without it, nothing after the last measured layer is run.
             A model without next-token logits (a base model, a classifier) can only be read without it.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
@@ -74,7 +75,7 @@ def measure(
 
     Raises:
         BatchError: ids outside the vocabulary, sequences longer than the model's context, an image's tokens
-            without its pixels, or `receiver="sentence"` for a batch without texts.
+            without its pixels, or receivers by sentence for a batch without texts.
         ParameterError: invalid layers, window, horizon or receiver.
         UnsupportedModelError: a model whose attention cannot be read, or entropy of a model without
             next-token logits.
@@ -87,13 +88,18 @@ def measure(
     if truth(entropy, "entropy"):
         adapter.check_next_token_logits("entropy", "pass entropy=False, or ")
     truth(progress, "progress")
-    level = _receiver_level(receiver)
+    options = _sentence_receivers(receiver)
+    level: ReceiverLevel | None = "sentence" if options else "token" if receiver else None
     probe = HeadStatisticsProbe(
         window=window, horizon=horizon, span=span, receiver=level == "token", entropy=False
     )
     run = BatchRun.prepare(adapter, batch, layers, batch_size, memory_budget, entropy)
-    sentences = sentence_ids(run.sequences) if level == "sentence" else None
-    by_sentence = None if sentences is None else SentenceReceiverProbe(sentences)
+    sentences = None if options is None else sentence_ids(run.sequences, options.splitting)
+    by_sentence = None
+    if options is not None and sentences is not None:
+        by_sentence = SentenceReceiverProbe(
+            sentences, min_distance=options.min_distance, minimum_sentences=options.minimum_sentences
+        )
     probes: list[Probe] = [probe] if by_sentence is None else [probe, by_sentence]
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
@@ -111,7 +117,9 @@ def measure(
     order = run.order()
     statistics = probe.result().select(order)
     layout = run.layout
-    kurtosis = statistics.receiver_kurtosis if by_sentence is None else by_sentence.result()[order]
+    kurtosis, gini = statistics.receiver_kurtosis, statistics.receiver_gini
+    if by_sentence is not None:
+        kurtosis, gini = (each[order] for each in by_sentence.selectivity())
     # An example may pack several responses: Eq. 7 is then a mean over all their tokens.
     weights = statistics.response_mask.sum(-1)
     return replace(
@@ -121,12 +129,14 @@ def measure(
         fai=layout.tokens(statistics.fai),
         entropy=layout.tokens(torch.cat(entropies)[order]) if entropies else None,
         receiver_kurtosis=None if kurtosis is None else layout.examples(kurtosis, weights),
+        receiver_gini=None if gini is None else layout.examples(gini, weights),
         sequence_span=(
             None
             if statistics.span is None or batch.segment_ids is None
             else layout.by_sequence(statistics.span)
         ),
         receiver_level=level,
+        sentence_receivers=options,
         response_mask=batch.response_mask.to(run.adapter.device),
         segment_ids=None if batch.segment_ids is None else batch.segment_ids.to(run.adapter.device),
         input_ids=batch.input_ids.to(run.adapter.device),
@@ -136,12 +146,16 @@ def measure(
     )
 
 
-def _receiver_level(receiver: bool | ReceiverLevel) -> ReceiverLevel | None:
-    if isinstance(receiver, bool):
-        return "token" if receiver else None
-    if isinstance(receiver, str) and receiver in get_args(ReceiverLevel):
+def _sentence_receivers(receiver: bool | ReceiverLevel | SentenceReceivers) -> SentenceReceivers | None:
+    """Return how receivers are found by sentence; None if they are found by token, or not at all."""
+    if isinstance(receiver, SentenceReceivers):
         return receiver
-    raise ParameterError(f'receiver must be "token", "sentence", True or False; got {brief(receiver)}')
+    if not isinstance(receiver, bool) and receiver not in get_args(ReceiverLevel):
+        raise ParameterError(
+            'receiver must be "token", "sentence", SentenceReceivers(...), True or False; got '
+            f"{brief(receiver)}"
+        )
+    return SentenceReceivers() if receiver == "sentence" else None
 
 
 def group_maps(

@@ -46,7 +46,8 @@ class HeadStatisticsProbe(Probe):
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
-        receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
+        receiver: whether to compute receiver kurtosis and the Gini coefficient, which cost another pass over
+            the attention.
         entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
             did not compute, such as prompt tokens in `generate`. None: where the model shows next-token
             logits. True: it is an error if it does not.
@@ -185,9 +186,8 @@ class HeadStatisticsProbe(Probe):
             if segments is not None:
                 reduced["sequence_span"] = _mean_by_sequence(sums.distance, mask, segments)
         if sums.received_far is not None:
-            reduced["receiver_kurtosis"] = reductions.selectivity_of(
-                sums.received_far, mask, segment_ids=segments
-            )
+            selectivity = reductions.selectivity_of(sums.received_far, mask, segment_ids=segments)
+            reduced["receiver_kurtosis"], reduced["receiver_gini"] = selectivity
         return reduced
 
 
