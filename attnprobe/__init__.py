@@ -28,6 +28,7 @@ from attnprobe.attention import Attention, DenseAttention, FactoredAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import (
     AttnprobeError,
+    AttnprobeWarning,
     BatchError,
     IncompleteRunError,
     InterventionError,
@@ -62,6 +63,7 @@ __all__ = [
     "Attachment",
     "Attention",
     "AttnprobeError",
+    "AttnprobeWarning",
     "BatchError",
     "Coupling",
     "Couplings",

@@ -11,7 +11,7 @@ What is left to others: running a model (adapters) and the meaning of a response
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -22,10 +22,26 @@ from torch import Tensor
 
 from attnprobe.axes import example_indices
 from attnprobe.errors import BatchError
-from attnprobe.ids import as_ids, as_lists, of_mapping, ragged_lengths, rectangle, response_starts
+from attnprobe.ids import (
+    as_ids,
+    as_lists,
+    of_mapping,
+    ragged_lengths,
+    rectangle,
+    rectangle_of_mask,
+    response_starts,
+)
 from attnprobe.layout import SequenceLayout, check_padding, check_sequences, packed_segments, token_columns
 from attnprobe.model_inputs import as_model_inputs, equal_inputs, refuse_inputs, with_positions
 from attnprobe.results import Result, table_column
+from attnprobe.segments import (
+    SegmentsLike,
+    check_known,
+    check_own_names,
+    first_tokens,
+    segment_masks,
+    segment_names,
+)
 from attnprobe.storage import PathLike
 from attnprobe.texts import as_texts, chat_prompt_ids, encoded, token_texts
 from attnprobe.validation import ArrayLike, as_mask, brief
@@ -50,9 +66,13 @@ class TokenBatch(Result):
         texts: the text of each token, for display; None if no tokenizer was given.
         model_inputs: what the model is given besides, such as an image's `pixel_values`; None for text. Such
             a batch is run as a whole, in this layout: it cannot be split, joined or saved.
+        segments: True where a token belongs to a named segment; None without any. Segments may overlap and
+            have gaps. `segment(name)` returns one, and `with_segments` adds some.
+        segment_names: the name of each.
 
     Raises:
-        BatchError: ids that are negative or not whole numbers, or masks and texts that do not match them.
+        BatchError: ids that are negative or not whole numbers, or masks, segments and texts that do not match
+            them.
     """
 
     input_ids: Int[Tensor, "batch token"]
@@ -61,6 +81,8 @@ class TokenBatch(Result):
     segment_ids: Int[Tensor, "batch token"] | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
     model_inputs: Mapping[str, Tensor] | None = field(default=None, metadata={"handled_by_class": True})
+    segments: Bool[Tensor, "batch segment token"] | None = None
+    segment_names: tuple[str, ...] = ()
 
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
 
@@ -76,6 +98,7 @@ class TokenBatch(Result):
                 f"response_mask marks padding in example {int(outside.nonzero()[0, 0])}: it must lie in "
                 "attention_mask"
             )
+        self._check_segments()
         if self.model_inputs is not None:
             if self.segment_ids is not None:
                 raise BatchError(f"packed examples cannot be run with {', '.join(self.model_inputs)}")
@@ -101,6 +124,94 @@ class TokenBatch(Result):
         columns = token_columns(place, self.input_ids, self.texts)
         columns["response"] = table_column(self.response_mask, place)
         return columns
+
+    # ---- segments -----------------------------------------------------------------------------
+
+    def _check_segments(self) -> None:
+        # Names of nothing are dropped: `replace(batch, segments=None)` is a batch without segments.
+        names = (
+            () if self.segments is None else segment_names(self.segment_names, "segment_names", BatchError)
+        )
+        check_own_names(names)
+        object.__setattr__(self, "segment_names", names)
+        if self.segments is None:
+            return
+        if self.segments.shape[1] != len(names):
+            raise BatchError(f"segment_names must name {self.segments.shape[1]} segments; got {brief(names)}")
+        outside = self.segments & ~self.attention_mask[:, None]
+        if bool(outside.any()):
+            example, number, _ = outside.nonzero()[0].tolist()
+            raise BatchError(
+                f"the segment {names[number]!r} marks padding in example {example}: it must lie in "
+                "attention_mask"
+            )
+
+    def segment(self, name: str) -> Bool[Tensor, "batch token"]:
+        """Return the mask of a segment: one of the batch's own, or "prompt", "response" or "first".
+
+        "prompt" is what is real but not response, wherever it stands: a tool's output between two turns too.
+        "first" is the first real token of each sequence.
+
+        Raises:
+            ParameterError: a segment that the batch does not have.
+
+        >>> TokenBatch.from_ids([[5, 6, 7, 8]], response_start=2).segment("prompt").int().tolist()
+        [[1, 1, 0, 0]]
+        """
+        check_known([name], self.segment_names, "segment")
+        if name == "prompt":
+            return self.attention_mask & ~self.response_mask
+        if name == "response":
+            return self.response_mask
+        if name == "first":
+            return first_tokens(self.attention_mask, self.segment_ids)
+        assert self.segments is not None
+        return self.segments[:, self.segment_names.index(name)]
+
+    def with_segments(self, segments: SegmentsLike) -> TokenBatch:
+        """Return the batch with these segments, in addition to those that it has under other names.
+
+        Args:
+            segments: by name: a mask `[batch, token]`; a slice of columns for all examples, or a list with a
+                slice (or a list of slices) for each; or a compiled regular expression, which marks the tokens
+                that it matches in the texts of each example.
+
+        Raises:
+            BatchError: built-in names, masks of another shape or that mark padding, or an expression for a
+                batch without texts.
+
+        >>> batch = TokenBatch.from_ids([[5, 6, 7, 8]]).with_segments({"plan": slice(1, 3)})
+        >>> batch.segment("plan").int().tolist()
+        [[0, 1, 1, 0]]
+        """
+        own = {name: self.segment(name) for name in self.segment_names}
+        own |= segment_masks(segments, self.attention_mask, self.texts)
+        if not own:
+            return self
+        return replace(self, segments=torch.stack(list(own.values()), dim=1), segment_names=tuple(own))
+
+    @classmethod
+    def concatenate(cls, parts: Any) -> TokenBatch:
+        """Join batches, as `Result.concatenate` does; a segment that a part does not have is empty there.
+
+        Raises:
+            ResultError: nothing to join, or parts of which only some have texts, or are packed.
+            BatchError: batches with further inputs.
+        """
+        parts = list(parts) if isinstance(parts, Iterable) else [parts]
+        batches = [part for part in parts if isinstance(part, TokenBatch)]
+        names = tuple(dict.fromkeys(name for part in batches for name in part.segment_names))
+        return super().concatenate(
+            [part._with_names(names) if isinstance(part, TokenBatch) else part for part in parts]
+        )
+
+    def _with_names(self, names: tuple[str, ...]) -> TokenBatch:
+        """Return the batch with segments of these names in this order: empty where it has none."""
+        if names == self.segment_names:
+            return self
+        empty = torch.zeros_like(self.attention_mask)
+        masks = [self.segment(name) if name in self.segment_names else empty for name in names]
+        return replace(self, segments=torch.stack(masks, dim=1), segment_names=names)
 
     # ---- what further inputs allow ------------------------------------------------------------
 
@@ -173,9 +284,10 @@ class TokenBatch(Result):
 
         A `TokenBatch` is returned as it is. A tokenizer's output, or a dictionary like it, has `input_ids`
         and may have `attention_mask`, `position_ids`, and `response_mask`, `labels` (-100 outside the
-        response), or a chat template's `assistant_masks`. If a processor has added images (`pixel_values`),
-        whatever else it holds is passed on to the model. A tensor, an array or lists are ids. Where nothing
-        says what is response, all of it is. A tokenizer, or a processor, provides the texts of the tokens.
+        response), or a chat template's `assistant_masks`, and `segments`, masks by name. If a processor has
+        added images (`pixel_values`), whatever else it holds is passed on to the model. A tensor, an array or
+        lists are ids. Where nothing says what is response, all of it is. A tokenizer, or a processor,
+        provides the texts of the tokens.
 
         Raises:
             BatchError: anything else, such as a text, which needs a tokenizer.
@@ -203,6 +315,7 @@ class TokenBatch(Result):
         position_ids: ArrayLike | None = None,
         tokenizer: Any = None,
         model_inputs: Mapping[str, Any] | None = None,
+        segments: SegmentsLike | None = None,
     ) -> TokenBatch:
         """Build a batch from token ids.
 
@@ -218,6 +331,7 @@ class TokenBatch(Result):
                 another and positions restart with each. Each sequence is then measured on its own.
             tokenizer: provides the texts of the tokens, for display; a processor will do.
             model_inputs: what a processor returned besides, such as `pixel_values`, by name.
+            segments: named sets of tokens, in any form that `with_segments` takes.
 
         Tensors, numpy arrays and lists are accepted; masks hold 0 and 1.
 
@@ -246,18 +360,18 @@ class TokenBatch(Result):
             real = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
         if attention_mask is not None:
             real = real & mask_of(attention_mask, "attention_mask")
-        segments = None
+        packed = None
         if model_inputs is not None:
             model_inputs = with_positions(model_inputs, position_ids, real)
         elif position_ids is not None:
             positions = rectangle(as_lists(position_ids), "position_ids", lengths)
-            segments = packed_segments(as_ids(positions, "position_ids"), real)
+            packed = packed_segments(as_ids(positions, "position_ids"), real)
         check_padding(real)
         if response_mask is not None and response_start is not None:
             raise BatchError("pass response_mask or response_start, not both")
         response = real
         if response_start is not None:
-            if segments is not None:
+            if packed is not None:
                 raise BatchError("packed examples hold several responses: pass response_mask")
             response = real & (
                 torch.arange(ids.shape[1], device=ids.device) >= response_starts(response_start, ids)
@@ -270,41 +384,54 @@ class TokenBatch(Result):
                 f"example {int(empty.nonzero()[0])} has an empty response: there is no token to describe"
             )
         texts = None if tokenizer is None else _texts(tokenizer, ids)
-        return TokenBatch(ids, real, response, segments, texts, model_inputs)
+        batch = TokenBatch(ids, real, response, packed, texts, model_inputs)
+        if segments is None:
+            return batch
+        if lengths is not None and isinstance(segments, Mapping):
+            segments = {name: rectangle_of_mask(value, lengths) for name, value in segments.items()}
+        return batch.with_segments(segments)
 
     @staticmethod
     def from_text(
-        tokenizer: Any, prompts: Sequence[str] | str, responses: Sequence[str] | str | None = None
+        tokenizer: Any,
+        prompts: Sequence[str] | str,
+        responses: Sequence[str] | str | None = None,
+        *,
+        segments: SegmentsLike | None = None,
     ) -> TokenBatch:
         """Build a batch from prompts and responses as text; without responses, each whole text is response.
 
         Prompt and response are tokenized separately, as when a response is generated, so that no token
-        straddles their boundary; only the prompt gets the tokenizer's special tokens.
+        straddles their boundary; only the prompt gets the tokenizer's special tokens. `segments` are named
+        sets of tokens, in any form that `with_segments` takes, such as a regular expression for the texts.
 
         Raises:
-            BatchError: something that is not a tokenizer, different numbers of prompts and responses, or an
-                empty response.
+            BatchError: something that is not a tokenizer, different numbers of prompts and responses, an
+                empty response, or segments that are none.
         """
         prompts = as_texts(prompts, "prompts")
         heads = [encoded(tokenizer, prompt) for prompt in prompts]
         if responses is None:
-            return _join(tokenizer, [[] for _ in heads], heads)
+            return _join(tokenizer, [[] for _ in heads], heads, segments)
         tails = as_texts(responses, "responses")
-        return _join(tokenizer, heads, [encoded(tokenizer, tail, special=False) for tail in tails])
+        return _join(tokenizer, heads, [encoded(tokenizer, tail, special=False) for tail in tails], segments)
 
     @staticmethod
     def from_chat(
         tokenizer: Any,
         messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]],
         responses: Sequence[str] | str,
+        *,
+        segments: SegmentsLike | None = None,
     ) -> TokenBatch:
         """Build a batch from chats, using the tokenizer's chat template, and responses as text.
 
-        `messages` is one conversation or several; each ends where the assistant is to speak.
+        `messages` is one conversation or several; each ends where the assistant is to speak. `segments` are
+        as in `from_text`.
 
         Raises:
             BatchError: a tokenizer without a chat template, messages that the template rejects, different
-                numbers of conversations and responses, or an empty response.
+                numbers of conversations and responses, an empty response, or segments that are none.
         """
         if getattr(tokenizer, "chat_template", None) is None:
             raise BatchError("this tokenizer has no chat template: use TokenBatch.from_text")
@@ -313,7 +440,7 @@ class TokenBatch(Result):
         conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
         heads = [chat_prompt_ids(tokenizer, conversation) for conversation in conversations]
         tails = as_texts(responses, "responses")
-        return _join(tokenizer, heads, [encoded(tokenizer, tail, special=False) for tail in tails])
+        return _join(tokenizer, heads, [encoded(tokenizer, tail, special=False) for tail in tails], segments)
 
     @staticmethod
     def from_rollout(
@@ -324,11 +451,13 @@ class TokenBatch(Result):
         *,
         response_mask: ArrayLike | None = None,
         tokenizer: Any = None,
+        segments: SegmentsLike | None = None,
     ) -> TokenBatch:
         """Build a batch from a trainer's rollout: prompts padded left, completions padded right.
 
         The columns are those of the prompts followed by those of the completions. `response_mask`, shaped
         like `completion_ids`, marks what the policy wrote itself if a tool wrote the rest; default: all.
+        `segments` are named sets of tokens, in columns of the whole, in any form that `with_segments` takes.
 
         Raises:
             BatchError: shapes or masks that do not match.
@@ -353,6 +482,7 @@ class TokenBatch(Result):
             torch.cat([asked, written], dim=1),
             response_mask=torch.cat([torch.zeros_like(asked), own], dim=1),
             tokenizer=tokenizer,
+            segments=segments,
         )
 
     # ---- layout -------------------------------------------------------------------------------
@@ -373,8 +503,8 @@ class TokenBatch(Result):
                 columns = self.attention_mask[example].nonzero()[:, 0]
                 spans.append((example, int(columns[0]), len(columns)))
                 continue
-            for segment in self.segment_ids[example][self.attention_mask[example]].unique().tolist():
-                columns = (self.segment_ids[example] == segment).nonzero()[:, 0]
+            for number in self.segment_ids[example][self.attention_mask[example]].unique().tolist():
+                columns = (self.segment_ids[example] == number).nonzero()[:, 0]
                 if bool(self.response_mask[example, columns].any()):
                     spans.append((example, int(columns[0]), len(columns)))
         if not spans:
@@ -383,12 +513,17 @@ class TokenBatch(Result):
         ids = self.input_ids.new_zeros(len(spans), width)
         real = torch.zeros(len(spans), width, dtype=torch.bool, device=ids.device)
         response = torch.zeros_like(real)
+        segments = None
+        if self.segments is not None:
+            segments = real[:, None].repeat(1, len(self.segment_names), 1)
         for i, (example, start, length) in enumerate(spans):
             # Padding repeats a token of the example, which is certain to be in the vocabulary.
             ids[i] = self.input_ids[example, start]
             ids[i, :length] = self.input_ids[example, start : start + length]
             real[i, :length] = True
             response[i, :length] = self.response_mask[example, start : start + length]
+            if segments is not None and self.segments is not None:
+                segments[i, :, :length] = self.segments[example, :, start : start + length]
         source, start, lengths = torch.tensor(spans).T
         layout = SequenceLayout(source, start, lengths, (self.batch_size, self.token_count))
         texts = None
@@ -397,14 +532,19 @@ class TokenBatch(Result):
                 (*self.texts[example][first : first + length], *[""] * (width - length))
                 for example, first, length in spans
             )
-        return TokenBatch(ids, real, response, texts=texts), layout
+        sequences = TokenBatch(
+            ids, real, response, texts=texts, segments=segments, segment_names=self.segment_names
+        )
+        return sequences, layout
 
 
 def _texts(tokenizer: Any, ids: Int[Tensor, "batch token"]) -> tuple[tuple[str, ...], ...]:
     return tuple(token_texts(tokenizer, example) for example in ids.tolist())
 
 
-def _join(tokenizer: Any, heads: list[list[int]], tails: list[list[int]]) -> TokenBatch:
+def _join(
+    tokenizer: Any, heads: list[list[int]], tails: list[list[int]], segments: SegmentsLike | None
+) -> TokenBatch:
     """Join tokenized prompts and responses into a right-padded batch."""
     if len(heads) != len(tails):
         raise BatchError(f"{len(heads)} prompts but {len(tails)} responses")
@@ -417,4 +557,5 @@ def _join(tokenizer: Any, heads: list[list[int]], tails: list[list[int]]) -> Tok
         [head + tail for head, tail in zip(heads, tails, strict=True)],
         response_start=[len(head) for head in heads],
         tokenizer=tokenizer,
+        segments=segments,
     )

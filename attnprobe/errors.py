@@ -6,6 +6,10 @@ exception.
 """
 
 
+class AttnprobeWarning(UserWarning):
+    """A result that is right, but that may well not mean what it seems to; the message says what to do."""
+
+
 class AttnprobeError(Exception):
     """Base of every error that attnprobe raises on purpose."""
 

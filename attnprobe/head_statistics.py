@@ -24,6 +24,7 @@ from attnprobe.layout import token_columns
 from attnprobe.provenance import ranges
 from attnprobe.reductions import TRAINING_HORIZON, Horizon
 from attnprobe.results import Result, check_layers, html_table, table_column
+from attnprobe.segments import segment_names
 from attnprobe.sentences import SentenceReceivers
 from attnprobe.validation import ArrayLike, IntLike, choice, instance, whole_numbers
 
@@ -59,6 +60,14 @@ class HeadStatistics(Result):
         input_ids, texts: the tokens that were measured, as in the batch; None where they are not known.
         sequence_span: the span of each packed sequence that has a response, in the order of their numbers in
             `segment_ids`; None unless examples are packed. `sequences` makes an example of each.
+        shares: the mean share of the rows of a segment (`source`) that is on the keys of another (`target`),
+            in `[0, 1]`; NaN where an example has no such row. None if not measured; `share` returns one.
+        share_from, share_on: the names of the sources and targets.
+        span_ignoring: the span if some keys are ignored, and what is left of each row is renormalised; a row
+            with nothing left does not count. None if not measured.
+        span_ignores: the segments that it ignores.
+        influence_rows: the segment whose rows count in FAI.
+        sequence_shares, sequence_span_ignoring: those of each packed sequence, as `sequence_span`.
 
     Raises:
         ResultError: tensors of other dtypes or shapes than these.
@@ -83,20 +92,89 @@ class HeadStatistics(Result):
     input_ids: Int[Tensor, "batch token"] | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
     sequence_span: Float[Tensor, "batch layer head sequence"] | None = None
+    shares: Float[Tensor, "batch layer head source target"] | None = None
+    share_from: tuple[str, ...] = ()
+    share_on: tuple[str, ...] = ()
+    span_ignoring: Float[Tensor, "batch layer head"] | None = None
+    span_ignores: tuple[str, ...] = ()
+    influence_rows: str = "response"
+    sequence_shares: Float[Tensor, "batch layer head source target sequence"] | None = None
+    sequence_span_ignoring: Float[Tensor, "batch layer head sequence"] | None = None
 
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
-    _ADDED_LATER: ClassVar[dict[str, Any]] = {"sentence_receivers": None}
+    _ADDED_LATER: ClassVar[dict[str, Any]] = {
+        "sentence_receivers": None,
+        "share_from": (),
+        "share_on": (),
+        "span_ignores": (),
+        "influence_rows": "response",
+    }
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
         check_layers(self, self.waad.shape[1], error)
         object.__setattr__(self, "window", metrics.check_window(self.window))
         object.__setattr__(self, "horizon", metrics.check_horizon(self.horizon))
+        self._check_segments(error)
+
+    def _check_segments(self, error: type[AttnprobeError]) -> None:
+        """Check that segments are named as often as there are any; names of nothing are dropped."""
+        (rows,) = segment_names((self.influence_rows,), "influence_rows", error)
+        object.__setattr__(self, "influence_rows", rows)
+        for name, known in (
+            ("share_from", self.shares),
+            ("share_on", self.shares),
+            ("span_ignores", self.span_ignoring),
+        ):
+            names = () if known is None else segment_names(getattr(self, name), name, error)
+            object.__setattr__(self, name, names)
+        if self.shares is not None:
+            expected = (len(self.share_from), len(self.share_on))
+            if tuple(self.shares.shape[3:]) != expected:
+                raise error(
+                    f"shares of HeadStatistics must be [..., source, target] = {list(expected)}, as "
+                    f"share_from and share_on name them; got {list(self.shares.shape)}"
+                )
+        if self.span_ignoring is not None and not self.span_ignores:
+            raise error("span_ignoring of HeadStatistics needs span_ignores, the segments that it ignores")
 
     @property
     def head_count(self) -> int:
         """The number of heads in a layer; the largest, where layers differ."""
         return self.waad.shape[2]
+
+    def share(self, target: str, rows: str = "response") -> Float[Tensor, "batch layer head"]:
+        """Return the mean share of the attention of some rows that is on the keys of a segment.
+
+        In `[0, 1]`; NaN where an example has no such row, and for heads that a layer does not have.
+
+        Args:
+            target: the segment of the keys, such as "first".
+            rows: the segment of the rows.
+
+        Raises:
+            ParameterError: a share that was not measured.
+
+        >>> from attnprobe import TokenBatch, measure
+        >>> from attnprobe.testing.tiny_models import tiny_model
+        >>> batch = TokenBatch.from_ids(torch.arange(1, 17)[None], response_start=4)
+        >>> statistics = measure(tiny_model("llama"), batch, share_on=("prompt", "response"))
+        >>> both = statistics.share("prompt") + statistics.share("response")
+        >>> bool((both - 1).abs().max() < 1e-5)
+        True
+        """
+        for name, value, known in (
+            ("share_on", target, self.share_on),
+            ("share_from", rows, self.share_from),
+        ):
+            if value not in known:
+                there = ", ".join(known) or "none"
+                raise ParameterError(
+                    f"the share of {rows} on {target} was not measured: {name} was {there}. Name it in "
+                    f"measure(..., {name}=...)"
+                )
+        assert self.shares is not None
+        return self.shares[:, :, :, self.share_from.index(rows), self.share_on.index(target)]
 
     def at_layers(self, layers: ArrayLike | IntLike | LayerName) -> HeadStatistics:
         """Return the statistics of some of the layers, as if only these had been measured.
@@ -133,9 +211,16 @@ class HeadStatistics(Result):
             with_response = segments[self.response_mask[example].to(segments.device)].unique().tolist()
             for place, segment in enumerate(with_response):
                 columns = (segments == segment).nonzero()[:, 0]
-                span = None if row.sequence_span is None else row.sequence_span[..., place]
                 part = dataclasses.replace(
-                    row, span=span, receiver_kurtosis=None, receiver_level=None, sequence_span=None
+                    row,
+                    span=_of_sequence(row.sequence_span, place),
+                    shares=_of_sequence(row.sequence_shares, place),
+                    span_ignoring=_of_sequence(row.sequence_span_ignoring, place),
+                    receiver_kurtosis=None,
+                    receiver_level=None,
+                    sequence_span=None,
+                    sequence_shares=None,
+                    sequence_span_ignoring=None,
                 )
                 cut = part.at_columns(slice(int(columns[0]), int(columns[-1]) + 1))
                 parts.append(dataclasses.replace(cut, segment_ids=None))
@@ -160,10 +245,14 @@ class HeadStatistics(Result):
             "layer": torch.tensor(self.layers)[layer].numpy(),
             "head": head.numpy(),
         }
-        for name in ("span", "receiver_kurtosis", "receiver_gini"):
+        for name in ("span", "span_ignoring", "receiver_kurtosis", "receiver_gini"):
             values = getattr(self, name)
             if values is not None:
                 columns[name] = table_column(values, place)
+        for source in self.share_from:
+            for target in self.share_on:
+                name = f"share_on_{target}" if source == "response" else f"share_from_{source}_on_{target}"
+                columns[name] = table_column(self.share(target, source), place)
         return columns
 
     def _token_table(self) -> dict[str, Any]:
@@ -192,6 +281,13 @@ class HeadStatistics(Result):
         ]
         if self.span is not None:
             rows.append(("span", f"mean {_mean(self.span)} tokens"))
+        if self.span_ignoring is not None:
+            rows.append(
+                (f"span ignoring {', '.join(self.span_ignores)}", f"mean {_mean(self.span_ignoring)} tokens")
+            )
+        for source in self.share_from:
+            for target in self.share_on:
+                rows.append((f"share of {source} on {target}", f"mean {_mean(self.share(target, source))}"))
         if self.entropy is not None:
             rows.append(("entropy", f"mean {_mean(self.entropy)} nats"))
         if self.receiver_kurtosis is not None:
@@ -201,6 +297,10 @@ class HeadStatistics(Result):
         if self.receiver_gini is not None:
             rows.append(("receiver Gini coefficient", f"mean {_mean(self.receiver_gini)}"))
         return html_table("HeadStatistics", ("measured", ""), rows)
+
+
+def _of_sequence(values: Tensor | None, place: int) -> Tensor | None:
+    return None if values is None else values[..., place]
 
 
 def _mean(values: Tensor) -> str:

@@ -8,6 +8,7 @@ same model. What is left to others: measuring (measurement) and using the groups
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.errors import AttnprobeError, AttnprobeWarning, ParameterError, ResultError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import (
     HeadStatistics,
@@ -28,6 +29,7 @@ from attnprobe.head_statistics import (
 )
 from attnprobe.provenance import ranges
 from attnprobe.results import Result, check_layers, html_table, table_column
+from attnprobe.segments import segment_names
 from attnprobe.validation import (
     ArrayLike,
     FloatLike,
@@ -43,6 +45,9 @@ Group = Literal["local", "global", "receiver"]
 
 SelectivityName = Literal["kurtosis", "gini"]
 """The measures of how selective inbound attention is, by which receivers are ranked."""
+
+SpanKind = Literal["plain", "ignoring"]
+"""The spans by which heads can be ranked: that of Eq. 7, or the one that ignores some keys."""
 
 
 if TYPE_CHECKING:
@@ -71,6 +76,7 @@ class HeadGroups(Result):
         receiver_level: whether receivers were found by token or by sentence; None if they were not.
         quantile: the share of heads in each of local and global; None if the groups were made by hand.
         selectivity: whether receivers were ranked by kurtosis or by Gini coefficient.
+        span_ignores: the segments that the spans ignore by which heads were ranked; () if none.
 
     Raises:
         ResultError: tensors of other dtypes or shapes than these.
@@ -87,12 +93,14 @@ class HeadGroups(Result):
     quantile: float | None = None
     receiver_gini: Float[Tensor, "layer head"] | None = None
     selectivity: SelectivityName = "kurtosis"
+    span_ignores: tuple[str, ...] = ()
 
-    _ADDED_LATER: ClassVar[dict[str, Any]] = {"selectivity": "kurtosis"}
+    _ADDED_LATER: ClassVar[dict[str, Any]] = {"selectivity": "kurtosis", "span_ignores": ()}
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
         check_layers(self, self.span.shape[0], error)
+        object.__setattr__(self, "span_ignores", segment_names(self.span_ignores, "span_ignores", error))
 
     @property
     def head_count(self) -> int:
@@ -258,6 +266,7 @@ def classify_heads(
     quantile: FloatLike = 0.3,
     receivers: IntLike = 20,
     selectivity: SelectivityName = "kurtosis",
+    span: SpanKind = "plain",
 ) -> HeadGroups:
     """Group heads by their mean span over responses, and by receiver selectivity where measured.
 
@@ -275,12 +284,17 @@ def classify_heads(
         selectivity: what receivers are ranked by: the mean over responses of "kurtosis", as there, or of
             "gini", the Gini coefficient. Kurtosis grows with a response's length, so that long ones decide
             its mean; the Gini coefficient does not.
+        span: by which span: "plain" (Eq. 7) or "ignoring", `statistics.span_ignoring`, which leaves out the
+            first token unless `measure` was told otherwise.
 
     Equal values are ranked by layer, then head.
 
+    Heads with nothing to do rest on the first token, which Eq. 7 counts as the longest distance. If more than
+    half of the global heads give it at least 30% of their attention, an `AttnprobeWarning` says so.
+
     Raises:
         ParameterError: a quantile outside (0, 0.5], fewer than one receiver, fewer than two heads, an unknown
-            selectivity, or statistics without span.
+            selectivity, or statistics without this span.
         ResultError: no statistics, or statistics of different models, layers, or receiver levels; or, by
             "gini", statistics of an older version, which did not measure it.
 
@@ -293,33 +307,82 @@ def classify_heads(
     """
     quantile, receivers = check_shares(quantile, receivers)
     choice(selectivity, "selectivity", get_args(SelectivityName))
+    choice(span, "span", get_args(SpanKind))
     first: HeadStatistics | None = None
-    span = _RunningMean()
-    received: dict[str, _RunningMean] = {name: _RunningMean() for name in get_args(SelectivityName)}
+    mean_span, kurtosis, gini, on_first = _RunningMean(), _RunningMean(), _RunningMean(), _RunningMean()
+    knows_first = knows_gini = True
     for part in statistics_parts(statistics):
         first = part if first is None else first
-        if part.span is None:
-            raise ParameterError("ranking heads needs their span: measure(..., span=True)")
         check_same_measurement(first, part, "classify heads over")
-        span.add(part.span)
-        for name, mean in received.items():
-            if (values := getattr(part, f"receiver_{name}")) is not None:
-                mean.add(values)
+        mean_span.add(_ranking_span(first, part, span))
+        knows_first = knows_first and "first" in part.share_on and "response" in part.share_from
+        if knows_first:
+            on_first.add(part.share("first"))
+        if part.receiver_kurtosis is not None:
+            kurtosis.add(part.receiver_kurtosis)
+        if selectivity == "gini" and part.receiver_kurtosis is not None and part.receiver_gini is None:
+            raise ResultError("some statistics have no receiver_gini to rank receivers by: measure again")
+        knows_gini = knows_gini and part.receiver_gini is not None
+        if part.receiver_gini is not None:
+            gini.add(part.receiver_gini)
     if first is None:
         raise ResultError("there are no statistics to classify heads by")
-    if selectivity == "gini" and first.receiver_gini is None and first.receiver_kurtosis is not None:
-        raise ResultError("these statistics have no receiver_gini to rank receivers by: measure again")
     groups = group_heads(
-        span.mean(),
-        None if first.receiver_kurtosis is None else received["kurtosis"].mean(),
-        gini=None if first.receiver_gini is None else received["gini"].mean(),
+        mean_span.mean(),
+        None if first.receiver_kurtosis is None else kurtosis.mean(),
+        gini=gini.mean() if knows_gini else None,
         quantile=quantile,
         receivers=receivers,
         selectivity=selectivity,
     )
+    if knows_first and span == "plain":
+        _warn_of_sinks(groups.global_heads, on_first.mean())
     return replace(
-        groups, layers=first.layers, model_name=first.model_name, receiver_level=first.receiver_level
+        groups,
+        layers=first.layers,
+        model_name=first.model_name,
+        receiver_level=first.receiver_level,
+        span_ignores=first.span_ignores if span == "ignoring" else (),
     )
+
+
+def _ranking_span(
+    first: HeadStatistics, part: HeadStatistics, span: SpanKind
+) -> Float[Tensor, "batch layer head"]:
+    """Return the span by which heads are ranked, the same in all parts."""
+    if span == "plain":
+        if part.span is None:
+            raise ParameterError("ranking heads needs their span: measure(..., span=True)")
+        return part.span
+    if part.span_ignoring is None:
+        raise ParameterError(
+            'span="ignoring" needs a span that ignores something: measure(..., span_ignores=("first",))'
+        )
+    if part.span_ignores != first.span_ignores:
+        raise ResultError(
+            f"cannot classify heads over statistics whose span_ignores differ: {first.span_ignores!r} and "
+            f"{part.span_ignores!r}"
+        )
+    return part.span_ignoring
+
+
+RESTING = 0.3
+"""A head that gives the first token at least this share of its attention is said to rest on it."""
+
+
+def _warn_of_sinks(global_heads: Bool[Tensor, "layer head"], on_first: Float[Tensor, "layer head"]) -> None:
+    """Warn if most global heads rest on the first token, so that their span says little about distance."""
+    shares = on_first[global_heads]
+    resting = int((shares >= RESTING).sum())
+    if 2 * resting > len(shares):
+        warnings.warn(
+            f"{resting} of {len(shares)} global heads rest on the first token: they give it at least "
+            f"{RESTING:.0%} of their attention ({float(shares.nanmean()):.0%} on average over the group), "
+            "which Eq. 7 counts as the longest distance. To rank heads by what they read besides it: "
+            'classify_heads(statistics, span="ignoring")',
+            AttnprobeWarning,
+            stacklevel=3,
+        )
 
 
 class _RunningMean:

@@ -24,7 +24,7 @@ def of_mapping(value: Mapping[str, Any]) -> dict[str, Any]:
         BatchError: no ids, several masks of the response, or something that is no part of a batch.
     """
     responses = ("response_mask", "assistant_masks", "labels")
-    known = {"input_ids", "attention_mask", "position_ids", *responses}
+    known = {"input_ids", "attention_mask", "position_ids", "segments", *responses}
     # What tokenizers add by default, and no model needs.
     unused = {"special_tokens_mask", "offset_mapping", "length", "texts"}
     if "input_ids" not in value:
@@ -46,6 +46,7 @@ def of_mapping(value: Mapping[str, Any]) -> dict[str, Any]:
         "position_ids": present.get("position_ids"),
         "response_mask": response,
         "model_inputs": inputs,
+        "segments": present.get("segments"),
     }
 
 
@@ -106,6 +107,20 @@ def rectangle(value: Any, name: str, lengths: list[int] | None) -> Any:
     width = max(lengths)
     padding = [example[0] if name == "input_ids" else 0 for example in value]
     return [[*example, *[pad] * (width - len(example))] for example, pad in zip(value, padding, strict=True)]
+
+
+def rectangle_of_mask(value: Any, lengths: list[int]) -> Any:
+    """Return a mask as a rectangle if it is lists as ragged as the ids, and anything else as it is.
+
+    >>> rectangle_of_mask([[1, 1], [1]], [2, 1]), rectangle_of_mask(slice(1), [2, 1])
+    ([[1, 1], [1, 0]], slice(None, 1, None))
+    """
+    rows = as_lists(value)
+    if not isinstance(rows, list) or not all(isinstance(row, list | tuple) for row in rows):
+        return value
+    is_ragged = [len(row) for row in rows] == lengths
+    is_ragged = is_ragged and not any(isinstance(part, slice) for row in rows for part in row)
+    return rectangle(rows, "a segment", lengths) if is_ragged else value
 
 
 def as_ids(ids: Any, name: str) -> Int[Tensor, "..."]:

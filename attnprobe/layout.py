@@ -51,14 +51,16 @@ class SequenceLayout:
         return out.view(batch, width, *by_token.shape[2:]).movedim(1, -1)
 
     def examples(
-        self, values: Float[Tensor, "sequence *axes"], weights: Real[Tensor, " sequence"]
+        self, values: Float[Tensor, "sequence *axes"], weights: Real[Tensor, "sequence *first_axes"]
     ) -> Float[Tensor, "batch *axes"]:
         """Return per-sequence values as the weighted mean over the sequences of each example.
 
-        Sequences with weight 0 or an undefined value do not count; NaN where none counts.
+        Weights may also differ along the first axes of the values. Sequences with weight 0 or an undefined
+        value do not count; NaN where none counts.
         """
         source = self.source.to(values.device)
-        spread = weights.to(values).view(-1, *[1] * (values.ndim - 1)).expand_as(values)
+        spread = weights.to(values)
+        spread = spread.view(*spread.shape, *[1] * (values.ndim - spread.ndim)).expand_as(values)
         spread = spread.masked_fill(values.isnan(), 0.0)
         total = values.new_zeros(self.shape[0], *values.shape[1:])
         weight = torch.zeros_like(total)

@@ -32,6 +32,7 @@ from attnprobe.probe import Probe, attach
 from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.reductions import TRAINING_HORIZON
+from attnprobe.segments import NamesLike
 from attnprobe.sentences import SentenceReceivers, sentence_ids
 from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.validation import IntLike, brief, truth, whole_number
@@ -47,6 +48,10 @@ def measure(
     span: bool = True,
     receiver: bool | ReceiverLevel | SentenceReceivers = False,
     entropy: bool = True,
+    share_on: NamesLike | None = None,
+    share_from: NamesLike = "response",
+    span_ignores: NamesLike | None = None,
+    influence_rows: str = "response",
     batch_size: IntLike | None = None,
     memory_budget: IntLike = MEMORY_BUDGET,
     progress: bool = False,
@@ -67,6 +72,14 @@ def measure(
             `SentenceReceivers(...)` with options), for which the batch needs texts.
         entropy: whether to compute token entropy; without it, nothing after the last measured layer is run.
             A model without next-token logits (a base model, a classifier) can only be read without it.
+        share_on: names of segments: the share of attention on each of them is kept, for every head. Besides
+            "prompt", "response" and "first" (the first token), these are the batch's own. None: "first", if
+            span is computed, at next to no cost; others cost a pass over the attention, all together.
+        share_from: names of segments whose rows give these shares.
+        span_ignores: names of segments that a second span ignores, with what is left of each row
+            renormalised (`span_ignoring`). None: "first", if span is computed; (): no second span.
+        influence_rows: the segment whose rows count in FAI, in place of those of the response. The tokens
+            that are scored stay those of the response.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
             Results do not depend on it. A batch with images is always run as a whole.
         memory_budget: roughly how many bytes the activations and logits of the sequences run together may
@@ -76,7 +89,7 @@ def measure(
     Raises:
         BatchError: ids outside the vocabulary, sequences longer than the model's context, an image's tokens
             without its pixels, or receivers by sentence for a batch without texts.
-        ParameterError: invalid layers, window, horizon or receiver.
+        ParameterError: invalid layers, window, horizon or receiver, or segments that the batch does not have.
         UnsupportedModelError: a model whose attention cannot be read, or entropy of a model without
             next-token logits.
 
@@ -91,8 +104,17 @@ def measure(
     options = _sentence_receivers(receiver)
     level: ReceiverLevel | None = "sentence" if options else "token" if receiver else None
     probe = HeadStatisticsProbe(
-        window=window, horizon=horizon, span=span, receiver=level == "token", entropy=False
+        window=window,
+        horizon=horizon,
+        span=span,
+        receiver=level == "token",
+        entropy=False,
+        share_on=share_on,
+        share_from=share_from,
+        span_ignores=span_ignores,
+        influence_rows=influence_rows,
     )
+    probe.asked.check_known(batch.segment_names, "batch.with_segments({})")
     run = BatchRun.prepare(adapter, batch, layers, batch_size, memory_budget, entropy)
     sentences = None if options is None else sentence_ids(run.sequences, options.splitting)
     by_sentence = None
@@ -108,7 +130,14 @@ def measure(
                 by_sentence.sentence_ids = sentences[members, : part.token_count]
             with (
                 carries_positions() if span else nullcontext(),
-                attach(run.adapter, *probes, ticking, layers=run.layers, response_mask=part.response_mask),
+                attach(
+                    run.adapter,
+                    *probes,
+                    ticking,
+                    layers=run.layers,
+                    response_mask=part.response_mask,
+                    segments={name: part.segment(name) for name in part.segment_names},
+                ),
             ):
                 if entropy:
                     entropies.append(_run_for_entropy(run.adapter, part, run.width))
@@ -122,19 +151,31 @@ def measure(
         kurtosis, gini = (each[order] for each in by_sentence.selectivity())
     # An example may pack several responses: Eq. 7 is then a mean over all their tokens.
     weights = statistics.response_mask.sum(-1)
+    rows_left = probe.rows_left()
+    shares, ignoring = None, None
+    if statistics.shares is not None:
+        sources = statistics.shares.unbind(3)
+        counts = [run.sequences.segment(name).sum(-1) for name in statistics.share_from]
+        shares = torch.stack([layout.examples(*each) for each in zip(sources, counts, strict=True)], dim=3)
+    if statistics.span_ignoring is not None and rows_left is not None:
+        ignoring = layout.examples(statistics.span_ignoring, rows_left[order])
+    is_packed = batch.segment_ids is not None
+    by_sequence: dict[str, Any] = {
+        f"sequence_{name}": layout.by_sequence(values)
+        for name in ("span", "shares", "span_ignoring")
+        if is_packed and (values := getattr(statistics, name)) is not None
+    }
     return replace(
         statistics,
+        **by_sequence,
         span=None if statistics.span is None else layout.examples(statistics.span, weights),
+        shares=shares,
+        span_ignoring=ignoring,
         waad=layout.tokens(statistics.waad),
         fai=layout.tokens(statistics.fai),
         entropy=layout.tokens(torch.cat(entropies)[order]) if entropies else None,
         receiver_kurtosis=None if kurtosis is None else layout.examples(kurtosis, weights),
         receiver_gini=None if gini is None else layout.examples(gini, weights),
-        sequence_span=(
-            None
-            if statistics.span is None or batch.segment_ids is None
-            else layout.by_sequence(statistics.span)
-        ),
         receiver_level=level,
         sentence_receivers=options,
         response_mask=batch.response_mask.to(run.adapter.device),

@@ -26,8 +26,12 @@ from attnprobe.reductions import (
     RECEIVER_HORIZON,
     TRAINING_HORIZON,
     Horizon,
+    MarkedKeys,
     Selectivity,
     influence_of,
+    mean_distance_left,
+    mean_over_rows,
+    read_rows,
     received_by_key,
     selectivity_of,
     windowed_distance_by_row,
@@ -66,6 +70,69 @@ def mean_attention_distance(
     return (distance * inside).sum(-1) / count.masked_fill(count == 0, torch.nan)
 
 
+def mean_attention_distance_ignoring(
+    attention: AttentionLike, ignored: ArrayLike, response_mask: ArrayLike | None = None
+) -> Float[Tensor, "batch head"]:
+    """Return the span of each head without some keys: what is left of each row is renormalised.
+
+    The mean over response rows `t` of `sum over s of A[t, s] * (t - s) / sum over s of A[t, s]`, where both
+    sums leave out the ignored keys; in tokens, in `[0, T - 1]`. Many heads rest on the first token when they
+    have nothing to do, and Eq. 7 of arXiv 2510.13554v2 counts this as the longest distance: `ignored` is then
+    that token. Rows with nothing left are left out of the mean; NaN if no row has anything left.
+
+    Both sums are taken directly, not as differences from the whole row, so that they are as exact where the
+    ignored keys hold nearly all of a row; a row with less than 1e-30 left counts as one with nothing.
+
+    Args:
+        attention: an `Attention`, or a pattern.
+        ignored: `[batch, token]`, True for the keys to ignore.
+        response_mask: `[batch, token]`, the rows; default: all.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: masks of another shape, or with other values.
+
+    >>> pattern = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.125, 0.375]])
+    >>> mean_attention_distance_ignoring(pattern, [[1, 0, 0]])
+    tensor([[0.1250]])
+    """
+    attention = as_attention(attention)
+    mask = check_mask(attention, response_mask)
+    keys = MarkedKeys(ignored=check_mask(attention, ignored, "ignored"))
+    left = read_rows(attention, keys, span=False).left
+    assert left is not None
+    return mean_distance_left(left, mask)
+
+
+def attention_share(
+    attention: AttentionLike, keys: ArrayLike, response_mask: ArrayLike | None = None
+) -> Float[Tensor, "batch head"]:
+    """Return each head's share of attention on chosen keys: what response rows give them, on average.
+
+    In `[0, 1]`; over all keys it is 1, less what goes to a sink of the softmax. NaN without a response row.
+
+    Args:
+        attention: an `Attention`, or a pattern.
+        keys: `[batch, token]`, True for the keys.
+        response_mask: `[batch, token]`, the rows; default: all.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: masks of another shape, or with other values.
+
+    >>> pattern = torch.tensor([[1.0, 0.0], [0.75, 0.25]])
+    >>> attention_share(pattern, keys=[[1, 0]], response_mask=[[0, 1]])
+    tensor([[0.7500]])
+    """
+    attention = as_attention(attention)
+    mask = check_mask(attention, response_mask)
+    marked = check_mask(attention, keys, "keys")[:, None]
+    single = bool((marked.sum(-1) <= 1).all())
+    shares = read_rows(attention, MarkedKeys(marked, (single,)), span=False).shares
+    assert shares is not None
+    return mean_over_rows(shares[..., 0], mask)
+
+
 def windowed_attention_distance(
     attention: AttentionLike,
     response_mask: ArrayLike | None = None,
@@ -94,13 +161,16 @@ def future_attention_influence(
     response_mask: ArrayLike | None = None,
     horizon: HorizonLike = TRAINING_HORIZON,
     segment_ids: ArrayLike | None = None,
+    rows: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head token"]:
     """Return the FAI of each response token: the mean attention that later response tokens give it.
 
     Eq. 10 of arXiv 2510.13554v2: the mean of `A[t, s]` over the response rows `t` with
     `s + low <= t <= s + high`; `high=None` runs to the end of the response (App. A.1). In `[0, 1]`.
     NaN outside the response, and for tokens so late that no row lies within their horizon.
-    For packed examples give `segment_ids`, so that the rows of another sequence do not count.
+    For packed examples give `segment_ids`, so that the rows of another sequence do not count. With `rows`
+    `[batch, token]`, the rows that it marks count in place of those of the response, such as those of an
+    answer after the reasoning; the tokens that are scored stay those of the response.
 
     Raises:
         PatternError: an invalid pattern.
@@ -114,8 +184,9 @@ def future_attention_influence(
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
     segments = check_segments(attention, segment_ids)
-    received = received_by_key(attention, mask, (low, high))
-    return influence_of(received, mask, (low, high), segments)
+    giving = mask if rows is None else check_mask(attention, rows, "rows")
+    received = received_by_key(attention, giving, (low, high))
+    return influence_of(received, mask, (low, high), segments, giving)
 
 
 def receiver_kurtosis(
@@ -399,12 +470,14 @@ def as_attention(attention: AttentionLike) -> Attention:
     return attention
 
 
-def check_mask(attention: Attention, mask: ArrayLike | None) -> Bool[Tensor, "batch token"]:
-    """Return a response mask on the attention's device, all True for None, or raise `ParameterError`."""
+def check_mask(
+    attention: Attention, mask: ArrayLike | None, name: str = "response_mask"
+) -> Bool[Tensor, "batch token"]:
+    """Return a mask of tokens on the attention's device, all True for None, or raise `ParameterError`."""
     expected = (attention.batch_size, attention.query_count)
     if mask is None:
         return torch.ones(expected, dtype=torch.bool, device=attention.device)
-    return as_mask(mask, "response_mask", expected, device=attention.device)
+    return as_mask(mask, name, expected, device=attention.device)
 
 
 def check_segments(attention: Attention, segment_ids: ArrayLike | None) -> Int[Tensor, "batch token"] | None:

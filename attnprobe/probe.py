@@ -11,7 +11,7 @@ never fires, or fires twice, would otherwise silently give a wrong number. Users
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +23,7 @@ from attnprobe.adapters import LAYER_SITES, SITES, Adapter, adapter_for
 from attnprobe.adapters.base import GrowingCache, Layers, Value, resolve_layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import IncompleteRunError, InterventionError, ParameterError, UnsupportedModelError
+from attnprobe.segments import check_own_names, segment_names
 from attnprobe.validation import ArrayLike, as_mask, brief
 from attnprobe.with_block import WithBlock
 
@@ -88,6 +89,7 @@ def attach(
     *probes: Probe,
     layers: Layers = "all",
     response_mask: ArrayLike | None = None,
+    segments: Mapping[str, ArrayLike] | None = None,
 ) -> WithBlock[Attachment]:
     """Show the forward passes of a model to probes while a `with` block is open.
 
@@ -99,10 +101,13 @@ def attach(
         response_mask: `[batch, token]`, True (or 1) for those tokens passed to the model that are response;
             default: all that are not padding. In `generate`, give the prompt's mask; tokens after it count as
             response. With a KV cache it may cover more than the first pass.
+        segments: masks `[batch, token]` of named segments, shaped like `response_mask`, for probes that are
+            asked about them; tokens after a mask are in no segment.
 
     Raises:
         ParameterError: no probe, something that is not a probe, an unknown site, a mask with other values,
             or layers that the model does not have.
+        BatchError: segments with a built-in name.
         UnsupportedModelError: a model whose attention cannot be read, or a site whose usual meaning this
             family's modules cannot give.
         IncompleteRunError: in a forward pass, some layer was not seen exactly once, or no logits were seen.
@@ -131,9 +136,10 @@ def attach(
     for site in sorted(sites & set(adapter.refused_sites)):
         raise UnsupportedModelError(f"there is no site {site} here: {adapter.refused_sites[site]}")
     chosen = resolve_layers(layers, adapter)
-    mask = None if response_mask is None else _response_mask(response_mask)
+    masks = {} if response_mask is None else {_RESPONSE: _mask_of(response_mask, "response_mask")}
+    masks |= _segments_of(segments)
     shown = sites | (optional - set(adapter.refused_sites))
-    return WithBlock("attach", _attached(_Run(adapter, probes, chosen, sites, mask), sorted(shown)))
+    return WithBlock("attach", _attached(_Run(adapter, probes, chosen, sites, masks), sorted(shown)))
 
 
 @contextmanager
@@ -172,13 +178,27 @@ def _sites_of(probes: Sequence[Any], attribute: str) -> set[str]:
     return {site for probe in probes for site in getattr(probe, attribute, frozenset())}
 
 
-def _response_mask(given: ArrayLike) -> Tensor:
-    """Return a response mask as a boolean tensor `[batch, token]`."""
-    mask = as_mask(given, "response_mask")
+# The name of the response among masks: no segment has an empty one.
+_RESPONSE = ""
+
+
+def _mask_of(given: ArrayLike, name: str) -> Tensor:
+    """Return a mask as a boolean tensor `[batch, token]`."""
+    mask = as_mask(given, name)
     mask = mask[None] if mask.ndim == 1 else mask
     if mask.ndim != 2:
-        raise ParameterError(f"response_mask must be [batch, token], got {list(mask.shape)}")
+        raise ParameterError(f"{name} must be [batch, token], got {list(mask.shape)}")
     return mask
+
+
+def _segments_of(segments: Mapping[str, ArrayLike] | None) -> dict[str, Tensor]:
+    """Return the masks of named segments."""
+    if segments is None:
+        return {}
+    if not isinstance(segments, Mapping):
+        raise ParameterError(f"segments must be a dictionary of masks by name; got {brief(segments)}")
+    check_own_names(segment_names(list(segments), "segments"))
+    return {name: _mask_of(mask, f"the segment {name!r}") for name, mask in segments.items()}
 
 
 class _Run:
@@ -190,14 +210,15 @@ class _Run:
         probes: Sequence[Probe],
         layers: tuple[int, ...],
         sites: set[str],
-        response_mask: Tensor | None,
+        masks: dict[str, Tensor],
     ) -> None:
         self.adapter = adapter
         self.layers = layers
         self._probes = probes
         self._sites = [site for site in LAYER_SITES if site in sites]
         self._needs_logits = "logits" in sites
-        self._response_mask = response_mask
+        # The response mask, if there is one, and those of segments.
+        self._masks = masks
         self._repeats = 1
         self._first_ids: Tensor | None = None
         self._seen: Counter[tuple[str, int | None]] = Counter()
@@ -205,9 +226,11 @@ class _Run:
         self._batch: TokenBatch | None = None
 
     def begin(self, batch: TokenBatch, cached: int, cache: GrowingCache | None = None) -> None:
-        if self._response_mask is not None:
-            marked = self._marked(batch, cached, cache) & batch.attention_mask
-            batch = replace(batch, response_mask=marked)
+        if self._masks:
+            marked = {name: self._marked(name, batch, cached, cache) for name in self._masks}
+            response = marked.pop(_RESPONSE, batch.response_mask)
+            segments = torch.stack(list(marked.values()), dim=1) if marked else None
+            batch = replace(batch, response_mask=response, segments=segments, segment_names=tuple(marked))
         self._batch = batch
         self._seen.clear()
         self._skipped.clear()
@@ -217,34 +240,34 @@ class _Run:
                 probe.follow(cache)
             probe.begin(batch)
 
-    def _marked(self, batch: TokenBatch, cached: int, cache: GrowingCache | None) -> Tensor:
-        """Return which tokens of a pass are response: those marked, and those after the mask."""
-        assert self._response_mask is not None
+    def _marked(self, name: str, batch: TokenBatch, cached: int, cache: GrowingCache | None) -> Tensor:
+        """Return which tokens of a pass a mask marks; tokens after it are response, and in no segment."""
+        given = self._masks[name]
         examples, tokens = batch.input_ids.shape
         if cached == 0:
             self._repeats = self._repeats_in(batch)
-        mask = self._response_mask.repeat_interleave(self._repeats, dim=0)
+        mask = given.repeat_interleave(self._repeats, dim=0)
         width = mask.shape[1]
         # Assisted decoding runs the prompt with its first guesses. With a cache, a prompt may come in parts.
         fits = width == tokens or (cache is not None and (width > tokens or width == tokens - cache.drafted))
         fits = fits or cached > 0 or self._has_grown(batch, width)
         if mask.shape[0] != examples or not fits:
             raise ParameterError(
-                f"response_mask is {list(self._response_mask.shape)}, but the model was given tokens "
+                f"{_named(name)} is {list(given.shape)}, but the model was given tokens "
                 f"{list(batch.input_ids.shape)}"
             )
         if width == tokens and cached == 0:
             self._first_ids = batch.input_ids
         mask = mask.to(batch.input_ids.device)[:, cached : cached + tokens]
-        return torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=True)
+        mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=name == _RESPONSE)
+        return mask & batch.attention_mask
 
     def skip(self, site: str) -> None:
         self._skipped.add(site)
 
     def _repeats_in(self, batch: TokenBatch) -> int:
         """Return how often each example of the mask is repeated, as for several continuations of a prompt."""
-        assert self._response_mask is not None
-        repeats, rest = divmod(batch.batch_size, self._response_mask.shape[0])
+        repeats, rest = divmod(batch.batch_size, len(next(iter(self._masks.values()))))
         if rest or repeats < 2:
             return 1
         # Examples that differ are other examples than those that were marked.
@@ -311,6 +334,10 @@ class _Run:
                 "discarded: call the whole model, not its forward or the base model inside it, and without "
                 "options that leave logits out"
             )
+
+
+def _named(mask: str) -> str:
+    return "response_mask" if mask == _RESPONSE else f"the segment {mask!r}"
 
 
 def _check_replacement(probe: Probe, site: str, value: Value, given: Any) -> None:

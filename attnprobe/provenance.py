@@ -24,6 +24,7 @@ class Provenance:
         layers: the layers that were measured.
         window, horizon: the parameters of WAAD and FAI.
         heads: the heads of each group ("local", "global", "receiver"), as (layer, head, weight).
+        influence_rows: the segment whose rows count in FAI.
         align: which token a row of the pattern describes: its own ("token") or the next one ("prediction").
     """
 
@@ -33,6 +34,7 @@ class Provenance:
     horizon: tuple[int, int | None] | None = None
     heads: dict[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
     align: Align = "token"
+    influence_rows: str = "response"
 
     def __post_init__(self) -> None:
         """Keep layers as a tuple."""
@@ -47,6 +49,7 @@ class Provenance:
             "horizon": self.horizon,
             "heads": groups,
             "align": self.align,
+            "influence_rows": None if self.influence_rows == "response" else self.influence_rows,
         }
         return ", ".join(f"{name}={value}" for name, value in told.items() if value not in ("", None))
 

@@ -1,4 +1,4 @@
-"""The reductions behind the metrics: what a forward pass adds to WAAD, FAI and kurtosis, for any queries.
+"""The reductions behind the metrics: what a forward pass adds to span, WAAD, FAI, kurtosis and shares.
 
 `metrics` applies them to a whole sequence, `sequence_sums` to each step of a KV cache, whose results it adds
 up. What is left to others: the definitions, with ranges and examples (metrics).
@@ -6,6 +6,7 @@ up. What is left to others: the definitions, with ranges and examples (metrics).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,120 @@ RECEIVER_HORIZON: Horizon = (10, None)
 WIDEST_BAND = 128
 """A horizon wider than this is summed by `receive`, whose cost does not grow with it, rather than from a
 band, whose memory does."""
+
+
+LEAST_LEFT = 1e-30
+"""A row with less than this on the keys that are not ignored has nothing left: the rest may be rounding."""
+
+
+@dataclass(frozen=True)
+class MarkedKeys:
+    """The columns of a sequence whose attention is asked for.
+
+    Attributes:
+        shares: for each target, the columns whose share of a row is wanted; None if no share is.
+        single: whether a target marks at most one column of each example, for each target.
+        ignored: the columns that a second span ignores; None if there is none.
+        ignores_column_0: whether column 0 is all that is ignored, in every example.
+    """
+
+    shares: Bool[Tensor, "batch target column"] | None = None
+    single: tuple[bool, ...] = ()
+    ignored: Bool[Tensor, "batch column"] | None = None
+    ignores_column_0: bool = False
+
+
+@dataclass(frozen=True)
+class RowReads:
+    """What each row reads from marked keys.
+
+    Attributes:
+        distance: the mean distance; None if not wanted.
+        shares: the share of each target; None if not wanted.
+        left: without the ignored keys, the row's mass, and the sum of its attention times the distance.
+    """
+
+    distance: Float[Tensor, "batch head query"] | None
+    shares: Float[Tensor, "batch head query target"] | None
+    left: Float[Tensor, "batch head query 2"] | None
+
+
+def read_rows(attention: Attention, keys: MarkedKeys, *, span: bool) -> RowReads:
+    """Return what each row reads from marked keys, with one `attend` for all that is not known already.
+
+    A single key costs no `attend`. Nor does a span that ignores column 0, where a kernel has computed it
+    along the way. The mass that is left is summed directly, not as a difference from 1, which would lose its
+    precision where it is small.
+    """
+    columns = slice(attention.key_start, attention.key_start + attention.key_count)
+    position = attention.key_positions()
+    past_first = attention.past_first()
+    is_known = keys.ignores_column_0 and attention.key_start == 0 and past_first is not None
+    features: list[Tensor] = []  # each [batch, key]
+    if keys.ignored is not None and not is_known:
+        kept = (~keys.ignored[:, columns]).to(device=attention.device, dtype=attention.dtype)
+        features += [kept, kept * position]
+    many = [number for number, single in enumerate(keys.single) if not single]
+    shares: list[Tensor] = []
+    if keys.shares is not None:
+        marked = keys.shares[..., columns].to(attention.device)
+        features += [marked[:, number].to(attention.dtype) for number in many]
+        for number, single in enumerate(keys.single):
+            # The index of the marked key, or -1 if it is none of these.
+            index = marked[:, number].byte().argmax(-1).masked_fill(~marked[:, number].any(-1), -1)
+            shares.append(attention.column(index) if single else index)
+    # The distance goes along for nothing if there is an `attend` anyway.
+    goes_along = span and bool(features) and past_first is None
+    if goes_along:
+        features.append(position.expand(attention.batch_size, -1))
+    read = list(attention.attend(torch.stack(features, dim=-1)).unbind(-1)) if features else []
+    own = position[attention.query_offset :]
+    distance = None
+    if goes_along:
+        distance = own * attention.row_mass() - read.pop()
+    elif span:
+        distance = attention.mean_distance()
+    left = None
+    if keys.ignored is not None:
+        if not is_known:
+            left, read = torch.stack(read[:2], dim=-1), read[2:]
+        else:
+            left = past_first
+        assert left is not None
+        mass = left[..., 0]
+        left = torch.stack([mass, (own * mass - left[..., 1]).clamp(min=0.0)], dim=-1)
+    for number, share in zip(many, read, strict=True):
+        shares[number] = share
+    # Rounding can take a sum of probabilities beyond 1.
+    stacked = torch.stack(shares, dim=-1).clamp(max=1.0) if shares else None
+    return RowReads(distance, stacked, left)
+
+
+def mean_over_rows(
+    values: Float[Tensor, "batch head token"], rows: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch head"]:
+    """Return the mean over the marked rows; NaN if there is none, or if one of them is NaN."""
+    total = values.masked_fill(~rows[:, None], 0.0).sum(-1)
+    count = rows.sum(-1, keepdim=True).to(total.dtype)
+    return total / count.masked_fill(count == 0, torch.nan)
+
+
+def rows_with_rest(
+    left: Float[Tensor, "batch head token 2"], rows: Bool[Tensor, "batch token"]
+) -> Bool[Tensor, "batch head token"]:
+    """Return which of the marked rows have something left of them, or are not known."""
+    return rows[:, None] & ~(left[..., 0] < LEAST_LEFT)
+
+
+def mean_distance_left(
+    left: Float[Tensor, "batch head token 2"], rows: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch head"]:
+    """Return the mean distance of what is left of the marked rows, renormalised; see `RowReads.left`."""
+    counted = rows_with_rest(left, rows)
+    mass, distance = left.unbind(-1)
+    total = (distance / mass.masked_fill(~counted, 1.0)).masked_fill(~counted, 0.0).sum(-1)
+    count = counted.sum(-1).to(total.dtype)
+    return total / count.masked_fill(count == 0, torch.nan)
 
 
 def near_band(
@@ -116,9 +231,13 @@ def influence_of(
     response_mask: Bool[Tensor, "batch token"],
     horizon: Horizon,
     segment_ids: Int[Tensor, "batch token"] | None = None,
+    rows: Bool[Tensor, "batch token"] | None = None,
 ) -> Float[Tensor, "batch head token"]:
-    """Return FAI from what each token received: Eq. 10 divides it by the response rows in its horizon."""
-    count = rows_in_horizon(response_mask, *horizon, segment_ids)
+    """Return FAI from what each token received: Eq. 10 divides it by the response rows in its horizon.
+
+    `rows` are those that gave, if not those of the response.
+    """
+    count = rows_in_horizon(response_mask if rows is None else rows, *horizon, segment_ids)
     defined = response_mask & (count > 0)
     influence = received / count.clamp(min=1)[:, None].to(received.dtype)
     return influence.masked_fill(~defined[:, None], torch.nan)

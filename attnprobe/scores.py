@@ -217,6 +217,7 @@ def score_tokens(
             horizon=statistics.horizon,
             heads={str(group): tuple(sorted(selection.heads)) for group, selection in groups.items()},
             align=align,
+            influence_rows=statistics.influence_rows,
         ),
     )
 

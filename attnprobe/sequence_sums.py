@@ -1,10 +1,10 @@
 """The sums behind head statistics, while a sequence grows step by step with a KV cache.
 
 Each forward pass adds rows to the attention matrix, and what the metrics need from a row can be accumulated:
-its distance for span, its WAAD, and what it gives each token for FAI. A whole sequence in one pass is the
-case of one step. A step must continue the last one: the same examples in the same order, with as many
-columns before it as were observed. In assisted decoding the last rows of a step may be guesses that are taken
-back: what they added is kept apart, row by row, until the next step.
+its distance for span, its WAAD, its shares, and what it gives each token for FAI. A whole sequence in one
+pass is the case of one step. A step must continue the last one: the same examples in the same order, with as
+many columns before it as were observed. In assisted decoding the last rows of a step may be guesses that are
+taken back: what they added is kept apart, row by row, until the next step.
 
 `HeadStatisticsProbe` calls `add_rows` for each layer of each pass. What is left to others: the definitions
 (metrics) and the results (head_statistics).
@@ -21,7 +21,7 @@ from torch import Tensor
 from attnprobe import metrics, reductions
 from attnprobe.attention.operator import Attention
 from attnprobe.errors import PatternError
-from attnprobe.reductions import Horizon
+from attnprobe.reductions import Horizon, MarkedKeys
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class LayerSums:
         received: what each column received within FAI's horizon.
         received_far: what each column received within the horizon of receiver kurtosis; None if not wanted.
         fingerprint: a number for each column's key; None where only patterns are known.
+        shares: the share of each row that is on the keys of each target; None if not wanted.
+        left: of each row without the keys to ignore, its mass and its distance (see `RowReads`); None if not
+            wanted.
         drafts: what the last rows added, if they may be taken back.
     """
 
@@ -43,6 +46,8 @@ class LayerSums:
     received_far: Float[Tensor, "batch head token"] | None
     fingerprint: Float[Tensor, "batch token"] | None
     drafts: _Drafts | None = None
+    shares: Float[Tensor, "batch head token target"] | None = None
+    left: Float[Tensor, "batch head token 2"] | None = None
 
     def without_last(self, count: int) -> LayerSums:
         """Return the sums without the last rows, of which there must be as many drafts."""
@@ -57,6 +62,8 @@ class LayerSums:
             received_far=None if drafts.received_far is None else drafts.received_far.total(columns),
             fingerprint=None if self.fingerprint is None else self.fingerprint[:, :columns],
             drafts=drafts,
+            shares=None if self.shares is None else self.shares[:, :, :columns],
+            left=None if self.left is None else self.left[:, :, :columns],
         )
 
     @property
@@ -119,11 +126,14 @@ def add_rows(
     *,
     span: bool = True,
     drafted: int = 0,
+    influence_rows: Bool[Tensor, "batch pass_token"] | None = None,
+    keys: MarkedKeys = MarkedKeys(),  # noqa: B008 (frozen)
 ) -> LayerSums:
     """Return the sums with the rows of another pass added; the last `drafted` rows may be taken back.
 
+    FAI's rows are `influence_rows`, or else those of the response; `keys` are columns of the whole sequence.
     A layer may be given only the last tokens of a pass (Gemma 4 in the prefill of `generate`). Sums that
-    need a response row which it did not compute are NaN.
+    need a row which it did not compute are NaN.
 
     Raises:
         PatternError: a pass that does not continue the one before.
@@ -132,71 +142,78 @@ def add_rows(
     start = columns - response_mask.shape[1]
     _check_continues(before, attention, start)
     missing = response_mask.shape[1] - attention.query_count
-    mask = metrics.check_mask(attention, response_mask[:, missing:])
-    lacking = response_mask[:, :missing]
+    giving = response_mask if influence_rows is None else influence_rows
     # One band serves both WAAD and FAI.
     near = reductions.near_band(attention, window, horizon)
     drafted = min(drafted, attention.query_count)
-    lasting = mask.clone()
-    lasting[:, mask.shape[1] - drafted :] = False
     guesses = None
     if drafted:
         last = torch.arange(attention.query_count - drafted, attention.query_count)
-        guesses = attention.rows(last) * mask[:, None, last.to(mask.device), None]
-    distance = attention.mean_distance() if span else None
+        guesses = attention.rows(last)
+    reads = reductions.read_rows(attention, keys, span=span)
     waad = reductions.windowed_distance_by_row(attention, window, near)
-    if missing:
-        waad = torch.nn.functional.pad(waad, (missing, 0), value=torch.nan)
-        if distance is not None:
-            distance = torch.nn.functional.pad(distance, (missing, 0), value=torch.nan)
 
-    def placed(
-        received: Tensor, earlier: Tensor | None, within: Horizon, unknown: Tensor | None
+    def with_earlier(now: Tensor | None, earlier: Tensor | None) -> Tensor | None:
+        """Put rows `[batch, head, row, ...]` behind those of earlier passes; NaN where none was computed."""
+        if now is None:
+            return None
+        behind = [0, 0] * (now.ndim - 3)
+        now = torch.nn.functional.pad(now, (*behind, missing, 0), value=torch.nan) if missing else now
+        return now if before is None or earlier is None else torch.cat([earlier, now], dim=2)
+
+    def received(
+        rows: Tensor, earlier: Tensor | None, within: Horizon, band: Tensor | None, unknown: Tensor | None
     ) -> tuple[Tensor, _Addends | None]:
         """Add what this pass's keys received to what the columns had received before; NaN where unknown."""
-        total = received.new_zeros(*received.shape[:2], columns)
+        rows = metrics.check_mask(attention, rows[:, missing:])
+        lasting = rows.clone()
+        lasting[:, rows.shape[1] - drafted :] = False
+        now = reductions.received_by_key(attention, lasting, within, band)
+        total = now.new_zeros(*now.shape[:2], columns)
         if earlier is not None:
             total[..., : earlier.shape[-1]] = earlier
-        total[..., attention.key_start :] += received
+        total[..., attention.key_start :] += now
         if unknown is not None:
             total = total.masked_fill(unknown.to(total.device)[:, None], torch.nan)
         if guesses is None:
             return total, None
-        drafts = _Addends(total, *_within(guesses, attention, within))
+        given = guesses * rows[:, None, rows.shape[1] - drafted :, None]
+        drafts = _Addends(total, *_within(given, attention, within))
         return drafts.total(columns), drafts
 
-    unknown, unknown_far = None, None
-    if missing:
-        # Response rows that were not computed, by column.
-        absent = torch.nn.functional.pad(lacking, (start, columns - start - missing))
-        unknown = reductions.rows_in_horizon(absent, *horizon, None) > 0
-        # Kurtosis leaves NaN out, but is not known unless all tokens are.
-        unknown_far = absent.any(-1, keepdim=True)
-    received, drafts = placed(
-        reductions.received_by_key(attention, lasting, horizon, near),
-        None if before is None else before.received,
-        horizon,
-        unknown,
-    )
-    received_far, drafts_far = None, None
-    if far_horizon == horizon and not missing:
-        received_far, drafts_far = received, drafts
+    def absent(rows: Tensor) -> Tensor | None:
+        """Return which rows were not computed, by column; None if all were."""
+        if not missing:
+            return None
+        return torch.nn.functional.pad(rows[:, :missing], (start, columns - start - missing))
+
+    lacking = absent(giving)
+    unknown = None if lacking is None else reductions.rows_in_horizon(lacking, *horizon, None) > 0
+    sums, drafts = received(giving, None if before is None else before.received, horizon, near, unknown)
+    sums_far, drafts_far = None, None
+    if far_horizon == horizon and not missing and influence_rows is None:
+        sums_far, drafts_far = sums, drafts
     elif far_horizon is not None:
-        received_far, drafts_far = placed(
-            reductions.received_by_key(attention, lasting, far_horizon),
-            None if before is None else before.received_far,
-            far_horizon,
-            unknown_far,
-        )
+        lacking = absent(response_mask)
+        # Kurtosis leaves NaN out, but is not known unless all tokens are.
+        unknown = None if lacking is None else lacking.any(-1, keepdim=True)
+        earlier = None if before is None else before.received_far
+        sums_far, drafts_far = received(response_mask, earlier, far_horizon, None, unknown)
     fingerprint = attention.key_fingerprint()
-    if before is not None:
-        if distance is not None and before.distance is not None:
-            distance = torch.cat([before.distance, distance], dim=-1)
-        waad = torch.cat([before.waad, waad], dim=-1)
-        if fingerprint is not None and before.fingerprint is not None:
-            fingerprint = torch.cat([before.fingerprint[:, : attention.key_start], fingerprint], dim=-1)
-    of_guesses = None if drafts is None else _Drafts(drafts, drafts_far)
-    return LayerSums(distance, waad, received, received_far, fingerprint, of_guesses)
+    if before is not None and fingerprint is not None and before.fingerprint is not None:
+        fingerprint = torch.cat([before.fingerprint[:, : attention.key_start], fingerprint], dim=-1)
+    all_waad = with_earlier(waad, None if before is None else before.waad)
+    assert all_waad is not None
+    return LayerSums(
+        with_earlier(reads.distance, None if before is None else before.distance),
+        all_waad,
+        sums,
+        sums_far,
+        fingerprint,
+        None if drafts is None else _Drafts(drafts, drafts_far),
+        with_earlier(reads.shares, None if before is None else before.shares),
+        with_earlier(reads.left, None if before is None else before.left),
+    )
 
 
 def _within(

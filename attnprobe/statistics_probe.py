@@ -25,6 +25,8 @@ from attnprobe.head_statistics import HeadStatistics
 from attnprobe.metrics import HorizonLike
 from attnprobe.probe import Probe
 from attnprobe.reductions import TRAINING_HORIZON
+from attnprobe.segment_marks import AskedSegments, SegmentMarks
+from attnprobe.segments import NamesLike
 from attnprobe.sequence_sums import LayerSums, add_rows
 from attnprobe.validation import IntLike, truth
 
@@ -48,12 +50,20 @@ class HeadStatisticsProbe(Probe):
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
         receiver: whether to compute receiver kurtosis and the Gini coefficient, which cost another pass over
             the attention.
+        share_on: names of segments: the share of attention on each of them is kept, for every head. Besides
+            "prompt", "response" and "first", names that are given to `attach`. None: "first", if span is
+            computed, at next to no cost; any other costs a column of a pass over the attention.
+        share_from: names of segments whose rows give these shares.
+        span_ignores: names of segments that a second span ignores, with what is left of each row
+            renormalised. None: "first", if span is computed; (): no second span.
+        influence_rows: the segment whose rows count in FAI, in place of those of the response.
         entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
             did not compute, such as prompt tokens in `generate`. None: where the model shows next-token
             logits. True: it is an error if it does not.
 
     Raises:
-        ParameterError: an invalid window or horizon.
+        ParameterError: an invalid window or horizon, names that are none or, in a pass, segments that are not
+            there.
 
     >>> HeadStatisticsProbe(window=0)
     Traceback (most recent call last):
@@ -68,11 +78,16 @@ class HeadStatisticsProbe(Probe):
         span: bool = True,
         receiver: bool = False,
         entropy: bool | None = None,
+        share_on: NamesLike | None = None,
+        share_from: NamesLike = "response",
+        span_ignores: NamesLike | None = None,
+        influence_rows: str = "response",
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
         self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
+        self.asked = AskedSegments.of(share_on, share_from, span_ignores, influence_rows, span=self.span)
         logits = (
             frozenset() if entropy is not None and not truth(entropy, "entropy") else frozenset({"logits"})
         )
@@ -81,9 +96,10 @@ class HeadStatisticsProbe(Probe):
         self._sequence = _Sequence()
         self._pass: dict[int, LayerSums] = {}
         self._continues = False
+        self._marks: SegmentMarks | None = None
         self._cache: GrowingCache | None = None
         self._distribution_entropy: Tensor | None = None
-        self._finished: list[HeadStatistics] = []
+        self._finished: list[_Finished] = []
 
     def follow(self, cache: GrowingCache | None) -> None:
         """Take back what is no longer in the last pass's cache, and remember the next one's."""
@@ -91,8 +107,9 @@ class HeadStatisticsProbe(Probe):
         self._cache = cache
 
     def begin(self, batch: TokenBatch) -> None:
-        """Forget anything that a failed pass left behind."""
+        """Forget anything that a failed pass left behind, and check that the segments are there."""
         self.abort()
+        self.asked.check_known(batch.segment_names, "attach(..., segments={})")
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
         """Reduce one layer's attention, or the logits."""
@@ -103,6 +120,8 @@ class HeadStatisticsProbe(Probe):
         # Not from the first query: a layer may be given only the last tokens of a pass.
         self._continues = value.key_start + value.key_count > batch.token_count
         before = self._sequence.layers.get(layer) if self._continues else None
+        if self._marks is None:
+            self._marks = self.asked.marks(batch, self._sequence.marks if self._continues else None)
         far = reductions.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
             before,
@@ -113,6 +132,8 @@ class HeadStatisticsProbe(Probe):
             far,
             span=self.span,
             drafted=0 if self._cache is None else min(self._cache.drafted, _MOST_REMEMBERED),
+            influence_rows=self._marks.influence_rows(batch.token_count),
+            keys=self._marks.keys,
         )
 
     def end(self, batch: TokenBatch) -> None:
@@ -120,12 +141,14 @@ class HeadStatisticsProbe(Probe):
         if not self._continues:
             self._finished += self._current()
             self._sequence = _Sequence()
-        self._sequence = self._sequence.extended(self._pass, batch, self._distribution_entropy, self._cache)
+        self._sequence = self._sequence.extended(
+            self._pass, batch, self._distribution_entropy, self._cache, self._marks
+        )
         self.abort()
 
     def abort(self) -> None:
         """Forget the pass that is under way; earlier ones are kept."""
-        self._pass, self._continues, self._distribution_entropy = {}, False, None
+        self._pass, self._continues, self._distribution_entropy, self._marks = {}, False, None, None
 
     def result(self) -> HeadStatistics:
         """Return the statistics of all sequences so far, joined along the batch axis.
@@ -137,7 +160,13 @@ class HeadStatisticsProbe(Probe):
         parts = [*self._finished, *self._current()]
         if not parts:
             raise ResultError("there are no statistics yet: no complete forward pass was observed")
-        return HeadStatistics.concatenate(parts)
+        return HeadStatistics.concatenate([part.statistics for part in parts])
+
+    def rows_left(self) -> Int[Tensor, "batch layer head"] | None:
+        """Return of how many response rows the span that ignores keys is a mean; None without that span."""
+        counts = [part.rows_left for part in (*self._finished, *self._current())]
+        known = [each for each in counts if each is not None]
+        return torch.cat(known) if known else None
 
     def reset(self) -> None:
         """Forget all passes."""
@@ -145,50 +174,82 @@ class HeadStatisticsProbe(Probe):
         self._sequence, self._cache = _Sequence(), None
         self._finished = []
 
-    def _current(self) -> list[HeadStatistics]:
+    def _current(self) -> list[_Finished]:
         """Return the statistics of the sequences that may still grow, as a list of one or none."""
         sequence = self._sequence.settled()
         if not sequence.layers:
             return []
         assert sequence.response_mask is not None
+        assert sequence.marks is not None
         mask, segments = sequence.response_mask, sequence.segment_ids
         layers = sorted(sequence.layers)
-        reduced = [self._reduced(sequence.layers[layer], mask, segments) for layer in layers]
+        reduced = [self._reduced(sequence.layers[layer], mask, segments, sequence.marks) for layer in layers]
         heads = max(values["waad"].shape[1] for values in reduced)
         joined: dict[str, Any] = {"span": None, "receiver_kurtosis": None}
         for name in reduced[0]:
             # Layers may lie on different devices.
             padded = [_pad_heads(values[name], heads).to(mask.device) for values in reduced]
             joined[name] = torch.stack(padded, dim=1)
-        return [
-            HeadStatistics(
-                **joined,
-                entropy=sequence.entropy,
-                response_mask=mask,
-                segment_ids=segments,
-                input_ids=sequence.input_ids,
-                layers=tuple(layers),
-                window=self.window,
-                horizon=self.horizon,
-                receiver_level="token" if self.receiver else None,
-            )
-        ]
+        rows_left = joined.pop("rows_left", None)
+        statistics = HeadStatistics(
+            **joined,
+            entropy=sequence.entropy,
+            response_mask=mask,
+            segment_ids=segments,
+            input_ids=sequence.input_ids,
+            layers=tuple(layers),
+            window=self.window,
+            horizon=self.horizon,
+            receiver_level="token" if self.receiver else None,
+            share_from=self.asked.share_from,
+            share_on=self.asked.share_on,
+            span_ignores=self.asked.span_ignores,
+            influence_rows=self.asked.influence_rows,
+        )
+        return [_Finished(statistics, None if rows_left is None else rows_left.nan_to_num().long())]
 
-    def _reduced(self, sums: LayerSums, mask: Tensor, segments: Tensor | None) -> dict[str, Tensor]:
+    def _reduced(
+        self, sums: LayerSums, mask: Tensor, segments: Tensor | None, marks: SegmentMarks
+    ) -> dict[str, Tensor]:
         """Return a layer's statistics from its sums."""
-        mask = mask.to(sums.waad.device)
+        device = sums.waad.device
+        mask, marks = mask.to(device), marks.to(device)
+        giving = marks.rows(self.asked.influence_rows)
         reduced = {
             "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
-            "fai": reductions.influence_of(sums.received, mask, self.horizon, segments),
+            "fai": reductions.influence_of(sums.received, mask, self.horizon, segments, giving),
         }
+        members = None if segments is None else _sequences_with_response(mask, segments.to(device))
         if sums.distance is not None:
-            reduced["span"] = _mean_of_rows(sums.distance, mask)
-            if segments is not None:
-                reduced["sequence_span"] = _mean_by_sequence(sums.distance, mask, segments)
+            reduced["span"] = reductions.mean_over_rows(sums.distance, mask)
+            if members is not None:
+                spans = [reductions.mean_over_rows(sums.distance, mask & member) for member in members]
+                reduced["sequence_span"] = torch.stack(spans, dim=-1)
+        if sums.left is not None:
+            left = sums.left
+            reduced["span_ignoring"] = reductions.mean_distance_left(left, mask)
+            reduced["rows_left"] = reductions.rows_with_rest(left, mask).sum(-1).to(left.dtype)
+            if members is not None:
+                spans = [reductions.mean_distance_left(left, mask & member) for member in members]
+                reduced["sequence_span_ignoring"] = torch.stack(spans, dim=-1)
+        if sums.shares is not None:
+            sources = [marks.rows(name) for name in self.asked.share_from]
+            reduced["shares"] = _shares(sums.shares, sources)
+            if members is not None:
+                parts = [_shares(sums.shares, [rows & member for rows in sources]) for member in members]
+                reduced["sequence_shares"] = torch.stack(parts, dim=-1)
         if sums.received_far is not None:
             selectivity = reductions.selectivity_of(sums.received_far, mask, segment_ids=segments)
             reduced["receiver_kurtosis"], reduced["receiver_gini"] = selectivity
         return reduced
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """The statistics of sequences, and of how many rows their second span is a mean; None without one."""
+
+    statistics: HeadStatistics
+    rows_left: Int[Tensor, "batch layer head"] | None
 
 
 @dataclass(frozen=True)
@@ -202,6 +263,7 @@ class _Sequence:
     entropy: Float[Tensor, "batch token"] | None = None
     last_entropy: Float[Tensor, "batch last"] | None = None
     """That of the distributions at the last tokens, of which the last is the next token's."""
+    marks: SegmentMarks | None = None
     cache: GrowingCache | None = None
     """Where the last tokens may be taken back; None if they may not."""
 
@@ -228,6 +290,7 @@ class _Sequence:
             None if ids is None else ids[:, :-count],
             None if entropy is None else entropy[:, :-count],
             None if last is None or last.shape[1] <= count else last[:, :-count],
+            None if self.marks is None else self.marks.without_last(count),
             dataclasses.replace(self.cache, drafted=self.cache.drafted - count),
         )
 
@@ -237,6 +300,7 @@ class _Sequence:
         batch: TokenBatch,
         distribution_entropy: Tensor | None,
         cache: GrowingCache | None,
+        marks: SegmentMarks | None,
     ) -> _Sequence:
         """Return the sequence with one more complete pass.
 
@@ -266,7 +330,7 @@ class _Sequence:
             if self.entropy is not None:
                 entropy = torch.cat([self.entropy, entropy], dim=-1)
             entropy = entropy.masked_fill(~mask, torch.nan)
-        return _Sequence(layers, mask, segments, ids, entropy, last, cache)
+        return _Sequence(layers, mask, segments, ids, entropy, last, marks, cache)
 
     def _has_token_before(self, batch: TokenBatch) -> Bool[Tensor, "batch token"]:
         """Return which tokens follow another of their sequence; a first token was not sampled."""
@@ -277,30 +341,36 @@ class _Sequence:
         return torch.nn.functional.pad(follows, (1, 0), value=self.last_entropy is not None)
 
 
-def _mean_of_rows(
-    distance: Float[Tensor, "batch head token"], rows: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "batch head"]:
-    """Return the mean distance of the marked rows; NaN if there is none."""
-    total = distance.masked_fill(~rows[:, None], 0.0).sum(-1)
-    count = rows.sum(-1, keepdim=True).to(total.dtype)
-    return total / count.masked_fill(count == 0, torch.nan)
+def _shares(
+    shares: Float[Tensor, "batch head token target"], sources: list[Tensor]
+) -> Float[Tensor, "batch head source target"]:
+    """Return the mean share of the rows of each source on each target."""
+    by_target = shares.unbind(-1)
+    return torch.stack(
+        [
+            torch.stack([reductions.mean_over_rows(share, rows) for share in by_target], dim=-1)
+            for rows in sources
+        ],
+        dim=-2,
+    )
 
 
-def _mean_by_sequence(
-    distance: Float[Tensor, "batch head token"],
-    rows: Bool[Tensor, "batch token"],
-    segments: Int[Tensor, "batch token"],
-) -> Float[Tensor, "batch head sequence"]:
-    """Return the mean distance of the marked rows of each sequence that has some; NaN where there is none."""
-    numbers = [ids[marked].unique() for ids, marked in zip(segments.to(rows.device), rows, strict=True)]
+def _sequences_with_response(
+    response: Bool[Tensor, "batch token"], segment_ids: Int[Tensor, "batch token"]
+) -> list[Bool[Tensor, "batch token"]]:
+    """Return the tokens of the first packed sequence with a response of each example, of the second, ..."""
+    numbers = [ids[marked].unique() for ids, marked in zip(segment_ids, response, strict=True)]
     count = max(1, *(len(each) for each in numbers))
-    means = []
+    members = []
     for place in range(count):
         number = torch.stack(
-            [each[place] if place < len(each) else -rows.new_ones((), dtype=torch.long) for each in numbers]
+            [
+                each[place] if place < len(each) else -response.new_ones((), dtype=torch.long)
+                for each in numbers
+            ]
         )
-        means.append(_mean_of_rows(distance, rows & (segments.to(rows.device) == number[:, None])))
-    return torch.stack(means, dim=-1)
+        members.append((segment_ids == number[:, None]) & (number[:, None] >= 0))
+    return members
 
 
 def _pad_heads(values: Tensor, heads: int) -> Tensor:

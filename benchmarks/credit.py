@@ -4,7 +4,7 @@
 
 One trainer on a model of SmolLM2-135M's shape with random weights takes whole steps (generate, score,
 loss, backward, optimizer): in turn without credit, with credit, and with credit in a step that regroups
-heads, which measures all completions rather than only those with a positive advantage. The kinds are
+heads, which measures all completions rather than only those whose weights can matter. The kinds are
 interleaved, so that other load on the machine affects all of them alike. The script reports medians and
 ratios to the plain step, and the ratio for a run that regroups heads every tenth step. Peak memory is that of
 a process that takes only one kind of step.

@@ -45,7 +45,7 @@ def loop(folder: Path) -> None:
     ids = torch.randint(1, 90, (4 - rank, 40), generator=torch.Generator().manual_seed(rank))
     ones = torch.ones_like(ids)
     parts = (ids[:, :4], ones[:, :4], ids[:, 4:], ones[:, 4:])
-    advantages = [-1.0] * 3 if rank else [1.0, -1.0, 1.0, 1.0]
+    advantages = [0.0] * 3 if rank else [1.0, -1.0, 1.0, 1.0]
     credit = RolloutCredit(
         tiny_model("llama"), CoupledRhythmCredit(), horizon=HORIZON, layers="all", reclassify_every=2
     )

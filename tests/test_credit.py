@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 
 from attnprobe import ParameterError, ResultError, TokenScores
 from attnprobe.rl import (
+    ContinuousCredit,
     CoupledRhythmCredit,
     CreditStrategy,
     EntropyCredit,
+    EntropySelection,
     GlobalAnchorCredit,
     LocalChunkCredit,
     RandomCredit,
@@ -27,6 +30,9 @@ from attnprobe.rl import (
 )
 
 NAN = math.nan
+AMPLIFYING = (
+    LocalChunkCredit, GlobalAnchorCredit, CoupledRhythmCredit, EntropyCredit, RandomCredit, ContinuousCredit
+)  # fmt: skip
 
 
 def scores_of(waad, fai=None, entropy=None, mask=None) -> TokenScores:
@@ -93,7 +99,7 @@ quantiles = st.sampled_from([0.1, 0.2, 0.4, 0.6, 1.0])
 
 
 @given(values, quantiles, st.sampled_from(["top", "bottom"]), st.floats(0, 3))
-def test_local_chunk_credit_is_equation_13_and_14(row, quantile, select, gain) -> None:
+def test_local_chunk_credit_is_equation_14_and_15(row, quantile, select, gain) -> None:
     credit = LocalChunkCredit(quantile=quantile, select=select, amplification=gain)
     mask = [[True] * len(row) + [False] * 2]
     got = credit(scores_of(padded(row), mask=mask))[0].tolist()
@@ -102,7 +108,7 @@ def test_local_chunk_credit_is_equation_13_and_14(row, quantile, select, gain) -
 
 
 @given(values, st.integers(0, 5), quantiles, st.sampled_from(["top", "bottom"]))
-def test_global_anchor_credit_is_equation_15_and_16(row, undefined, quantile, select) -> None:
+def test_global_anchor_credit_is_equation_16_and_17(row, undefined, quantile, select) -> None:
     row = row[: len(row) - undefined] + [NAN] * min(undefined, len(row))
     got = GlobalAnchorCredit(quantile=quantile, select=select)(scores_of([row]))[0].tolist()
     chosen = slow_top(row, quantile, select == "bottom")
@@ -120,7 +126,7 @@ def test_global_anchor_credit_is_equation_15_and_16(row, undefined, quantile, se
     st.sampled_from([None, 0.5, 2.0]),
     st.booleans(),
 )
-def test_coupled_credit_is_equation_17_and_18(
+def test_coupled_credit_is_equation_18_and_19(
     data, waad, quantile, gain, alpha, lookback, waad_threshold, delta_threshold, bottom
 ) -> None:
     fai = [data.draw(st.sampled_from([0.0, 0.5, 1.0, 1.5])) for _ in waad]
@@ -155,6 +161,86 @@ def test_coupled_credit_is_equation_17_and_18(
 def test_entropy_credit_takes_the_highest_entropies(row, quantile) -> None:
     got = EntropyCredit(quantile=quantile)(scores_of([row], entropy=[row]))[0].tolist()
     assert got == [1.5 if t in slow_top(row, quantile) else 1.0 for t in range(len(row))]
+
+
+@given(values, quantiles, st.integers(0, 5), st.booleans())
+def test_entropy_selection_drops_all_but_the_highest_entropies(row, quantile, undefined, normalize) -> None:
+    row = row[: len(row) - undefined] + [NAN] * min(undefined, len(row))
+    mask = [[True] * len(row) + [False] * 2]
+    scores = scores_of(padded(row), entropy=padded(row), mask=mask)
+    got = EntropySelection(quantile=quantile)(scores)[0].tolist()
+    kept = slow_top(row, quantile)
+    expected = [1.0 if t in kept or math.isnan(value) else 0.0 for t, value in enumerate(row)]
+    assert got == [*expected, 1.0, 1.0]
+    scaled = EntropySelection(quantile=quantile, normalize=True)(scores)[0].tolist()
+    mean = sum(expected) / len(row)
+    assert scaled == pytest.approx([*(value / mean for value in expected), 1.0, 1.0])
+
+
+SCALES = {
+    None: None,
+    "itself": lambda score: score,
+    "falling": lambda score: -score,
+    "curved": lambda score: (0.3 * score).exp(),
+    "step": lambda score: (score > 1.2).float(),
+}
+
+
+def slow_continuous(row: list[float], scale, gain: float) -> list[float]:
+    """Ranks are numbers of lower scores, plus half of those of other equal ones."""
+    defined = [value for value in row if not math.isnan(value)]
+    if scale is None:
+        places = {v: sum(o < v for o in defined) + (defined.count(v) - 1) / 2 for v in defined}
+    else:
+        places = {v: float(scale(torch.tensor([v], dtype=torch.float64))[0]) for v in defined}
+    low, high = min(places.values(), default=0.0), max(places.values(), default=0.0)
+    if low == high:
+        return [1.0] * len(row)
+    return [1.0 if math.isnan(v) else 1 + (gain - 1) * (places[v] - low) / (high - low) for v in row]
+
+
+@given(
+    st.lists(values, min_size=1, max_size=3),
+    st.integers(0, 4),
+    st.sampled_from(list(SCALES)),
+    st.floats(0, 4),
+    st.sampled_from(["waad", "waad_change", "fai", "entropy"]),
+)
+def test_continuous_credit_is_monotone_and_between_its_bounds(rows, undefined, scale, gain, score) -> None:
+    width = max(map(len, rows))
+    mask = [[True] * len(row) + [False] * (width - len(row)) for row in rows]
+    cut = [[NAN if t < undefined else value for t, value in enumerate(row)] for row in rows]
+    given_scores = [row + [NAN] * (width - len(row)) for row in cut]
+    scores = scores_of(given_scores, entropy=given_scores, mask=mask)
+    credit = ContinuousCredit(score=score, scale=SCALES[scale], amplification=gain)
+    assert needs_of(credit) == {score.removesuffix("_change")}
+    weights = credit(scores)
+    for row, got, own in zip(cut, weights.tolist(), mask, strict=True):
+        known = slow_delta(row) if score == "waad_change" else row
+        assert got == pytest.approx(slow_continuous(known, SCALES[scale], gain) + [1.0] * (width - len(row)))
+        pairs = sorted((v, w) for v, w, inside in zip(known, got, own, strict=False) if not math.isnan(v))
+        rises = 1 if (gain >= 1) != (scale == "falling") else -1
+        assert all(rises * (b[1] - a[1]) >= -1e-12 for a, b in pairwise(pairs))
+        assert all(a[1] == b[1] for a, b in pairwise(pairs) if a[0] == b[0])
+        assert min(1.0, gain) - 1e-12 <= min(got) <= max(got) <= max(1.0, gain) + 1e-12
+    if gain > 0:
+        even = ContinuousCredit(score=score, scale=SCALES[scale], amplification=gain, normalize=True)(scores)
+        for got, own in zip(even, scores.response_mask, strict=True):
+            assert float(got[own].mean()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_scale_must_be_a_monotone_function(as_users_call) -> None:
+    scores = scores_of([[1.0, 2.0, 3.0]])
+    for scale, told in (
+        (lambda score: (score - 2).square(), "scale is not monotone"),
+        (lambda score: score.log() * torch.inf, r"scale gave nan for a score of 1\.0"),
+        (lambda score: score[:1], "a value for each of the 3 scores.*[1]"),
+        (lambda score: 3.0, "a value for each of the 3 scores"),
+    ):
+        with pytest.raises(ResultError, match=told):
+            ContinuousCredit(scale=scale)(scores)
+    undefined = scores_of([[1.0, 2.0]], [[NAN, NAN]])
+    assert ContinuousCredit(scale=lambda score: score / score.max())(undefined).tolist() == [[1.0, 1.0]]
 
 
 @given(values, quantiles, st.integers(0, 3))
@@ -272,7 +358,7 @@ def test_normalized_weights_have_mean_one_over_the_response(row, gain) -> None:
 
 def test_amplification_one_changes_nothing() -> None:
     scores = scores_of([[1.0, 3.0, 2.0]], entropy=[[1.0, 3.0, 2.0]])
-    for kind in (LocalChunkCredit, GlobalAnchorCredit, CoupledRhythmCredit, EntropyCredit, RandomCredit):
+    for kind in AMPLIFYING:
         assert torch.equal(kind(amplification=1.0)(scores), torch.ones(1, 3, dtype=torch.float64))
         assert torch.equal(
             kind(amplification=1.0, normalize=True)(scores), torch.ones(1, 3, dtype=torch.float64)
@@ -282,7 +368,7 @@ def test_amplification_one_changes_nothing() -> None:
 def test_weights_of_half_precision_scores_are_single_precision() -> None:
     waad = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.bfloat16)
     scores = TokenScores(waad, waad, waad, torch.ones(1, 3, dtype=torch.bool))
-    for kind in (LocalChunkCredit, GlobalAnchorCredit, CoupledRhythmCredit, EntropyCredit, RandomCredit):
+    for kind in (*AMPLIFYING, EntropySelection):
         assert kind()(scores).dtype == torch.float32
 
 
@@ -311,6 +397,12 @@ def test_weights_of_half_precision_scores_are_single_precision() -> None:
         (lambda: CoupledRhythmCredit(waad_threshold=NAN), ["waad_threshold", "nan"]),
         (lambda: CoupledRhythmCredit(delta_threshold="high"), ["delta_threshold", "'high'"]),
         (lambda: CoupledRhythmCredit(amplification=0.1), ["0.1", "0.5", "0.333"]),
+        (lambda: EntropySelection(quantile=0), ["quantile", "(0, 1]", "0"]),
+        (lambda: EntropySelection(normalize=1), ["normalize", "1"]),
+        (lambda: ContinuousCredit(score="span"), ['"waad", "waad_change", "fai" or "entropy"', "'span'"]),
+        (lambda: ContinuousCredit(scale="rank"), ["scale", "function", "'rank'"]),
+        (lambda: ContinuousCredit(align="row"), ["align", "'row'"]),
+        (lambda: ContinuousCredit(amplification=-1.0), ["amplification", "-1.0"]),
         (lambda: needs_of("coupled"), ["CoupledRhythmCredit()", "'coupled'"]),
         (lambda: needs_of(CoupledRhythmCredit), ["CoupledRhythmCredit()", "the class CoupledRhythmCredit"]),
         (lambda: CoupledRhythmCredit()([1.0]), ["scores", "TokenScores", "list"]),
@@ -343,8 +435,9 @@ def test_smallest_amplification_that_is_accepted_gives_no_negative_weight() -> N
 
 
 def test_scores_that_lack_what_is_needed() -> None:
-    with pytest.raises(ResultError, match=r"no entropy.*entropy=True"):
-        EntropyCredit()(scores_of([[1.0]]))
+    for credit in (EntropyCredit(), EntropySelection(), ContinuousCredit(score="entropy")):
+        with pytest.raises(ResultError, match=r"no entropy.*entropy=True"):
+            credit(scores_of([[1.0]]))
     packed = TokenScores(
         torch.ones(1, 2), torch.ones(1, 2), None, torch.ones(1, 2).bool(), segment_ids=torch.tensor([[0, 1]])
     )
@@ -402,11 +495,50 @@ def test_a_strategy_of_your_own() -> None:
 # ---- advantages ---------------------------------------------------------------------------------
 
 
-def test_only_nonnegative_advantages_are_weighted() -> None:
+SIGNS = ("both", "positive", "negative")
+
+
+@pytest.mark.parametrize(
+    ("signs", "gains", "losses"),
+    [
+        ({}, [3.0, 1.0, 2.0], [-3.0, -1.0, -2.0]),
+        ({"signs": "both"}, [3.0, 1.0, 2.0], [-3.0, -1.0, -2.0]),
+        ({"signs": "positive"}, [3.0, 1.0, 2.0], [-2.0, -2.0, -2.0]),
+        ({"signs": "negative"}, [2.0, 2.0, 2.0], [-3.0, -1.0, -2.0]),
+    ],
+)
+def test_advantages_are_weighted_by_their_sign(signs, gains, losses) -> None:
     gamma = torch.tensor([[1.5, 0.5, 9.0]]).expand(3, -1)
     mask = torch.tensor([[1, 1, 0]]).expand(3, -1)
-    got = apply_credit(torch.tensor([2.0, -2.0, 0.0]), gamma, mask)
-    assert got.tolist() == [[3.0, 1.0, 2.0], [-2.0, -2.0, -2.0], [0.0, 0.0, 0.0]]
+    got = apply_credit(torch.tensor([2.0, -2.0, 0.0]), gamma, mask, **signs)
+    assert got.tolist() == [gains, losses, [0.0, 0.0, 0.0]]
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 5), st.sampled_from(SIGNS))
+def test_mixed_advantages_are_weighted_token_by_token(data, rows, width, signs) -> None:
+    def draw(of):
+        return [data.draw(st.lists(of, min_size=width, max_size=width)) for _ in range(rows)]
+
+    advantages = draw(st.sampled_from([-1.5, -0.25, 0.0, -0.0, 0.5, 2.0]))
+    gamma, mask = draw(st.floats(0, 3, width=32)), draw(st.booleans())
+    factors = []
+    for row in zip(advantages, gamma, mask, strict=True):
+        factors.append([])
+        for advantage, weight, inside in zip(*row, strict=True):
+            left_out = (signs == "positive" and advantage < 0) or (signs == "negative" and advantage >= 0)
+            factors[-1].append(1.0 if left_out or not inside else weight)
+    assert credit_weights(advantages, gamma, mask, signs=signs).tolist() == factors
+    expected = [[a * f for a, f in zip(*row, strict=True)] for row in zip(advantages, factors, strict=True)]
+    assert apply_credit(advantages, gamma, mask, signs=signs).tolist() == torch.tensor(expected).tolist()
+    ones = torch.ones(rows, width)
+    assert torch.equal(apply_credit(advantages, ones, mask, signs=signs), torch.tensor(advantages))
+
+
+def test_signs_that_make_no_sense(as_users_call) -> None:
+    for signs in ("nonnegative", None, 1):
+        for function in (apply_credit, credit_weights):
+            with pytest.raises(ParameterError, match='signs must be "both", "positive" or "negative"; got'):
+                function([1.0], [[1.0]], [[1]], signs=signs)
 
 
 def test_advantages_of_tokens_and_of_sequences_agree() -> None:
@@ -415,8 +547,6 @@ def test_advantages_of_tokens_and_of_sequences_agree() -> None:
     mask = torch.ones(2, 4)
     spread = apply_credit(advantages[:, None].expand(-1, 4), gamma, mask)
     assert torch.equal(apply_credit(advantages, gamma, mask), spread)
-    mixed = apply_credit(torch.tensor([[1.0, -1.0]]), torch.full((1, 2), 2.0), torch.ones(1, 2))
-    assert mixed.tolist() == [[2.0, -1.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -44,6 +44,7 @@ def answers(attention: Attention, seed: int, width: int, start: int) -> dict[str
         "band within the band": attention.band(max(width // 2, 1), start + width // 4),
         "rows": attention.rows(torch.tensor([queries - 1, 0])),
         "row_mass": attention.row_mass(),
+        "column": attention.column(torch.randint(-1, keys, (batch,), generator=generator)),
         "mean_distance": attention.mean_distance(),
     }
 
@@ -115,6 +116,7 @@ QUESTIONS: dict[str, Callable[[Attention], torch.Tensor]] = {
     "rows": lambda a: a.rows(torch.arange(a.query_count)),
     "mean_distance": lambda a: a.mean_distance(),
     "row_mass": lambda a: a.row_mass(),
+    "column": lambda a: a.column(torch.zeros(a.batch_size, dtype=torch.long)),
 }
 
 

@@ -306,6 +306,7 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path, as_users_call) -> No
         ({"credit_options": {"horizon": (2, 4)}}, r"has horizon=\(1, 4\) .not \(2, 4\)"),
         ({"credit_options": {"layers": [1]}}, r"has layers=\(1, 2\) .not \(1,\)"),
         ({"credit_options": {"window": 5}}, "has window=10 .not 5"),
+        ({"credit_options": {"signs": "positive"}}, "has signs='both' .not 'positive'"),
         ({"credit_options": {"reclassify_every": None}}, "has reclassify_every=10 .not None"),
         ({"ends": {7}}, r"has ends=\[7, 14, 21\] .not \[7\]"),
         ({"model": "qwen3"}, "model=LlamaForCausalLM .*not Qwen3ForCausalLM"),
@@ -418,10 +419,19 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["gae", "group"])
-@pytest.mark.parametrize("strategy", [CoupledRhythmCredit, GlobalAnchorCredit, EntropyCredit, RandomCredit])
-def test_an_amplification_of_1_changes_no_bit(estimator, strategy) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "signs"),
+    [
+        (CoupledRhythmCredit, "both"),
+        (GlobalAnchorCredit, "positive"),
+        (EntropyCredit, "negative"),
+        (RandomCredit, "both"),
+    ],
+)
+def test_an_amplification_of_1_changes_no_bit(estimator, strategy, signs) -> None:
     plain, credited = (
-        ppo_of(estimator=estimator, credit=credit) for credit in (None, strategy(amplification=1.0))
+        ppo_of(estimator=estimator, credit=credit, credit_options={"signs": signs})
+        for credit in (None, strategy(amplification=1.0))
     )
     histories = [without_clock(ppo.train()) for ppo in (plain, credited)]
     assert {entry.pop("credit/gamma_mean") for entry in histories[1]} == {1.0}
@@ -429,11 +439,21 @@ def test_an_amplification_of_1_changes_no_bit(estimator, strategy) -> None:
     assert_same(parameters(plain), parameters(credited))
 
 
-def test_credit_multiplies_the_advantages_that_are_not_negative() -> None:
+@pytest.mark.parametrize(
+    ("signs", "weighted"),
+    [
+        (None, lambda advantages: advantages != 0),
+        ("both", lambda advantages: advantages != 0),
+        ("positive", lambda advantages: advantages > 0),
+        ("negative", lambda advantages: advantages < 0),
+    ],
+)
+def test_credit_multiplies_the_advantages_of_these_signs(signs, weighted) -> None:
     """Found where it acts: in what the update is given."""
+    options = None if signs is None else {"signs": signs}
     given = {}
     for name, credit in (("plain", None), ("credited", lambda scores: 3.0 * scores.response_mask + 1.0)):
-        ppo = ppo_of(credit=credit)
+        ppo = ppo_of(credit=credit, credit_options=options)
         update = ppo._update
         ppo._update = lambda episodes, advantages, returns, name=name, update=update: (
             given.setdefault(name, advantages),
@@ -443,7 +463,7 @@ def test_credit_multiplies_the_advantages_that_are_not_negative() -> None:
     plain, credited = given["plain"], given["credited"]
     assert bool((plain > 0).any())
     assert bool((plain < 0).any())
-    assert torch.equal(credited, torch.where(plain > 0, 4 * plain, plain))
+    assert torch.equal(credited, torch.where(weighted(plain), 4 * plain, plain))
 
 
 def test_heads_are_classified_again_when_that_is_due() -> None:
@@ -455,7 +475,10 @@ def test_heads_are_classified_again_when_that_is_due() -> None:
     assert grouped_at == [0, 0, 2, 2, 4]
 
 
-def test_completions_without_a_positive_advantage_are_not_measured() -> None:
+@pytest.mark.parametrize(
+    ("signs", "counts"), [("both", [4, 3, 2, 3]), ("positive", [4, 2, 1, 2]), ("negative", [4, 1, 1, 1])]
+)
+def test_completions_whose_weights_cannot_matter_are_not_measured(signs, counts) -> None:
     measured = []
 
     def strategy(scores):
@@ -464,14 +487,30 @@ def test_completions_without_a_positive_advantage_are_not_measured() -> None:
 
     ppo = ppo_of()
     episodes = roll_out(ppo.model, [[1, 2]] * 4, ppo.config, set(), ppo.generator)
-    credit = RolloutCredit(ppo.model.policy, strategy, horizon=(1, 4), reclassify_every=None)
+    credit = RolloutCredit(ppo.model.policy, strategy, horizon=(1, 4), reclassify_every=None, signs=signs)
     advantages = torch.tensor([1.0, -1.0, 0.0, 2.0])
+    weighted = {"both": advantages != 0, "positive": advantages > 0, "negative": advantages < 0}[signs]
     for _ in range(2):
         gamma = credit.weigh(episodes, advantages, 0, entropy=episodes.entropy)
-        assert torch.equal(gamma[:, 0], torch.tensor([2.0, 1.0, 1.0, 2.0]))
-    assert torch.equal(credit.weigh(episodes, -advantages.abs(), 0), torch.ones_like(gamma))
-    # All of them are needed to group heads, once; then those that can gain; then none.
-    assert measured == [4, 2]
+        assert torch.equal(gamma[:, 0] == 2, weighted)
+    # An advantage for each token: a completion is measured for a single token, and only that is weighted.
+    mixed = torch.zeros_like(gamma)
+    mixed[0, 2], mixed[1, 1], mixed[1, 3] = -1.0, 1.0, 0.5
+    gamma = credit.weigh(episodes, mixed, 0)
+    expected = {"both": mixed != 0, "positive": mixed > 0, "negative": mixed < 0}[signs]
+    assert torch.equal((gamma == 2) & (mixed != 0), expected)
+    assert torch.equal(
+        apply_credit(mixed, gamma, episodes.response_mask), torch.where(expected, 2 * mixed, mixed)
+    )
+    assert torch.equal(credit.weigh(episodes, 0 * advantages, 0), torch.ones_like(gamma))
+    one_sided = advantages.abs() if signs == "negative" else -advantages.abs()
+    if signs == "both":
+        credit.weigh(episodes, one_sided, 0)
+    else:
+        assert torch.equal(credit.weigh(episodes, one_sided, 0), torch.ones_like(gamma))
+        credit.weigh(episodes, advantages, 0)
+    # All of them are needed to group heads, once; then those whose weights can matter; then none.
+    assert measured == counts
 
 
 def test_settings_of_credit_are_checked(as_users_call) -> None:
@@ -480,6 +519,7 @@ def test_settings_of_credit_are_checked(as_users_call) -> None:
         ({"heads": "mine"}, "heads .*'mine'"),
         ({"reclassify_every": 0}, "reclassify_every .*got 0"),
         ({"window": 0}, "window .*0"),
+        ({"signs": "nonnegative"}, 'signs must be "both", "positive" or "negative"; got'),
     ):
         with pytest.raises(ParameterError, match=told):
             RolloutCredit(tiny_model("llama"), GlobalAnchorCredit(), **options)

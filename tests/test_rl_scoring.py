@@ -8,7 +8,14 @@ import torch
 
 import attnprobe
 from attnprobe import BatchError, ParameterError, PatternError, ResultError, UnsupportedModelError
-from attnprobe.rl import CoupledRhythmCredit, Rollout, RolloutCredit, measure_rollout, score_rollout
+from attnprobe.rl import (
+    ContinuousCredit,
+    CoupledRhythmCredit,
+    Rollout,
+    RolloutCredit,
+    measure_rollout,
+    score_rollout,
+)
 from attnprobe.rl.trl.trainer_credit import WholePassAdapter
 from attnprobe.testing.tiny_models import FAMILIES, tiny_model
 
@@ -277,3 +284,23 @@ def test_a_loop_takes_your_own_heads_with_weights(layers, heads, measured) -> No
     expected = CoupledRhythmCredit()(score_rollout(statistics, heads, rollout))
     torch.testing.assert_close(gamma, expected)
     assert "given" in credit.settings()["heads"]
+
+
+def test_weights_over_all_heads_are_those_of_the_plain_mean() -> None:
+    model, rollout = tiny_model("llama"), rollout_of()
+    statistics = measure_rollout(model, rollout, layers="all", horizon=HORIZON)
+    waad, fai = (values.mean((1, 2)) for values in (statistics.waad, statistics.fai))
+    for strategy in (CoupledRhythmCredit(), ContinuousCredit()):
+        credit = RolloutCredit(model, strategy, layers="all", heads="all", horizon=HORIZON)
+        gamma = credit.weigh(rollout, torch.tensor([1.0, -1.0, 2.0]), 0)
+        by_hand = attnprobe.TokenScores(waad, fai, None, rollout.response_mask)
+        torch.testing.assert_close(gamma, strategy(by_hand))
+        assert bool((gamma != 1).any(-1).all())
+
+
+def test_the_settings_of_a_strategy_name_its_functions() -> None:
+    """Not by their address, by which no other process could resume a run."""
+    for scale, told in ((torch.sqrt, "sqrt"), (lambda score: -score, "<lambda>"), (None, "None")):
+        settings = RolloutCredit(tiny_model("llama"), ContinuousCredit(scale=scale)).settings()
+        assert settings["credit.scale"].endswith(told)
+        assert settings["signs"] == "'both'"

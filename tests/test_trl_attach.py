@@ -21,7 +21,9 @@ from attnprobe.rl import (
     CreditMixin,
     LocalChunkCredit,
     RandomCredit,
+    Rollout,
     attach_credit,
+    measure_rollout,
 )
 from attnprobe.testing.tiny_models import tiny_model
 from attnprobe.testing.tiny_trainers import tiny_trainer
@@ -333,7 +335,7 @@ def test_what_is_logged(tmp_path) -> None:
     trainer._generate_and_score_completions = lambda inputs: kept.append(weigh(inputs)) or kept[-1]
     trainer.train()
     (output,), log = kept, trainer.state.log_history[0]
-    inside = output["completion_mask"].bool() & (output["advantages"] > 0)[:, None]
+    inside = output["completion_mask"].bool() & (output["advantages"] != 0)[:, None]
     weights = output["credit_weights"][inside]
     assert log["credit/gamma_mean"] == pytest.approx(float(weights.mean()))
     assert log["credit/amplified_share"] == pytest.approx(float((weights > 1).float().mean()))
@@ -342,7 +344,9 @@ def test_what_is_logged(tmp_path) -> None:
     assert log["credit/seconds"] > 0
 
 
-def test_only_responses_that_can_gain_are_measured(tmp_path) -> None:
+@pytest.mark.parametrize("signs", ["both", "positive", "negative"])
+def test_only_responses_whose_weights_can_matter_are_measured(signs, tmp_path) -> None:
+    """One completion is the worst of its group, one the best, and two of a group are equal."""
     seen = []
 
     def credit(scores):
@@ -350,19 +354,61 @@ def test_only_responses_that_can_gain_are_measured(tmp_path) -> None:
         return torch.full_like(scores.waad, 2.0)
 
     credit.needs = {"waad"}
-    trainer = tiny_trainer(GRPOTrainer, tmp_path, max_steps=3)
-    attach_credit(trainer, credit, horizon=HORIZON, reclassify_every=2)
-    gains, weigh = [], trainer._generate_and_score_completions
+
+    def reward(completions, **_):
+        return [0.0, 1.0, 0.5, 0.5]
+
+    trainer = tiny_trainer(GRPOTrainer, tmp_path, max_steps=3, reward=reward)
+    attach_credit(trainer, credit, horizon=HORIZON, reclassify_every=2, signs=signs)
+    weigh = trainer._generate_and_score_completions
+    expected = {"both": [True, True], "positive": [False, True], "negative": [True, False]}[signs]
 
     def recording(inputs):
         output = weigh(inputs)
-        gains.append(int((output["advantages"] > 0).sum()))
-        assert torch.equal((output["credit_weights"] == 2).any(1), output["advantages"] > 0)
+        assert torch.equal(output["advantages"].sign(), torch.tensor([-1.0, 1.0, 0.0, 0.0]))
+        assert (output["credit_weights"] == 2).any(1).tolist() == [*expected, False, False]
         return output
 
     trainer._generate_and_score_completions = recording
     trainer.train()
-    assert seen == [4, gains[1], 4]
+    assert seen == [4, sum(expected), 4]
+    logged = {log["credit/gamma_mean"] for log in trainer.state.log_history if "credit/gamma_mean" in log}
+    assert logged == {2.0}, "of the weights that were applied"
+
+
+def test_weights_over_all_heads_are_those_of_the_mean_over_heads(tmp_path) -> None:
+    trainer = tiny_trainer(GRPOTrainer, tmp_path, max_steps=1, learning_rate=0.0)
+    kept, generate = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: kept.append(generate(inputs)) or kept[-1]
+    handle = attach_credit(trainer, CREDIT, layers="all", heads="all", horizon=HORIZON)
+    trainer.train()
+    (output,) = kept
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    rollout = Rollout(*(output[name] for name in names))
+    statistics = measure_rollout(trainer.model, rollout, layers=handle.layers, horizon=HORIZON)
+    waad, fai = (values.mean((1, 2)) for values in (statistics.waad, statistics.fai))
+    gamma = CREDIT(attnprobe.TokenScores(waad, fai, None, rollout.response_mask))
+    weights = torch.where(output["advantages"][:, None] != 0, gamma, 1.0)
+    assert bool((weights != 1).any())
+    torch.testing.assert_close(output["credit_weights"], weights)
+
+
+def test_the_policy_is_measured_in_the_precision_of_training(tmp_path) -> None:
+    """accelerate wraps PEFT's wrapper in it, not the policy inside."""
+    from peft import LoraConfig
+
+    seen = set()
+    model = tiny_model("llama", vocab_size=300)
+    model.model.layers[0].mlp.register_forward_hook(
+        lambda module, given, output: seen.add((module.training, output.dtype))
+    )
+    adapters = LoraConfig(target_modules=["q_proj"])
+    trainer = tiny_trainer(GRPOTrainer, tmp_path, model=model, peft_config=adapters, bf16=True, max_steps=1)
+    attach_credit(trainer, CREDIT, horizon=HORIZON)
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda *given: (generate(*given), seen.clear())[0]
+    trainer.train()
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
 # ---- bad input ----------------------------------------------------------------------------------
@@ -399,6 +445,7 @@ def refuses(trainer, error, message, *, credit=CREDIT, **options) -> None:
         ({"reclassify_every": "often"}, ParameterError, "reclassify_every.*'often'"),
         ({"batch_size": 2.0}, ParameterError, "batch_size.*2.0"),
         ({"through": 3}, ParameterError, "through.*3"),
+        ({"signs": "all"}, ParameterError, 'signs must be "both", .*got .all'),
     ],
 )
 def test_options_that_make_no_sense(options, error, message, tmp_path, as_users_call) -> None:
@@ -451,6 +498,21 @@ def test_token_level_losses_with_a_kl_term_refuse_the_gate_only(tmp_path) -> Non
     assert attach_credit(trainer, CREDIT).route == "advantages"
 
 
+@pytest.mark.parametrize("quantile", [0.01, 0.2, 0.5])
+@pytest.mark.parametrize("through", ["advantages", "gradient"])
+def test_trainers_that_train_on_few_tokens_only(quantile, through, tmp_path) -> None:
+    trainer = tiny_trainer(GRPOTrainer, tmp_path, top_entropy_quantile=quantile)
+    assert attach_credit(trainer, CREDIT, through=through).route == through
+
+
+def test_a_trainer_that_drops_completions(tmp_path) -> None:
+    class OnlyGains(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"].clamp(0)})
+
+    assert attach_credit(tiny_trainer(OnlyGains, tmp_path), CREDIT).route == "advantages"
+
+
 def test_one_advantage_a_sequence(tmp_path) -> None:
     trainer = tiny_trainer(RLOOTrainer, tmp_path)
     refuses(
@@ -486,6 +548,22 @@ def test_losses_that_cannot_carry_credit(tmp_path) -> None:
             spread = advantages if advantages.ndim == 2 else advantages[:, None]
             return -(spread * spread * logps).sum()
 
+    class DeafToLosses(GRPOTrainer):
+        """Limits negative advantages, so that their weights are lost."""
+
+        def _compute_loss(self, model, inputs):
+            return super()._compute_loss(model, {**inputs, "advantages": inputs["advantages"].clamp(-0.3)})
+
+    for signs in ("both", "negative"):
+        refuses(
+            tiny_trainer(DeafToLosses, tmp_path),
+            TrainerError,
+            "gradient of a token is not multiplied",
+            through="advantages",
+            signs=signs,
+        )
+    handle = attach_credit(tiny_trainer(DeafToLosses, tmp_path), CREDIT, signs="positive")
+    assert (handle.route, handle.signs) == ("advantages", "positive")
     refuses(tiny_trainer(Fused, tmp_path), TrainerError, "if it uses a fused Liger loss, switch that off")
     refuses(tiny_trainer(Deaf, tmp_path), TrainerError, "does not depend on the advantages")
     refuses(tiny_trainer(Asking, tmp_path), TrainerError, "could not be tried out: KeyError: 'values'")

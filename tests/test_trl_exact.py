@@ -14,7 +14,14 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer, RLOOTrainer
 from trl.experimental.gmpo import GMPOTrainer
 
-from attnprobe.rl import CoupledRhythmCredit, EntropyCredit, LocalChunkCredit, RandomCredit, attach_credit
+from attnprobe.rl import (
+    CoupledRhythmCredit,
+    EntropyCredit,
+    EntropySelection,
+    LocalChunkCredit,
+    RandomCredit,
+    attach_credit,
+)
 from attnprobe.testing.tiny_models import tiny_model
 from attnprobe.testing.tiny_trainers import tiny_trainer
 
@@ -94,12 +101,22 @@ def same(left, right) -> bool:
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("case", LOSSES + SEQUENCES + OPTIONS, ids=name_of)
-def test_amplification_one_is_bitwise_stock(case, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("case", "signs"),
+    [
+        *((case, "both") for case in LOSSES + SEQUENCES + OPTIONS),
+        (LOSSES[0], "positive"),
+        (LOSSES[1], "negative"),
+        (SEQUENCES[0], "positive"),
+        (SEQUENCES[2], "negative"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
+def test_amplification_one_is_bitwise_stock(case, signs, tmp_path) -> None:
     stock = make(case, tmp_path, max_steps=3)
     stock.train()
     trainer = make(case, tmp_path, max_steps=3)
-    attach_credit(trainer, CoupledRhythmCredit(amplification=1.0), horizon=HORIZON)
+    attach_credit(trainer, CoupledRhythmCredit(amplification=1.0), horizon=HORIZON, signs=signs)
     trainer.train()
     assert same(parameters(stock), parameters(trainer))
     if case[1].get("max_completion_length") != 1:
@@ -117,10 +134,10 @@ def random_gamma(scores):
 random_gamma.needs = {"waad"}
 
 
-def one_batch(case, folder):
+def one_batch(case, folder, credit=random_gamma, signs="both"):
     """Return a credited trainer in mid-training with one micro-batch that it has generated."""
     trainer = make(case, folder)
-    handle = attach_credit(trainer, random_gamma, horizon=HORIZON)
+    handle = attach_credit(trainer, credit, horizon=HORIZON, signs=signs)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
@@ -178,11 +195,30 @@ def closed_form(case, trainer, inputs):
     return -advantages * mask / inputs["num_items_in_batch"] * ratio
 
 
-@pytest.mark.parametrize("case", LOSSES + SEQUENCES + [(GRPOTrainer, {"tools": True})], ids=name_of)
-def test_random_weights_change_the_gradient_as_the_closed_form_says(case, tmp_path, record_property) -> None:
-    trainer, handle, inputs = one_batch(case, tmp_path)
+@pytest.mark.parametrize(
+    ("case", "signs"),
+    [
+        *((case, "both") for case in [*LOSSES, *SEQUENCES, (GRPOTrainer, {"tools": True})]),
+        (LOSSES[1], "positive"),
+        (LOSSES[0], "negative"),
+        (SEQUENCES[0], "positive"),
+        (SEQUENCES[0], "negative"),
+        (SEQUENCES[2], "negative"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
+def test_random_weights_change_the_gradient_as_the_closed_form_says(
+    case, signs, tmp_path, record_property
+) -> None:
+    trainer, handle, inputs = one_batch(case, tmp_path, signs=signs)
     credited, logps, _ = gradients_of(trainer, inputs)
     gamma = inputs["credit_weights"]
+    own = (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool()
+    advantages = inputs["advantages"][:, None]
+    assert bool((advantages > 0).any())
+    assert bool((advantages < 0).any())
+    weighted = {"both": advantages != 0, "positive": advantages > 0, "negative": advantages < 0}[signs]
+    assert torch.equal(gamma != 1, own & weighted)
     expected_logps = gamma * closed_form(case, trainer, inputs)
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     expected = torch.autograd.grad(logps, weights, expected_logps, allow_unused=True)
@@ -191,6 +227,18 @@ def test_random_weights_change_the_gradient_as_the_closed_form_says(case, tmp_pa
     print(f"\ndeviation {name_of(case)} {handle.route} {found:.2e}")
     assert found < 1e-5
     assert handle.route == ("advantages" if case in LOSSES or "tools" in case[1] else "gradient")
+
+
+@pytest.mark.parametrize("case", [LOSSES[0], SEQUENCES[0]], ids=name_of)
+def test_entropy_selection_leaves_a_gradient_in_few_tokens(case, tmp_path) -> None:
+    trainer, _, inputs = one_batch(case, tmp_path, EntropySelection(quantile=0.3))
+    credited, logps, _ = gradients_of(trainer, inputs)
+    kept, own = inputs["credit_weights"].bool(), inputs["completion_mask"].bool()
+    counts = torch.where(inputs["advantages"] != 0, (0.3 * own.sum(1)).ceil(), own.sum(1))
+    assert torch.equal((kept & own).sum(1).float(), counts)
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    by_hand = kept * closed_form(case, trainer, inputs)
+    assert deviation(credited, torch.autograd.grad(logps, weights, by_hand, allow_unused=True)) < 1e-5
 
 
 @pytest.mark.parametrize("case", LOSSES + SEQUENCES + OPTIONS[:-1], ids=name_of)
@@ -226,17 +274,19 @@ def test_weights_multiply_the_stock_gradient_of_each_token(case, tmp_path, recor
 # ---- what is weighted ---------------------------------------------------------------------------
 
 
-def test_weights_are_one_on_negative_advantages_padding_and_tool_output(tmp_path) -> None:
+@pytest.mark.parametrize("signs", ["both", "positive", "negative"])
+def test_weights_are_one_on_other_signs_padding_and_tool_output(signs, tmp_path) -> None:
     trainer = make((GRPOTrainer, {"tools": True}), tmp_path)
-    attach_credit(trainer, lambda scores: torch.full(scores.waad.shape, 2.0))
+    attach_credit(trainer, lambda scores: torch.full(scores.waad.shape, 2.0), signs=signs)
     trainer.model.train()
     inputs = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
     own = (inputs["completion_mask"] * inputs["tool_mask"]).bool()
-    gains = (inputs["advantages"] > 0)[:, None]
-    assert bool(gains.any())
-    assert not bool(gains.all())
-    assert torch.equal(inputs["credit_weights"] == 2.0, own & gains)
-    assert torch.equal(inputs["credit_weights"] == 1.0, ~(own & gains))
+    advantages = inputs["advantages"][:, None]
+    assert bool((advantages > 0).any())
+    assert bool((advantages < 0).any())
+    weighted = {"both": advantages != 0, "positive": advantages > 0, "negative": advantages < 0}[signs]
+    assert torch.equal(inputs["credit_weights"] == 2.0, own & weighted)
+    assert torch.equal(inputs["credit_weights"] == 1.0, ~(own & weighted))
 
 
 def test_equal_rewards_leave_nothing_to_credit(tmp_path) -> None:
@@ -318,7 +368,7 @@ def test_entropy_is_that_of_the_sampling_temperature(tmp_path) -> None:
         logits = model(input_ids=ids, attention_mask=real).logits / 0.5
     width = output["completion_ids"].shape[1]
     distribution = torch.distributions.Categorical(logits=logits[:, -width - 1 : -1].double())
-    rows = output["advantages"] > 0
+    rows = output["advantages"] != 0
     expected = distribution.entropy()[rows][output["completion_mask"][rows].bool()]
     assert torch.allclose(scores.entropy[scores.response_mask].double(), expected, atol=1e-4)
     assert bool(scores.waad.isnan().all()), "no attention was measured: nobody needs it"

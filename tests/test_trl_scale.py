@@ -85,8 +85,8 @@ def test_each_completion_is_weighed_as_in_a_run_of_one_process(kind, tmp_path) -
     # The log is of both processes: they would not agree otherwise.
     logged = ranks[0]["log"][0]
     first = [rank["records"][0]["output"] for rank in ranks]
-    gains = torch.cat([output["advantages"] for output in first]) > 0
-    inside = (joined(first, "completion_mask") * gains[:, None]).bool()
+    matters = torch.cat([output["advantages"] for output in first]) != 0
+    inside = (joined(first, "completion_mask") * matters[:, None]).bool()
     mean = joined(first, "credit_weights", value=1.0)[inside].mean()
     assert logged["credit/gamma_mean"] == pytest.approx(float(mean), abs=1e-6)
 

@@ -105,12 +105,14 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
                 f"{kind} continues a cache with packed rows: run each sequence as an example of its own"
             )
         causal_mask = CausalMask.from_segments(columns.segment_ids.to(query.device), window)
-    log_sum_exp = mean_position = None
+    log_sum_exp = mean_position = past_first = None
     if call.flash is not None:
         # The heads of a single query may have been laid out as queries: their order is the same.
         log_sum_exp = call.flash.log_sum_exp.reshape(query.shape[:3])
         if call.flash.mean_position is not None and key_count == call.key.shape[2]:
             mean_position = call.flash.mean_position.reshape(query.shape[:3])
+            if call.flash.past_first is not None:
+                past_first = call.flash.past_first.reshape(*query.shape[:3], 2)
     return FactoredAttention(
         query,
         key,
@@ -123,6 +125,7 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
         bias=bias,
         log_sum_exp=log_sum_exp,
         mean_position=mean_position,
+        past_first=past_first,
         key_start=end - key_count,
     )
 

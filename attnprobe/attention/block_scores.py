@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe.attention.masks import CausalMask, split_mask
@@ -148,6 +148,20 @@ class BlockScores:
             index = keys.clamp(min=0).expand(*part.shape[:2], -1, -1)
             band = band + part.gather(-1, index).to(self.dtype)
         return band.masked_fill_(~self.mask.diagonals(queries, keys), -torch.inf)
+
+    def column(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
+        """Return the scores of one key of each example, minus infinity where it may not be seen."""
+        index = keys.clamp(min=0)[:, None, None, None]
+        key = self.key.gather(2, index.expand(-1, self.key.shape[1], 1, self.key.shape[3])).to(self.dtype)
+        query = rearrange(self.query.to(self.dtype), "b (k g) t d -> b k (g t) d", g=self.group_size)
+        # [batch, key_head, group * query, d] @ [batch, key_head, d, 1]
+        score = rearrange((query @ key.mT)[..., 0], "b k (g t) -> b (k g) t", g=self.group_size)
+        score = self._capped(score.mul_(self.scaling))
+        if self.bias is not None:
+            bias = self.bias.expand(len(keys), -1, -1, -1)
+            of_key = bias.gather(-1, index.expand(-1, bias.shape[1], bias.shape[2], 1))[..., 0]
+            score = score + of_key.to(self.dtype)
+        return score.masked_fill_(~self.mask.column(keys), -torch.inf)
 
     def scaled_keys(self, keys: slice) -> Float[Tensor, "batch_head key d"]:
         """Return the keys for each head, scaled so that `exp2` of products is `exp` of scores.

@@ -54,6 +54,7 @@ class FactoredAttention(Attention):
             already.
         mean_position: `[batch, head, query]`, what each query reads when the keys carry `key_positions`,
             without sinks, if a kernel has computed it already.
+        past_first: `[batch, head, query, 2]`, the same for `past_first_features`.
         key_start: the column of the sequence that the first key stands for.
 
     Raises:
@@ -78,6 +79,7 @@ class FactoredAttention(Attention):
         bias: Tensor | None = None,
         log_sum_exp: Float[Tensor, "batch head query"] | None = None,
         mean_position: Float[Tensor, "batch head query"] | None = None,
+        past_first: Float[Tensor, "batch head query 2"] | None = None,
         key_start: int = 0,
     ) -> None:
         query = as_tensor(query, "query", PatternError)
@@ -97,7 +99,7 @@ class FactoredAttention(Attention):
             softcap=softcap,
             bias=bias,
         )
-        self._sums = sum_rows(self.scores, sinks, log_sum_exp, mean_position)
+        self._sums = sum_rows(self.scores, sinks, log_sum_exp, mean_position, past_first)
         self.key_start = key_start
         self.batch_size, self.head_count, self.query_count = query.shape[:3]
         self.key_count = key.shape[2]
@@ -121,6 +123,10 @@ class FactoredAttention(Attention):
         """Return what each query reads when the keys carry `key_positions`: known if a kernel computed it."""
         known = self._sums.mean_position
         return super().mean_position() if known is None else known
+
+    def past_first(self) -> Float[Tensor, "batch head query 2"] | None:
+        """Return what each query reads from `past_first_features`, if a kernel computed it."""
+        return self._sums.past_first
 
     # ---- the four questions -------------------------------------------------------------------
 
@@ -172,6 +178,11 @@ class FactoredAttention(Attention):
         queries = self._check_rows(queries)
         score = self.scores.block(queries, slice(0, self.key_count))
         return score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
+
+    def column(self, keys: ArrayLike) -> Float[Tensor, "batch head query"]:
+        """Return `A[t, keys[b]]`."""
+        score = self.scores.column(self._check_keys(keys))
+        return score.sub_(self._sums.log_sum_exp).exp_()
 
     def _tiles(
         self, start: int = 0, stop: int | None = None, counted: Bool[Tensor, " query"] | None = None

@@ -4,8 +4,9 @@ A flash kernel knows the log-sum-exp of every row, but PyTorch's `scaled_dot_pro
 Calling the kernel directly returns it at no cost, with bitwise the same output. Adapters open `listen` to do
 so inside a model's own attention function: whatever that function does around the call stays as it is.
 
-The keys' positions can be attended to along the way, as one more column of the value, for a few percent of
-the time: then each query's mean position, and so its mean distance, is known too. The output may change in
+The keys' positions can be attended to along the way, as a few more columns of the value, for a few percent
+of the time: then each query's mean position, and so its mean distance, is known too, with the first token and
+without it. The output may change in
 its last bits, so this is done only in attnprobe's own forward passes, while `carries_positions` is open:
 `measure` opens it if span is wanted.
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
 
-from attnprobe.attention.operator import key_positions
+from attnprobe.attention.operator import key_positions, past_first_features
 
 _carries_positions: ContextVar[bool] = ContextVar("attnprobe_carries_positions", default=False)
 
@@ -54,11 +55,19 @@ class FlashResult:
         output: the attention's output.
         log_sum_exp: of each row's scores, without sinks; meaningless where nothing is seen.
         mean_position: what each query reads from `key_positions`; None if the keys did not carry them.
+        past_first: what each query reads from `past_first_features`; None likewise.
     """
 
     output: Float[Tensor, "batch head query d"]
     log_sum_exp: Float[Tensor, "batch head query"]
     mean_position: Float[Tensor, "batch head query"] | None
+    past_first: Float[Tensor, "batch head query 2"] | None = None
+
+
+def carried_features(count: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "key 3"]:
+    """Return what keys carry: their position and, of all but the first, 1 and the position again."""
+    position = key_positions(count, dtype, device)[:, None]
+    return torch.cat([position, past_first_features(count, dtype, device)], dim=-1)
 
 
 def flash_attention(
@@ -73,8 +82,9 @@ def flash_attention(
 ) -> FlashResult:
     """Run the CPU flash kernel, which itself maps query heads to key heads.
 
-    With `positions`, the keys' positions are attended to as one more column of the value. The kernel needs
-    query, key and value of the same width, so query and key get a column of zeros.
+    With `positions`, the keys' positions are attended to as further columns of the value (see
+    `carried_features`). The kernel needs query, key and value of the same width, so query and key get as many
+    columns of zeros.
 
     >>> q = torch.zeros(1, 1, 2, 8)
     >>> flash_attention(q, q, q, causal=True).log_sum_exp
@@ -86,17 +96,19 @@ def flash_attention(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     if positions:
-        column = key_positions(key.shape[2], value.dtype, value.device)[:, None]
-        query = torch.nn.functional.pad(query, (0, 1))
-        key = torch.nn.functional.pad(key, (0, 1))
-        # [batch, key_head, key, d + 1]
-        value = torch.cat([value, column.expand(*value.shape[:2], -1, -1)], dim=-1)
+        columns = carried_features(key.shape[2], value.dtype, value.device)
+        query = torch.nn.functional.pad(query, (0, columns.shape[1]))
+        key = torch.nn.functional.pad(key, (0, columns.shape[1]))
+        # [batch, key_head, key, d + 3]
+        value = torch.cat([value, columns.expand(*value.shape[:2], -1, -1)], dim=-1)
     output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale
     )
     if not positions:
         return FlashResult(output, log_sum_exp, None)
-    return FlashResult(output[..., :width], log_sum_exp, output[..., width])
+    return FlashResult(
+        output[..., :width], log_sum_exp, output[..., width], output[..., width + 1 : width + 3]
+    )
 
 
 class listen(TorchFunctionMode):  # noqa: N801

@@ -132,6 +132,15 @@ class CausalMask:
         first, last = self.first[:, queries], self.last[:, queries]
         return ((keys >= first[..., None]) & (keys <= last[..., None]))[:, None]
 
+    def column(self, keys: Int[Tensor, " batch"]) -> Bool[Tensor, "batch #head query"]:
+        """Return which queries see one key of each example; an index below 0 is not a key."""
+        at = keys[:, None, None]
+        if self.exact is not None:
+            exact = self.exact.expand(len(keys), -1, -1, -1)
+            index = at[..., None].clamp(min=0).expand(-1, exact.shape[1], exact.shape[2], 1)
+            return exact.gather(-1, index)[..., 0] & (at >= 0)
+        return (at >= self.first[:, None]) & (at <= self.last[:, None]) & (at >= 0)
+
     def sees_none(self) -> Bool[Tensor, "#batch #head query"]:
         """Return which queries may see no key at all: usually padding."""
         if self.exact is not None:

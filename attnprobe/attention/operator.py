@@ -3,7 +3,8 @@
 A layer's attention, for one batch, is a matrix `A` for each head: row `t` says how query `t` spreads its
 attention over the keys `s <= t`. Everything that attnprobe computes comes from four questions about that
 matrix: `attend` (`A @ F`), `receive` (`A.T @ G`), `band` (the diagonals near the main one) and `rows`
-(chosen rows, for pictures). Metrics are written once, in terms of these questions.
+(chosen rows, for pictures). `column` is `attend` for a single key, and nearly free. Metrics are written once,
+in terms of these questions.
 
 `DenseAttention` answers them from an existing pattern; it is short and obvious, and the oracle for
 `attnprobe.attention.factored.FactoredAttention`, which answers them from query and key without ever storing a
@@ -91,6 +92,15 @@ class Attention(ABC):
     def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of `A`, dense: for pictures and checks, since each holds every key."""
 
+    def column(self, keys: ArrayLike) -> Float[Tensor, "batch head query"]:
+        """Return `A[t, keys[b]]`: what each query gives to one key of each example; 0 for a key of -1.
+
+        `FactoredAttention` answers with the product of a matrix and a vector, and visits no other key.
+        """
+        keys = self._check_keys(keys)[:, None]
+        marked = torch.arange(self.key_count, device=self.device) == keys
+        return self.attend(marked[..., None].to(self.dtype))[..., 0]
+
     @abstractmethod
     def row_mass(self) -> Float[Tensor, "batch head query"]:
         """Return the sum of each row: 1, less with an attention sink, 0 where nothing is seen."""
@@ -103,6 +113,10 @@ class Attention(ABC):
         """Return what each query reads when the keys carry `key_positions`."""
         features = self.key_positions()[None, :, None].expand(self.batch_size, -1, -1)
         return self.attend(features)[..., 0]
+
+    def past_first(self) -> Float[Tensor, "batch head query 2"] | None:
+        """Return what each query reads from keys that carry `past_first_features`, if it is known already."""
+        return None
 
     def mean_distance(self) -> Float[Tensor, "batch head query"]:
         """Return the mean backward distance of each query, `sum over s of A[t, s] * (t - s)`.
@@ -140,6 +154,20 @@ class Attention(ABC):
             raise ParameterError(f"distances need 0 <= start < stop; got start={start}, stop={stop}")
         return min(start, self.key_count), None if stop >= self.key_count else stop
 
+    def _check_keys(self, keys: ArrayLike) -> Tensor:
+        keys = as_tensor(keys, "keys")
+        whole = not (keys.is_floating_point() or keys.is_complex() or keys.dtype == torch.bool)
+        if not whole or tuple(keys.shape) != (self.batch_size,):
+            raise ParameterError(
+                f"column takes the index of a key for each of {self.batch_size} examples, got {brief(keys)}"
+            )
+        if int(keys.min()) < -1 or int(keys.max()) >= self.key_count:
+            raise ParameterError(
+                f"key indices must lie in 0..{self.key_count - 1}, or be -1 for none; got "
+                f"{int(keys.min())}..{int(keys.max())}"
+            )
+        return keys.to(self.device).long()
+
     def _check_rows(self, queries: ArrayLike) -> Tensor:
         queries = as_tensor(queries, "queries")
         whole = not queries.is_floating_point() and queries.dtype != torch.bool
@@ -160,6 +188,23 @@ def key_positions(count: int, dtype: torch.dtype, device: torch.device) -> Float
     tensor([-1.,  0.,  1.])
     """
     return torch.arange(count, device=device, dtype=dtype) - (count - 1) / 2
+
+
+def past_first_features(count: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "key 2"]:
+    """Return 1 and the centred position for every key but the first, and zeros for that.
+
+    Of these a head's distance without the first token is made. The difference of two sums over all keys would
+    lose its precision where the first token holds nearly all of a row.
+
+    >>> past_first_features(3, torch.float32, torch.device("cpu"))
+    tensor([[0., 0.],
+            [1., 0.],
+            [1., 1.]])
+    """
+    position = key_positions(count, dtype, device)
+    features = torch.stack([torch.ones_like(position), position], dim=-1)
+    features[0] = 0.0
+    return features
 
 
 def reduction_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,8 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.attention.block_scores import BlockScores
-from attnprobe.attention.kernels import FlashResult, flash_attention
-from attnprobe.attention.operator import key_positions
+from attnprobe.attention.kernels import FlashResult, carried_features, flash_attention
 from attnprobe.attention.tiles import query_slices
 from attnprobe.errors import PatternError
 
@@ -33,11 +32,13 @@ class RowSums:
             infinity, so that `exp(score - log_sum_exp)` of an unseen key is 0.
         mass: the sum of the row's probabilities: 1, less with a sink, 0 where nothing is seen.
         mean_position: what the query reads when keys carry `key_positions`; None if no kernel computed it.
+        past_first: what it reads when they carry `past_first_features`; None if no kernel computed it.
     """
 
     log_sum_exp: Float[Tensor, "batch head query"]
     mass: Float[Tensor, "batch head query"]
     mean_position: Float[Tensor, "batch head query"] | None
+    past_first: Float[Tensor, "batch head query 2"] | None = None
 
 
 def sum_rows(
@@ -45,6 +46,7 @@ def sum_rows(
     sinks: Tensor | None,
     log_sum_exp: Float[Tensor, "batch head query"] | None = None,
     mean_position: Float[Tensor, "batch head query"] | None = None,
+    past_first: Float[Tensor, "batch head query 2"] | None = None,
 ) -> RowSums:
     """Return the row sums of scores.
 
@@ -54,6 +56,7 @@ def sum_rows(
         log_sum_exp: of each row's scores without sinks, if a kernel has computed it already.
         mean_position: what each query reads from the keys' positions, without sinks, if a kernel has
             computed it already.
+        past_first: what each query reads from `past_first_features`, without sinks, likewise.
 
     Raises:
         PatternError: scores that are not finite, or sinks that do not fit.
@@ -68,9 +71,10 @@ def sum_rows(
     if log_sum_exp is None and _flash_computes(scores):
         result = _flash_over_positions(scores)
         log_sum_exp, mean_position = result.log_sum_exp, result.output[..., 0]
+        past_first = result.output[..., 1:3]
     elif log_sum_exp is None:
         log_sum_exp = _log_sum_exp_by_blocks(scores)
-    return _with_sinks(scores, sinks, log_sum_exp, mean_position)
+    return _with_sinks(scores, sinks, log_sum_exp, mean_position, past_first)
 
 
 def _flash_computes(scores: BlockScores) -> bool:
@@ -84,14 +88,17 @@ def _flash_computes(scores: BlockScores) -> bool:
 
 
 def _flash_over_positions(scores: BlockScores) -> FlashResult:
-    """Run the flash kernel over values that hold the keys' positions.
+    """Run the flash kernel over values that hold the keys' positions, also without the first.
 
-    The kernel needs values as wide as the key: one column holds the positions, the others zeros.
+    The kernel needs values as wide as the key: three columns hold the positions, the others zeros.
     """
     query, key = scores.query.to(scores.dtype), scores.key.to(scores.dtype)
-    position = key_positions(key.shape[2], scores.dtype, key.device)[:, None]
-    value = torch.nn.functional.pad(position, (0, key.shape[3] - 1)).expand(key.shape)
-    return flash_attention(query, key, value, causal=True, scaling=scores.scaling)
+    scaling = scores.scaling
+    columns = carried_features(key.shape[2], scores.dtype, key.device)
+    if (narrow := columns.shape[1] - key.shape[3]) > 0:
+        query, key = (torch.nn.functional.pad(part, (0, narrow)) for part in (query, key))
+    value = torch.nn.functional.pad(columns, (0, key.shape[3] - columns.shape[1])).expand(key.shape)
+    return flash_attention(query, key, value, causal=True, scaling=scaling)
 
 
 def _log_sum_exp_by_blocks(scores: BlockScores) -> Float[Tensor, "batch head query"]:
@@ -110,7 +117,11 @@ def _log_sum_exp_by_blocks(scores: BlockScores) -> Float[Tensor, "batch head que
 
 
 def _with_sinks(
-    scores: BlockScores, sinks: Tensor | None, log_sum_exp: Tensor, mean_position: Tensor | None
+    scores: BlockScores,
+    sinks: Tensor | None,
+    log_sum_exp: Tensor,
+    mean_position: Tensor | None,
+    past_first: Tensor | None,
 ) -> RowSums:
     """Add the sinks to the denominator, and replace the sums of rows that see nothing."""
     log_sum_exp = log_sum_exp.detach().to(scores.dtype)
@@ -123,7 +134,10 @@ def _with_sinks(
     mass = (log_sum_exp - total).exp().masked_fill(empty, 0.0)
     if mean_position is not None:
         mean_position = (mean_position.detach().to(scores.dtype) * mass).masked_fill(empty, 0.0)
-    return RowSums(total.masked_fill(empty, 0.0), mass, mean_position)
+    if past_first is not None:
+        past_first = past_first.detach().to(scores.dtype) * mass[..., None]
+        past_first = past_first.masked_fill(empty[..., None], 0.0)
+    return RowSums(total.masked_fill(empty, 0.0), mass, mean_position, past_first)
 
 
 def _check_finite(values: Tensor, name: str, axis: str) -> None:

@@ -46,7 +46,12 @@ def check_results_fit(
             _check_response(batch, result.response_mask, f"the {name}", example)
     _check_heads(statistics, heads)
     measured = Provenance(
-        statistics.model_name, statistics.layers, statistics.window, statistics.horizon, _heads_of(heads)
+        statistics.model_name,
+        statistics.layers,
+        statistics.window,
+        statistics.horizon,
+        _heads_of(heads),
+        influence_rows=statistics.influence_rows,
     )
     _check_provenance(measured, scores.provenance, "scores", "the statistics and head groups")
     _check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
@@ -107,10 +112,10 @@ def _heads_of(heads: HeadGroups) -> dict[str, tuple[tuple[int, int, float], ...]
 
 def _check_provenance(expected: Provenance, found: Provenance, name: str, source: str) -> None:
     """Check that a result was computed from what is shown with it, as far as both are known."""
-    for field in ("model_name", "layers", "window", "horizon"):
+    for field in ("model_name", "layers", "window", "horizon", "influence_rows"):
         ours, theirs = getattr(expected, field), getattr(found, field)
-        # Maps are of the layers that their heads are in.
-        if field == "layers" and name == "maps":
+        # Maps are of the layers that their heads are in, and of all rows.
+        if field in ("layers", "influence_rows") and name == "maps":
             continue
         if ours not in ("", None, ()) and theirs not in ("", None, ()) and ours != theirs:
             raise ResultError(f"the {name} are of {field}={theirs}, {source} of {field}={ours}")

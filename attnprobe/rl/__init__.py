@@ -7,24 +7,24 @@
 or, in your own training loop:
 
     gamma = CoupledRhythmCredit(amplification=1.5)(scores)   # [batch, token]
-    advantages = apply_credit(advantages, gamma, mask)       # nonnegative ones only
+    advantages = apply_credit(advantages, gamma, mask)       # signs="both", as in v2 of the paper
 
-Strategies (credit) turn token scores into weights, `RolloutCredit` measures a policy's own rollouts for
-them, and `rl.trl` and `rl.ppo` use it in trainers. Measuring goes through `attnprobe.measure`, as everywhere
-else. Only `rl.trl` depends on TRL, and it is loaded on first use.
+Strategies (credit, baselines, continuous) turn token scores into weights, `RolloutCredit` measures a
+policy's own rollouts for them, and `rl.trl` and `rl.ppo` use it in trainers. Measuring goes through
+`attnprobe.measure`, as everywhere else. Only `rl.trl` depends on TRL, and it is loaded on first use.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from attnprobe.rl.advantage import apply_credit, credit_weights, gate_gradient
+from attnprobe.rl.baselines import EntropyCredit, EntropySelection, RandomCredit
+from attnprobe.rl.continuous import ContinuousCredit
 from attnprobe.rl.credit import (
     CoupledRhythmCredit,
     Credit,
     CreditStrategy,
-    EntropyCredit,
     GlobalAnchorCredit,
     LocalChunkCredit,
-    RandomCredit,
     credit_of,
     needs_of,
 )
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PPO",
+    "ContinuousCredit",
     "CoupledRhythmCredit",
     "Credit",
     "CreditCallback",
@@ -44,6 +45,7 @@ __all__ = [
     "CreditMixin",
     "CreditStrategy",
     "EntropyCredit",
+    "EntropySelection",
     "GlobalAnchorCredit",
     "LocalChunkCredit",
     "PPOConfig",

@@ -1,44 +1,81 @@
 """Advantages: where the weights of a strategy enter an objective.
 
 `apply_credit` is Eq. 13 of arXiv 2510.13554v2: the advantage of token t becomes `A[t] * gamma[t]`, where
-gamma is a constant and applies only where the advantage is not negative. Training loops call it, and so
-does the reference PPO. `credit_weights` returns the factors alone, and `gate_gradient` applies them to the
-gradient of the log-probabilities, for objectives with a single advantage per completion; the routes into
-TRL's losses call both. What is left to others: the weights (credit), and trainers (trl, ppo).
+gamma is a constant. Training loops call it, and so does the reference PPO. `credit_weights` returns the
+factors alone, as `RolloutCredit` does for a whole rollout. `gate_gradient` applies them to the gradient of
+the log-probabilities, for objectives with a single advantage per completion; the routes into TRL's losses
+call it. `is_weighted` says, for all of them, which advantages a setting of `signs` weights. What is left to
+others: the weights (credit), and trainers (trl, ppo).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.errors import ParameterError
-from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, finite
+from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, choice, finite
+
+Signs = Literal["both", "positive", "negative"]
 
 _AXES = "completion, token"
 
 
+def check_signs(signs: Any) -> Signs:
+    """Return a setting of `signs` after checking that it is one.
+
+    Raises:
+        ParameterError: anything else.
+    """
+    checked: Signs = choice(signs, "signs", get_args(Signs))  # type: ignore[assignment]
+    return checked
+
+
+def is_weighted(advantages: Float[Tensor, "*any"], signs: Signs) -> Bool[Tensor, "*any"]:
+    """Return which advantages are weighted, by their sign.
+
+    "both" weights all, as v2 of arXiv 2510.13554 does (Eq. 13); "positive" all but those below 0, as v1 does
+    (its Eq. 12); "negative" those below 0. Which side 0 is on makes no difference: 0 times a weight is 0.
+
+    Raises:
+        ParameterError: another setting.
+
+    >>> advantages = torch.tensor([-1.0, 0.0, 1.0])
+    >>> is_weighted(advantages, "positive"), is_weighted(advantages, "negative")
+    (tensor([False,  True,  True]), tensor([ True, False, False]))
+    """
+    check_signs(signs)
+    if signs == "both":
+        return torch.ones_like(advantages, dtype=torch.bool)
+    return advantages >= 0 if signs == "positive" else advantages < 0
+
+
 def credit_weights(
-    advantages: ArrayLike, gamma: ArrayLike, mask: ArrayLike
+    advantages: ArrayLike, gamma: ArrayLike, mask: ArrayLike, *, signs: Signs = "both"
 ) -> Float[Tensor, "completion token"]:
     """Return the factor of each token's advantage: gamma, or 1 where gamma does not apply.
 
-    Gamma does not apply to negative advantages, or where the mask is 0 (padding, tool output).
+    Gamma does not apply to advantages of a sign that is left out, or where the mask is 0 (padding, tool
+    output).
 
     Args:
         advantages: `[completion]`, or `[completion, token]`.
         gamma: `[completion, token]`, not negative.
         mask: `[completion, token]`, 1 where a token is trained on, else 0.
+        signs: which advantages are weighted: "both" (v2 of the paper), "positive" (v1) or "negative".
 
     Raises:
         ParameterError: shapes that do not match, a mask that holds anything but 0 and 1, or values inside
-            the mask that are not finite, or a negative gamma there.
+            the mask that are not finite, or a negative gamma there; or unknown `signs`.
 
-    >>> gamma = torch.tensor([[1.5, 2.0, 9.0], [1.5, 2.0, 2.0]])
-    >>> credit_weights(torch.tensor([1.0, -1.0]), gamma, torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    >>> gamma, mask = torch.tensor([[1.5, 2.0, 9.0], [1.5, 2.0, 2.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    >>> credit_weights(torch.tensor([1.0, -1.0]), gamma, mask)
+    tensor([[1.5000, 2.0000, 1.0000],
+            [1.5000, 2.0000, 2.0000]])
+    >>> credit_weights(torch.tensor([1.0, -1.0]), gamma, mask, signs="positive")
     tensor([[1.5000, 2.0000, 1.0000],
             [1.0000, 1.0000, 1.0000]])
     """
@@ -49,32 +86,37 @@ def credit_weights(
     spread = spread_advantages(advantages, inside).to(gamma.device)
     weights = finite(gamma.masked_fill(~inside, 1.0), "gamma", _AXES)
     check_not_negative(weights, "gamma")
-    return torch.where(spread >= 0, weights, torch.ones_like(weights))
+    return torch.where(is_weighted(spread, signs), weights, torch.ones_like(weights))
 
 
 def apply_credit(
-    advantages: ArrayLike, gamma: ArrayLike, mask: ArrayLike
+    advantages: ArrayLike, gamma: ArrayLike, mask: ArrayLike, *, signs: Signs = "both"
 ) -> Float[Tensor, "completion token"]:
     """Return the weighted advantage of each token (Eq. 13 of arXiv 2510.13554v2); detached.
 
-    Negative advantages, and those of padding and tool output, are left unchanged. The result has the dtype
-    of the advantages, or is float if they are whole numbers.
+    Advantages of padding and tool output are left unchanged, and so are those of a sign that is left out.
+    The result has the dtype of the advantages, or is float if they are whole numbers.
 
     Args:
         advantages: `[completion]`, or `[completion, token]`.
         gamma: `[completion, token]`, not negative.
         mask: `[completion, token]`, 1 where a token is trained on, else 0.
+        signs: which advantages are weighted: "both" (v2 of the paper), "positive" (v1) or "negative". The
+            weights of `RolloutCredit` are already 1 where its own `signs` leaves them out.
 
     Raises:
         ParameterError: shapes that do not match, a mask that holds anything but 0 and 1, or values inside
-            the mask that are not finite, or a negative gamma there.
+            the mask that are not finite, or a negative gamma there; or unknown `signs`.
 
     >>> gamma = torch.tensor([[1.5, 2.0], [1.5, 2.0]])
     >>> apply_credit(torch.tensor([2.0, -2.0]), gamma, torch.ones(2, 2))
     tensor([[ 3.,  4.],
+            [-3., -4.]])
+    >>> apply_credit(torch.tensor([2.0, -2.0]), gamma, torch.ones(2, 2), signs="positive")
+    tensor([[ 3.,  4.],
             [-2., -2.]])
     """
-    weights = credit_weights(advantages, gamma, mask)
+    weights = credit_weights(advantages, gamma, mask, signs=signs)
     advantages = as_float_tensor(advantages, "advantages").detach()
     spread = advantages if advantages.ndim == 2 else advantages[:, None]
     return (spread.to(weights.device) * weights).to(advantages.dtype)

@@ -1,17 +1,16 @@
 """Credit strategies: from token scores to one weight per token, `gamma`.
 
-A strategy is any callable `scores -> gamma`; `RolloutCredit` calls it once per rollout. Those in this module
-are small frozen dataclasses. Sec. 5.2 of arXiv 2510.13554v2 raises the advantage of some tokens: those that
-open a chunk (`LocalChunkCredit`), those that later text keeps reading (`GlobalAnchorCredit`), or both,
-coupled (`CoupledRhythmCredit`). `EntropyCredit` and `RandomCredit` are the baselines of its tables.
-Parameters default to the paper's values or, where the paper is silent, to the choices listed in the
-documentation. What is left to others: how scores are measured (scoring), and what is done with the weights
-(advantage).
+A strategy is any callable `scores -> gamma`; `RolloutCredit` calls it once per rollout. Ours are small frozen
+dataclasses. Sec. 5.2 of arXiv 2510.13554v2 multiplies the advantage of some tokens: those that open a chunk
+(`LocalChunkCredit`), those that later text keeps reading (`GlobalAnchorCredit`), or both, coupled
+(`CoupledRhythmCredit`). Parameters default to the paper's values or, where the paper is silent, to the
+choices listed in the documentation. What is left to others: strategies to compare these with (baselines),
+weights that rise with a score (continuous), how scores are measured (scoring), and what is done with the
+weights (advantage).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -57,7 +56,45 @@ _AXES = "completion, token"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CreditStrategy(ABC):
+class Strategy(ABC):
+    """What strategies have in common: checks of the scores, weights of 1 on padding, and a mean of 1.
+
+    `CreditStrategy` is the one to subclass; only a strategy whose weights are no bonus overrides `weights`.
+    """
+
+    normalize: BoolField = False
+    needs: ClassVar[frozenset[str]] = SCORES
+
+    def __post_init__(self) -> None:
+        self._set("normalize", truth(self.normalize, "normalize"))
+
+    def _set(self, name: str, value: Any) -> None:
+        """Store a parameter in its checked form, such as a numpy number as a float."""
+        object.__setattr__(self, name, value)
+
+    @abstractmethod
+    def weights(self, scores: TokenScores) -> Float[Tensor, "completion token"]:
+        """Return the weight of each token, before normalisation; outside the response it may be anything."""
+
+    def __call__(self, scores: TokenScores) -> Float[Tensor, "completion token"]:
+        """Return the weight of each token; 1 outside the response.
+
+        Raises:
+            ParameterError: anything but `TokenScores`, or scores of packed examples.
+            ResultError: scores that lack what the strategy needs, or a share of another shape.
+        """
+        instance(scores, TokenScores, "scores", "score_tokens() and score_rollout() return it")
+        if scores.segment_ids is not None:
+            raise ParameterError(
+                "these scores are of packed examples, where the tokens of one response would be ranked "
+                "against those of another: measure one sequence per example, such as batch.sequences()[0]"
+            )
+        gamma = self.weights(scores).masked_fill(~scores.response_mask, 1.0)
+        return _with_mean_one(gamma, scores.response_mask) if self.normalize else gamma
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreditStrategy(Strategy):
     """A strategy that gives chosen tokens a larger weight; subclass it and override `share`.
 
     Attributes:
@@ -80,34 +117,21 @@ class CreditStrategy(ABC):
     """
 
     amplification: FloatField = 1.5
-    normalize: BoolField = False
-    needs: ClassVar[frozenset[str]] = SCORES
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._set("amplification", real_number(self.amplification, "amplification", minimum=0, below=inf))
-        self._set("normalize", truth(self.normalize, "normalize"))
-
-    def _set(self, name: str, value: Any) -> None:
-        """Store a parameter in its checked form, such as a numpy number as a float."""
-        object.__setattr__(self, name, value)
 
     @abstractmethod
     def share(self, scores: TokenScores) -> Tensor:
         """Return each token's share of the bonus `amplification - 1`, `[completion, token]`."""
 
-    def __call__(self, scores: TokenScores) -> Float[Tensor, "completion token"]:
-        """Return the weight of each token: 1 where none was chosen, and outside the response.
+    def weights(self, scores: TokenScores) -> Float[Tensor, "completion token"]:
+        """Return 1 plus each token's share of the bonus.
 
         Raises:
-            ParameterError: anything but `TokenScores`, or scores of packed examples.
-            ResultError: scores that lack what the strategy needs, or a share of another shape.
+            ResultError: a share of another shape.
         """
-        instance(scores, TokenScores, "scores", "score_tokens() and score_rollout() return it")
-        if scores.segment_ids is not None:
-            raise ParameterError(
-                "these scores are of packed examples, where the tokens of one response would be ranked "
-                "against those of another: measure one sequence per example, such as batch.sequences()[0]"
-            )
         dtype = torch.promote_types(scores.waad.dtype, torch.float32)
         share = as_tensor(self.share(scores), f"{_name_of(self)}.share", ResultError)
         if share.shape != scores.waad.shape:
@@ -115,13 +139,11 @@ class CreditStrategy(ABC):
                 f"{_name_of(self)}.share must return [{_AXES}] = {list(scores.waad.shape)} like the scores; "
                 f"got {list(share.shape)}"
             )
-        gamma = 1 + (self.amplification - 1) * share.to(scores.waad.device, dtype)
-        gamma = gamma.masked_fill(~scores.response_mask, 1.0)
-        return _with_mean_one(gamma, scores.response_mask) if self.normalize else gamma
+        return 1 + (self.amplification - 1) * share.to(scores.waad.device, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Selective(CreditStrategy):
+class Selective(CreditStrategy):
     """A strategy that chooses a share of each response's tokens.
 
     Attributes:
@@ -144,7 +166,7 @@ class _Selective(CreditStrategy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalChunkCredit(_Selective):
+class LocalChunkCredit(Selective):
     """Credit where local attention changes: `|WAAD[t] - WAAD[t + 1]|` (Eq. 14-15 of arXiv 2510.13554v2).
 
     Attributes:
@@ -166,11 +188,11 @@ class LocalChunkCredit(_Selective):
 
     def share(self, scores: TokenScores) -> Tensor:
         """Return 1 for the tokens with the largest change of WAAD."""
-        return self._chosen(waad_change(_aligned_waad(scores, self.align)), scores)
+        return self._chosen(waad_change(aligned_waad(scores, self.align)), scores)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalAnchorCredit(_Selective):
+class GlobalAnchorCredit(Selective):
     """Credit to what later tokens read: the largest FAI (Eq. 16-17 of arXiv 2510.13554v2).
 
     A response that is too short for any of its tokens to have an FAI keeps weight 1.
@@ -185,12 +207,12 @@ class GlobalAnchorCredit(_Selective):
 
     def share(self, scores: TokenScores) -> Tensor:
         """Return 1 for the tokens with the largest FAI."""
-        _warn_of_short_responses(scores)
+        warn_of_short_responses(scores)
         return self._chosen(scores.fai, scores)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoupledRhythmCredit(_Selective):
+class CoupledRhythmCredit(Selective):
     """Credit to anchors, shared with the tokens that introduce them (Eq. 18-19 of arXiv 2510.13554v2).
 
     An anchor, here a token with one of the largest FAIs, is dominated if its WAAD is low and WAAD changed a
@@ -241,8 +263,8 @@ class CoupledRhythmCredit(_Selective):
 
     def share(self, scores: TokenScores) -> Tensor:
         """Return the sum of a token's shares as an anchor and as an intro."""
-        _warn_of_short_responses(scores)
-        waad = _aligned_waad(scores, self.align)
+        warn_of_short_responses(scores)
+        waad = aligned_waad(scores, self.align)
         anchor = self._chosen(scores.fai, scores)
         dominated, intro = dominated_anchors(
             anchor,
@@ -252,63 +274,6 @@ class CoupledRhythmCredit(_Selective):
             delta_threshold=self.delta_threshold,
         )
         return anchor.to(waad) - self.alpha * dominated.to(waad) + self.alpha * intro.to(waad)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EntropyCredit(_Selective):
-    """Credit to the tokens that were sampled at the highest entropy, a baseline of arXiv 2510.13554v2.
-
-    >>> entropy = torch.tensor([[0.1, 2.0, 0.5, 0.2]])
-    >>> scores = TokenScores(entropy, entropy, entropy, torch.ones(1, 4, dtype=torch.bool))
-    >>> EntropyCredit(quantile=0.25)(scores)
-    tensor([[1.0000, 1.5000, 1.0000, 1.0000]])
-    """
-
-    needs: ClassVar[frozenset[str]] = frozenset({"entropy"})
-
-    def share(self, scores: TokenScores) -> Tensor:
-        """Return 1 for the tokens with the highest entropy."""
-        if scores.entropy is None:
-            raise ResultError(
-                "these scores have no entropy: measure(..., entropy=True), or weigh(..., entropy=...)"
-            )
-        return self._chosen(scores.entropy, scores)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomCredit(CreditStrategy):
-    """Credit to random tokens of each response, a baseline of arXiv 2510.13554v2.
-
-    The draw depends on the seed and on the response itself: on which half of its tokens has the larger WAAD.
-    So the strategy has no state to save: a response gets the same weights on any process and in a resumed
-    run, whatever other responses are in the batch.
-
-    Attributes:
-        quantile: the share of a response's n tokens that is chosen: `ceil(q * n)` tokens.
-        seed: a different seed gives a different draw.
-    """
-
-    quantile: FloatField = 0.4
-    seed: IntField = 0
-    needs: ClassVar[frozenset[str]] = frozenset({"waad"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._set("quantile", real_number(self.quantile, "quantile", above=0, maximum=1))
-        self._set("seed", whole_number(self.seed, "seed"))
-
-    def share(self, scores: TokenScores) -> Tensor:
-        """Return 1 for the tokens that were drawn."""
-        mask = scores.response_mask.cpu()
-        # Not the values of WAAD: their last bits depend on which completions were batched together.
-        upper = top_quantile(scores.waad.masked_fill(~scores.response_mask, torch.nan), 0.5).cpu()
-        drawn = torch.full(mask.shape, torch.nan)
-        for completion, own in enumerate(mask):
-            content = bytes(upper[completion][own].to(torch.uint8).tolist())
-            digest = hashlib.blake2b(content, digest_size=7, key=str(self.seed).encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-            drawn[completion, own] = torch.rand(int(own.sum()), generator=generator)
-        return top_quantile(drawn, self.quantile).to(scores.waad.device)
 
 
 def needs_of(credit: Credit) -> frozenset[str]:
@@ -359,6 +324,19 @@ def credit_of(credit: Credit, scores: TokenScores) -> Float[Tensor, "completion 
     return gamma
 
 
+def known_entropy(scores: TokenScores) -> Float[Tensor, "completion token"]:
+    """Return the entropy of the response's tokens; NaN elsewhere.
+
+    Raises:
+        ResultError: scores without entropy.
+    """
+    if scores.entropy is None:
+        raise ResultError(
+            "these scores have no entropy: measure(..., entropy=True), or weigh(..., entropy=...)"
+        )
+    return scores.entropy.masked_fill(~scores.response_mask, torch.nan)
+
+
 def _name_of(credit: Credit) -> str:
     return getattr(credit, "__name__", type(credit).__name__)
 
@@ -374,7 +352,8 @@ def _with_mean_one(
     return (gamma.double() / mean).to(gamma.dtype).masked_fill(~mask, 1.0)
 
 
-def _aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "completion token"]:
+def aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "completion token"]:
+    """Return the WAAD of the response's tokens, from the row that describes each; NaN elsewhere."""
     # Half precision has no median, and would make different changes equal.
     dtype = torch.promote_types(scores.waad.dtype, torch.float32)
     waad = scores.waad.to(dtype).masked_fill(~scores.response_mask, torch.nan)
@@ -386,7 +365,8 @@ def _aligned_waad(scores: TokenScores, align: Align) -> Float[Tensor, "completio
     return shifted.masked_fill(~scores.response_mask, torch.nan)
 
 
-def _warn_of_short_responses(scores: TokenScores) -> None:
+def warn_of_short_responses(scores: TokenScores) -> None:
+    """Log, once in a process, that some responses have no FAI at all."""
     inside = scores.response_mask
     without = inside.any(-1) & ~(inside & ~scores.fai.isnan()).any(-1)
     if bool(without.any()):

@@ -14,6 +14,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import GroupsLike, group_heads
 from attnprobe.metrics import HorizonLike, check_horizon, check_window
 from attnprobe.reductions import TRAINING_HORIZON
-from attnprobe.rl.advantage import spread_advantages
+from attnprobe.rl.advantage import Signs, check_signs, credit_weights, is_weighted, spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import Groups, HeadGrouping, choose_heads
 from attnprobe.rl.scoring import Rollout, bare_policy, measure_rollout, score_rollout
@@ -40,12 +41,14 @@ class WeighedRollout:
     """The weights of a rollout's tokens, and what they were computed from.
 
     Attributes:
-        gamma: the weights; 1 in completions without a positive advantage.
+        gamma: the weights as they are applied; 1 where `signs` leaves an advantage out.
+        matters: the tokens whose weight can matter: their advantage is not 0, and `signs` includes it.
         measured: which completions were measured.
         scores: the token scores of the measured completions; None if there are none.
     """
 
     gamma: Float[Tensor, "completion token"]
+    matters: Bool[Tensor, "completion token"]
     measured: Bool[Tensor, " completion"]
     scores: TokenScores | None
 
@@ -54,7 +57,7 @@ class RolloutCredit:
     """Computes the weights of the tokens of a policy's rollouts.
 
     A trainer that differs from a plain loop overrides `model`, `grouping`, `token_entropy`,
-    `sum_over_processes` or `measures_all`; each says what it is for.
+    `sum_over_processes`, `precision` or `measures_all`; each says what it is for.
 
     Args:
         policy: the model that wrote the rollouts; it may be wrapped by PEFT and `torch.compile`.
@@ -70,9 +73,11 @@ class RolloutCredit:
         horizon: FAI's horizon `(low, high)`, in tokens.
         batch_size: how many completions to measure at a time; default: as many as fit `measure`'s memory
             budget.
+        signs: which advantages are weighted: "both" (v2 of the paper), "positive" (v1) or "negative".
 
     Attributes:
         credit: the strategy.
+        signs: which advantages are weighted.
         heads: the head groups that were given, if any.
         layers: the layers that are measured; empty if the strategy needs no attention.
 
@@ -92,8 +97,9 @@ class RolloutCredit:
         window: int = 10,
         horizon: HorizonLike = TRAINING_HORIZON,
         batch_size: IntLike | None = None,
+        signs: Signs = "both",
     ) -> None:
-        self.credit = credit
+        self.credit, self.signs = credit, check_signs(signs)
         self.needs = needs_of(credit)
         self.window, self.horizon = check_window(window), check_horizon(horizon)
         self.batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", minimum=1)
@@ -126,6 +132,10 @@ class RolloutCredit:
         """Return the entropy of each token, if the strategy needs it and `weigh` is not given it."""
         return None
 
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which the policy is measured: that of a trainer's mixed precision, if any."""
+        return nullcontext()
+
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor, of the same shape everywhere, over all processes that train the policy.
 
@@ -148,12 +158,15 @@ class RolloutCredit:
     def weigh(
         self, rollout: Rollout, advantages: ArrayLike, step: IntLike, *, entropy: ArrayLike | None = None
     ) -> Float[Tensor, "completion token"]:
-        """Return gamma, `[completion, token]`; 1 in completions without a positive advantage.
+        """Return gamma as it is applied, `[completion, token]`; 1 where `signs` leaves an advantage out.
+
+        Completions in which no weight can matter are not measured, and keep gamma 1: those whose advantages
+        are all 0 or left out.
 
         Args:
             rollout: the prompts, and what the policy wrote.
             advantages: `[completion]` or `[completion, token]`; they decide which completions are
-                measured, and are not changed.
+                measured and which tokens are weighted, and are not changed.
             step: the step of the run, which decides when heads are classified again.
             entropy: `[completion, token]`, of the distribution that each token was sampled from, in nats,
                 for strategies that need it.
@@ -172,23 +185,25 @@ class RolloutCredit:
         instance(rollout, Rollout, "rollout")
         now = whole_number(step, "step")
         spread = spread_advantages(advantages, rollout.response_mask)
-        gains = (spread > 0).any(-1)
+        matters = is_weighted(spread, self.signs) & (spread != 0)
+        needed = matters.any(-1)
         regroups = bool(self.layers) and self.heads is None and self.grouping.is_due(now)
-        measured = torch.ones_like(gains) if regroups or self.measures_all else gains
-        gamma = torch.ones(spread.shape, device=gains.device)
+        measured = torch.ones_like(needed) if regroups or self.measures_all else needed
+        gamma = torch.ones(spread.shape, device=needed.device)
         if not bool(measured.any()):
-            return WeighedRollout(gamma, measured, None)
+            return WeighedRollout(gamma, matters, measured, None)
         part, statistics = rollout.select(measured), None
         if self.layers:
-            statistics = measure_rollout(
-                self.model(),
-                part,
-                layers=self.layers,
-                window=self.window,
-                horizon=self.horizon,
-                span=regroups,
-                batch_size=self.batch_size,
-            )
+            with self.precision():
+                statistics = measure_rollout(
+                    self.model(),
+                    part,
+                    layers=self.layers,
+                    window=self.window,
+                    horizon=self.horizon,
+                    span=regroups,
+                    batch_size=self.batch_size,
+                )
             if regroups:
                 self._classify(statistics, now)
         groups = self.groups if self.layers else None
@@ -199,7 +214,9 @@ class RolloutCredit:
             entropy = self.token_entropy(part)
         scores = score_rollout(None if groups is None else statistics, groups, part, entropy=entropy)
         gamma[measured] = credit_of(self.credit, scores).to(gamma)
-        return WeighedRollout(torch.where(gains[:, None], gamma, 1.0), measured, scores)
+        gamma = torch.where(needed[:, None], gamma, 1.0)
+        applied = credit_weights(spread, gamma, rollout.response_mask, signs=self.signs)
+        return WeighedRollout(applied, matters, measured, scores)
 
     def _classify(self, statistics: HeadStatistics, step: int) -> None:
         """Group heads by their mean span over the completions of all processes, and keep the groups."""
@@ -213,7 +230,7 @@ class RolloutCredit:
             self.grouping.keep(replace(groups, layers=statistics.layers), step)
 
     def settings(self) -> dict[str, str]:
-        """Return what the weights depend on, as text: the strategy, its parameters, and what is measured.
+        """Return what the weights depend on, as text: strategy, parameters, signs, and what is measured.
 
         A checkpoint stores it, so that a run cannot be resumed with different settings.
 
@@ -224,15 +241,20 @@ class RolloutCredit:
         ('RandomCredit', '3', '(1,)')
         """
         kind = self.credit if inspect.isroutine(self.credit) else type(self.credit)
-        found = {"credit": kind.__qualname__}
+        found = {"credit": kind.__qualname__, "signs": repr(self.signs)}
         if dataclasses.is_dataclass(self.credit):
             parameters = dataclasses.fields(self.credit)
-            found |= {f"credit.{each.name}": repr(getattr(self.credit, each.name)) for each in parameters}
+            found |= {f"credit.{each.name}": _told(getattr(self.credit, each.name)) for each in parameters}
         if self.layers:
             found |= {name: repr(getattr(self, name)) for name in ("layers", "window", "horizon")}
             found["reclassify_every"] = repr(self.grouping.reclassify_every)
             found["heads"] = "classified by the run" if self.heads is None else _digest(self.heads)
         return found
+
+
+def _told(value: Any) -> str:
+    # The repr of a function is its address, which differs in the process that resumes.
+    return str(value.__qualname__) if inspect.isroutine(value) else repr(value)
 
 
 def _digest(heads: Groups) -> str:

@@ -181,6 +181,8 @@ def measure_rollout(
         horizon=horizon,
         span=truth(span, "span"),
         entropy=False,
+        share_on=(),
+        span_ignores=(),
         batch_size=batch_size,
     )
     start = rollout.prompt_ids.shape[1]

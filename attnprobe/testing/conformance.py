@@ -172,7 +172,11 @@ class _Collect(Probe):
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> Tensor | None:
         if isinstance(value, Attention):
-            self.values[site, layer] = value.rows(torch.arange(value.query_count))
+            rows = value.rows(torch.arange(value.query_count))
+            example = torch.arange(value.batch_size)
+            key = (example + value.key_count // 2) % value.key_count
+            torch.testing.assert_close(value.column(key), rows[example, :, :, key], rtol=0, atol=1e-5)
+            self.values[site, layer] = rows
             return None
         self.values[site, layer] = value.detach().clone()
         return None if self._change is None or site == "logits" else self._change(value)
@@ -240,7 +244,13 @@ def _check_examples_alone(case: _Case) -> None:
     for example in range(case.real.shape[0]):
         kept = case.real[example].nonzero()[:, 0]
         alone = _statistics(case, slice(example, example + 1), kept, torch.full_like(first, _RESPONSE))
-        for name in ("span", "waad", "fai", "receiver_kurtosis") if precise else ("span", "waad", "fai"):
+        names = (
+            "span",
+            "waad",
+            "fai",
+            *(("receiver_kurtosis", "span_ignoring", "shares") if precise else ()),
+        )
+        for name in names:
             found, expected = getattr(together, name)[example, layers], getattr(alone, name)[0, layers]
             if name in ("waad", "fai"):
                 padding = (~case.real[example]).nonzero()[:, 0]
@@ -253,7 +263,8 @@ def _check_measure(case: _Case) -> None:
     """`measure` gives the metrics of the maps that eager attention returns, and the right entropy."""
     ids = case.arguments["input_ids"]
     batch = TokenBatch.from_ids(ids, response_start=_RESPONSE)
-    measured = measure(case.wrapped, batch, window=4, horizon=(2, 6))
+    measured = measure(case.wrapped, batch, window=4, horizon=(2, 6), share_on=("first", "prompt"))
+    prompt, first = batch.segment("prompt"), batch.segment("first")
     assert measured.waad.dtype == torch.float32
     assert measured.layers == adapter_for(case.reference).layers
     if not case.precise:
@@ -264,10 +275,16 @@ def _check_measure(case: _Case) -> None:
             "span": metrics.mean_attention_distance(pattern, batch.response_mask),
             "waad": metrics.windowed_attention_distance(pattern, batch.response_mask, 4),
             "fai": metrics.future_attention_influence(pattern, batch.response_mask, (2, 6)),
+            "span_ignoring": metrics.mean_attention_distance_ignoring(pattern, first, batch.response_mask),
         }
         for name, values in expected.items():
             found = getattr(measured, name)[:, index]
             torch.testing.assert_close(found, values, equal_nan=True, rtol=2e-4, atol=2e-4)
+        for name, keys in (("first", first), ("prompt", prompt)):
+            share = metrics.attention_share(pattern, keys, batch.response_mask)
+            torch.testing.assert_close(
+                measured.share(name)[:, index], share, equal_nan=True, rtol=0, atol=1e-4
+            )
     entropy = metrics.token_entropy(logits, batch.response_mask)
     torch.testing.assert_close(measured.entropy, entropy, equal_nan=True, rtol=2e-4, atol=2e-4)
 

@@ -1,8 +1,8 @@
 """The choices that the couplings are computed under: which heads, which layers, which horizon.
 
-Each gives its own token scores, all from the same statistics. "main" makes the paper's choices; every other one
-changes one of them. `raw` stores the scores of all. What is left to others: measuring (measure), and choices that
-need no other scores, such as k or the definition of a peak (estimates).
+Each gives its own token scores, all from the same statistics. "main" makes the paper's choices; every other
+one changes one of them. `raw` stores the scores of all. What is left to others: measuring (measure), and
+choices that need no other scores, such as k or the definition of a peak (estimates).
 """
 
 from __future__ import annotations

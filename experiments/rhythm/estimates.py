@@ -1,8 +1,8 @@
 """Every number of the study, from its raw data: couplings under all nulls, heads, interventions.
 
-`estimate` returns them as plain numbers, which `page` stores and writes into docs/results/rhythm.md. No model is
-run. Intervals come from drawing problem templates with replacement. What is left to others: the raw data (raw),
-and what is said about the numbers (page.md).
+`estimate` returns them as plain numbers, which `page` stores and writes into docs/results/rhythm.md. No model
+is run. Intervals come from drawing problem templates with replacement. What is left to others: the raw data
+(raw), and what is said about the numbers (page.md).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The second step: measure every head on every answer, one answer at a time, each stored in a file.
 
 An answer is measured under three settings. The files are large (every head, every token) and stay in the work
-folder; what the estimates need is small and goes to the results. What is left to others: answers (generate), and
-which scores are made of the statistics (choices).
+folder; what the estimates need is small and goes to the results. What is left to others: answers (generate),
+and which scores are made of the statistics (choices).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "near": {"horizon": (10, 100), "receiver": "sentence"},
     "weighted": {"horizon": (10, None), "receiver": "token", "value_weighted": True},
 }
-"""The horizon of the paper's analysis, which runs to the end of the response; that of its training; and the first
-again with attention weighted by the values that it reads."""
+"""The horizon of the paper's analysis, which runs to the end of the response; that of its training; and the
+first again, with attention weighted by the values that it reads."""
 
 
 @dataclass(frozen=True)

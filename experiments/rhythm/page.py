@@ -4,8 +4,8 @@
 
 For each model in the results folder this writes `summary.json` with every estimate, and the figure of the
 couplings; then it fills the template `page.md`, whose numbers are all placeholders, and writes
-docs/results/rhythm.md. No model is run. What is left to others: the numbers (estimates) and figures that need a
-model (figures, which the experiment's own command draws).
+docs/results/rhythm.md. No model is run. What is left to others: the numbers (estimates) and figures that need
+a model (figures, which the experiment's own command draws).
 """
 
 from __future__ import annotations

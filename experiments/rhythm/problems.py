@@ -1,7 +1,7 @@
 """The problems: procedural grade-school word problems, and the paper's prompt for them.
 
-Problem `i` depends only on the seed and on `i`, not on how many are requested. `generate` and `train` use them,
-and `raw` stores their templates. What is left to others: answering them (generate).
+Problem `i` depends only on the seed and on `i`, not on how many are requested. `generate` and `train` use
+them, and `raw` stores their templates. What is left to others: answering them (generate).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def make_problems(count: int) -> list[Problem]:
 def template_of(index: int) -> int:
     """Return the number of the template that a problem was made from.
 
-    Problems of one template share their text but for names and numbers, so they are not independent: intervals
-    come from drawing templates.
+    Problems of one template share their text but for names and numbers, so they are not independent:
+    intervals come from drawing templates.
     """
     return int(_source(SEED).task_indices[index])
 

@@ -1,7 +1,7 @@
-"""The raw data of the study, which is committed: small enough to keep, and enough for every number on the page.
+"""The raw data of the study, which is committed: small, and enough for every number on the page.
 
-`write` makes the files after the model has run, and `read` gives them back as what the estimates need, without a
-model. What is left to others: running models (measure, __main__), and the numbers (estimates).
+`write` makes the files after the model has run, and `read` gives them back as what the estimates need,
+without a model. What is left to others: running models (measure, __main__), and the numbers (estimates).
 
 - `responses.jsonl`: the answers, as text and ids.
 - `answers.parquet`: a line for each measured answer: its problem, the template of the problem, its length.

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from attnprobe.errors import ResultError
 from attnprobe.progress import progress_bar
-from attnprobe.rl.advantage import apply_credit, credit_weights
+from attnprobe.rl.advantage import apply_credit
 from attnprobe.rl.credit import Credit
 from attnprobe.rl.ppo.actor_critic import ActorCritic
 from attnprobe.rl.ppo.checkpoint import restore, state_of
@@ -223,7 +223,7 @@ class PPO:
             ids, the end token included.
         config: how to train.
         credit: a strategy of `attnprobe.rl`, or any callable `scores -> gamma`; None: no credit.
-        credit_options: further arguments of `RolloutCredit`, by name.
+        credit_options: further arguments of `RolloutCredit`, by name, such as `signs` and `horizon`.
         ends: ids that end a completion; None: those of the policy's generation config.
         folder: where to write metrics and checkpoints; None: nothing is written.
 
@@ -322,8 +322,7 @@ class PPO:
             metrics["kl_to_reference"] = kl[mask]
         if self.credit is not None:
             gamma = self.credit.weigh(episodes, advantages, self.step, entropy=episodes.entropy)
-            applied = credit_weights(advantages, gamma, mask)[mask & (advantages != 0)]
-            metrics["credit/gamma_mean"] = applied
+            metrics["credit/gamma_mean"] = gamma[mask & (advantages != 0)]
             advantages = apply_credit(advantages, gamma, mask)  # Eq. 13: all that credit does
         metrics |= self._update(episodes, advantages, returns)
         self.step += 1

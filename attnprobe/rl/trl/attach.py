@@ -26,11 +26,10 @@ from attnprobe.heads import GroupsLike
 from attnprobe.metrics import HorizonLike
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.rhythm import find_peaks
-from attnprobe.rl.advantage import credit_weights
+from attnprobe.rl.advantage import Signs
 from attnprobe.rl.credit import Credit
 from attnprobe.rl.grouping import Groups
 from attnprobe.rl.rollout_credit import WeighedRollout, check_options
-from attnprobe.rl.scoring import Rollout
 from attnprobe.rl.trl.callback import CreditCallback, callback_of
 from attnprobe.rl.trl.routes import ROUTES, Through, choose_route
 from attnprobe.rl.trl.trainer_credit import TrainerCredit
@@ -52,6 +51,7 @@ def attach_credit(
     window: int = 10,
     horizon: HorizonLike = TRAINING_HORIZON,
     batch_size: IntLike | None = None,
+    signs: Signs = "both",
     through: Through = "auto",
 ) -> CreditHandle:
     """Weight the tokens of a trainer's objective by a strategy, from now on until `detach`.
@@ -66,12 +66,13 @@ def attach_credit(
             layers are measured ("all": all heads of `layers`). None: heads are classified on the run's own
             rollouts, over all processes.
         reclassify_every: how many optimizer steps to wait before classifying heads again; None: they are
-            classified only once. In such a step all completions are measured; otherwise only those with a
-            positive advantage, since no others are weighted.
+            classified only once. In such a step all completions are measured; otherwise only those whose
+            weights can matter: their advantage is not 0, and `signs` includes it.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens.
         batch_size: how many completions to measure at a time; default: the trainer's own batch size per
             device.
+        signs: which advantages are weighted: "both" (v2 of the paper), "positive" (v1) or "negative".
         through: how weights enter the loss: "advantages", one for each token, or "gradient", for losses
             with one advantage per completion; "auto" takes the first that the trainer honours.
 
@@ -92,8 +93,9 @@ def attach_credit(
         window=window,
         horizon=horizon,
         batch_size=batch_size,
+        signs=signs,
     )
-    handle = CreditHandle(trainer, trainer_credit, choose_route(trainer, through))
+    handle = CreditHandle(trainer, trainer_credit, choose_route(trainer, through, trainer_credit.signs))
     handle._install(callback)
     return handle
 
@@ -104,12 +106,14 @@ class CreditHandle:
     Attributes:
         credit: the strategy.
         layers: the layers that are measured; empty if the strategy needs no attention.
+        signs: "both", "positive" or "negative": which advantages are weighted.
         route: "advantages" or "gradient": how weights enter the loss.
     """
 
     def __init__(self, trainer: Any, credit: TrainerCredit, route: str) -> None:
         self.credit = credit.credit
         self.layers = credit.layers
+        self.signs = credit.signs
         self.route = route
         self._trainer = trainer
         self._rollout_credit = credit
@@ -179,12 +183,9 @@ class CreditHandle:
         started = time.perf_counter()
         trainer, credit = self._trainer, self._rollout_credit
         rollout = rollout_of(trainer, output, credit.needs)
-        advantages = output["advantages"].detach()
-        weighed = credit.weigh_with_scores(rollout, advantages, trainer.state.global_step)
-        weights = credit_weights(advantages, weighed.gamma, rollout.response_mask)
-        tally = _Tally.of(rollout, weighed, weights, advantages, bool(self.layers))
-        self._log(tally, time.perf_counter() - started)
-        return weights
+        weighed = credit.weigh_with_scores(rollout, output["advantages"], trainer.state.global_step)
+        self._log(_Tally.of(weighed, bool(self.layers)), time.perf_counter() - started)
+        return weighed.gamma
 
     def _log(self, tally: _Tally, seconds: float) -> None:
         """Add credit's metrics, over all processes, to the trainer's own log."""
@@ -205,7 +206,7 @@ class CreditHandle:
 
 @dataclasses.dataclass(frozen=True)
 class _Tally:
-    """Sums over the tokens of the completions with a positive advantage, of one process or of all."""
+    """Sums over the tokens whose weights can matter, of one process or of all."""
 
     tokens: float = 0.0
     gamma: float = 0.0
@@ -214,14 +215,12 @@ class _Tally:
     anchors: float = 0.0
 
     @staticmethod
-    def of(
-        rollout: Rollout, weighed: WeighedRollout, weights: Tensor, advantages: Tensor, attention: bool
-    ) -> _Tally:
-        gains = advantages > 0 if advantages.ndim == 1 else (advantages > 0).any(-1)
-        inside = rollout.response_mask & gains[:, None]
-        sums = [inside.sum(), weighed.gamma[inside].sum(), (weights[inside] > 1).sum()]
+    def of(weighed: WeighedRollout, attention: bool) -> _Tally:
+        matters = weighed.matters.to(weighed.gamma.device)
+        weights = weighed.gamma[matters]
+        sums = [matters.sum(), weights.sum(), (weights > 1).sum()]
         if attention and weighed.scores is not None:
-            of_measured = inside[weighed.measured].to(weighed.scores.waad.device)
+            of_measured = weighed.matters[weighed.measured].to(weighed.scores.waad.device)
             for values in (weighed.scores.waad, weighed.scores.fai):
                 sums.append(find_peaks(values)[of_measured].sum())
         return _Tally(*(float(value) for value in sums))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnprobe.errors import TrainerError
-from attnprobe.rl.advantage import credit_weights, gate_gradient
+from attnprobe.rl.advantage import Signs, credit_weights, gate_gradient
 from attnprobe.validation import choice
 
 Through = Literal["auto", "advantages", "gradient"]
@@ -65,8 +65,10 @@ def through_gradient(
 ROUTES: dict[str, Route] = {"advantages": through_advantages, "gradient": through_gradient}
 
 
-def choose_route(trainer: Any, through: Through) -> str:
+def choose_route(trainer: Any, through: Through, signs: Signs) -> str:
     """Return the name of the route that this trainer's loss honours; "advantages" if it honours both.
+
+    Only weights of advantages that `signs` includes are tried out.
 
     Raises:
         ParameterError: an unknown route.
@@ -75,7 +77,7 @@ def choose_route(trainer: Any, through: Through) -> str:
     choice(through, "through", get_args(Through))
     reasons = []
     for name in ROUTES if through == "auto" else (through,):
-        reason = _reason_against(trainer, name)
+        reason = _reason_against(trainer, name, signs)
         if reason is None:
             return name
         reasons.append(f"through {name}: {reason}")
@@ -103,13 +105,14 @@ def replaced(target: Any, name: str, value: Any) -> Iterator[None]:
 # ---- the canary -------------------------------------------------------------------------------
 
 
-def _reason_against(trainer: Any, name: str) -> str | None:
+def _reason_against(trainer: Any, name: str, signs: Signs) -> str | None:
     """Return why the trainer's loss does not honour a route; None if it does."""
-    canary = _Canary(trainer)
+    canary = _Canary(trainer, signs)
     with canary.undisturbed():
         plain_value, plain = canary.run(None, canary.advantages)
         _, without = canary.run(None, torch.zeros_like(canary.advantages))
-        if not bool(((plain - without).abs().sum(-1) > 0).all()):
+        # Not a gradient in every token, nor in every completion: a trainer may train on some of them only.
+        if not bool((plain != without).any()):
             raise TrainerError(
                 f"{type(trainer).__name__} has a loss that does not depend on the advantages of its "
                 "log-probabilities: there is nothing to weight"
@@ -146,7 +149,7 @@ def _reason_against(trainer: Any, name: str) -> str | None:
 class _Canary:
     """A made-up batch of 3 completions of 5 tokens, with padding and tool output, for a trainer's loss."""
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Any, signs: Signs) -> None:
         self._trainer = trainer
         device = trainer.accelerator.device
         generator = torch.Generator().manual_seed(0)
@@ -157,10 +160,13 @@ class _Canary:
         tools = torch.ones_like(mask)
         tools[0, 2] = 0
         self._logps = (-0.5 - torch.rand(batch, token, generator=generator)).to(device)
-        self._entropies = torch.rand(batch, token, generator=generator).to(device)
+        # The same in each completion, and the highest where all have a token of their own: a trainer that
+        # trains only on the highest entropies, however few, then trains on a token of each completion.
+        self._entropies = torch.linspace(1.0, 0.1, token, device=device).repeat(batch, 1)
         self.advantages = torch.tensor([1.0, -0.7, 0.4], device=device)
         gamma = (0.5 + torch.rand(batch, token, generator=generator)).to(device)
-        self.weights = credit_weights(self.advantages, gamma, (mask * tools).to(device))
+        gamma[:, 1] = 0.0  # as strategies that drop tokens give it
+        self.weights = credit_weights(self.advantages, gamma, (mask * tools).to(device), signs=signs)
         self._inputs = {
             "prompt_ids": torch.ones(batch, prompt, dtype=torch.long, device=device),
             "prompt_mask": torch.ones(batch, prompt, dtype=torch.long, device=device),

@@ -1,14 +1,15 @@
 """TrainerCredit: `RolloutCredit` for a TRL trainer, with the few things that a trainer does differently.
 
 `attach_credit` makes one for each trainer, and `CreditHandle` holds it. The trainer's callback keeps the
-grouping of heads, its accelerator sums over processes, its own function computes entropy, and if its
-parameters are sharded, the whole model is run (`WholePassAdapter`). What is left to others: measuring and
-weighing (rollout_credit), and reading a trainer (trainers).
+grouping of heads, its accelerator sums over processes and sets the precision, its own function computes
+entropy, and if its parameters are sharded, the whole model is run (`WholePassAdapter`). What is left to
+others: measuring and weighing (rollout_credit), and reading a trainer (trainers).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -72,6 +73,15 @@ class TrainerCredit(RolloutCredit):
     def token_entropy(self, rollout: Rollout) -> Float[Tensor, "completion token"]:
         """Return the entropy of each token at the sampling temperature, by the trainer's own function."""
         return token_entropy(self._trainer, rollout, self._size)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the trainer's mixed precision.
+
+        accelerate wraps the forward pass of what the trainer calls in it; a policy inside PEFT's wrapper
+        would without it be measured in the precision of its parameters.
+        """
+        precision: AbstractContextManager[Any] = self._trainer.accelerator.autocast()
+        return precision
 
     def sum_over_processes(self, values: Tensor) -> Tensor:
         """Return the sum of a tensor over the trainer's processes."""
