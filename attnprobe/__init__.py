@@ -51,7 +51,7 @@ from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.report import Report
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
-from attnprobe.sentences import sentence_ids
+from attnprobe.sentences import SentenceReceivers, sentence_ids
 from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
@@ -91,6 +91,7 @@ __all__ = [
     "ResultError",
     "Rhythm",
     "SentenceReceiverProbe",
+    "SentenceReceivers",
     "TokenBatch",
     "TokenScores",
     "TrainerError",

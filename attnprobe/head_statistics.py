@@ -25,6 +25,7 @@ from attnprobe.provenance import ranges
 from attnprobe.reductions import TRAINING_HORIZON, Horizon
 from attnprobe.results import Result, check_layers, html_table, table_column
 from attnprobe.segments import segment_names
+from attnprobe.sentences import SentenceReceivers
 from attnprobe.validation import ArrayLike, IntLike, choice, instance, whole_numbers
 
 if TYPE_CHECKING:
@@ -46,13 +47,16 @@ class HeadStatistics(Result):
         fai: future attention influence (Eq. 10), in `[0, 1]`.
         entropy: that of the distribution that each token was sampled from, in nats; None if not measured.
         receiver_kurtosis: how selective inbound attention is; None if not measured.
+        receiver_gini: the same by the Gini coefficient, in `[0, 1)`, which does not grow with length; None if
+            not measured.
         response_mask: the tokens that the results describe.
         layers: the layer number behind each index of the layer axis.
         skipped_layers: the model's layers without attention.
         window, horizon: the parameters of WAAD and FAI.
         model_name: what the model calls itself.
         segment_ids: in packed examples, which sequence each token belongs to; else None.
-        receiver_level: whether the kurtosis is over tokens or over sentences; None if not measured.
+        receiver_level: whether these two are over tokens or over sentences; None if not measured.
+        sentence_receivers: how, if over sentences.
         input_ids, texts: the tokens that were measured, as in the batch; None where they are not known.
         sequence_span: the span of each packed sequence that has a response, in the order of their numbers in
             `segment_ids`; None unless examples are packed. `sequences` makes an example of each.
@@ -83,6 +87,8 @@ class HeadStatistics(Result):
     model_name: str = ""
     segment_ids: Int[Tensor, "batch token"] | None = None
     receiver_level: ReceiverLevel | None = None
+    receiver_gini: Float[Tensor, "batch layer head"] | None = None
+    sentence_receivers: SentenceReceivers | None = None
     input_ids: Int[Tensor, "batch token"] | None = None
     texts: tuple[tuple[str, ...], ...] | None = None
     sequence_span: Float[Tensor, "batch layer head sequence"] | None = None
@@ -96,6 +102,13 @@ class HeadStatistics(Result):
     sequence_span_ignoring: Float[Tensor, "batch layer head sequence"] | None = None
 
     _FILL: ClassVar[dict[str, Any]] = {"input_ids": 0}
+    _ADDED_LATER: ClassVar[dict[str, Any]] = {
+        "sentence_receivers": None,
+        "share_from": (),
+        "share_on": (),
+        "span_ignores": (),
+        "influence_rows": "response",
+    }
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
@@ -186,14 +199,14 @@ class HeadStatistics(Result):
     def sequences(self) -> HeadStatistics:
         """Return the same statistics with an example for each sequence that has a response.
 
-        Examples that are not packed stay as they are. Receiver kurtosis is known only for whole examples, and
-        is None for packed ones.
+        Examples that are not packed stay as they are. Receiver kurtosis and its Gini coefficient are known
+        only for whole examples, and are None for packed ones.
         """
         if self.segment_ids is None:
             return self
         parts = []
         for example in range(len(self.response_mask)):
-            row = self.select([example])
+            row = dataclasses.replace(self.select([example]), receiver_gini=None, sentence_receivers=None)
             segments = self.segment_ids[example]
             with_response = segments[self.response_mask[example].to(segments.device)].unique().tolist()
             for place, segment in enumerate(with_response):
@@ -232,7 +245,7 @@ class HeadStatistics(Result):
             "layer": torch.tensor(self.layers)[layer].numpy(),
             "head": head.numpy(),
         }
-        for name in ("span", "span_ignoring", "receiver_kurtosis"):
+        for name in ("span", "span_ignoring", "receiver_kurtosis", "receiver_gini"):
             values = getattr(self, name)
             if values is not None:
                 columns[name] = table_column(values, place)
@@ -281,6 +294,8 @@ class HeadStatistics(Result):
             rows.append(
                 ("receiver kurtosis", f"by {self.receiver_level}, mean {_mean(self.receiver_kurtosis)}")
             )
+        if self.receiver_gini is not None:
+            rows.append(("receiver Gini coefficient", f"mean {_mean(self.receiver_gini)}"))
         return html_table("HeadStatistics", ("measured", ""), rows)
 
 
@@ -298,7 +313,7 @@ def check_same_measurement(first: HeadStatistics, part: HeadStatistics, action: 
     Raises:
         ResultError: different models, layers, numbers of heads or receiver levels.
     """
-    for name in ("layers", "head_count", "model_name", "receiver_level"):
+    for name in ("layers", "head_count", "model_name", "receiver_level", "sentence_receivers"):
         ours, theirs = getattr(first, name), getattr(part, name)
         if ours != theirs:
             raise ResultError(f"cannot {action} statistics whose {name} differ: {ours!r} and {theirs!r}")

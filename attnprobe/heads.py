@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,6 +43,9 @@ from attnprobe.validation import (
 
 Group = Literal["local", "global", "receiver"]
 
+SelectivityName = Literal["kurtosis", "gini"]
+"""The measures of how selective inbound attention is, by which receivers are ranked."""
+
 SpanKind = Literal["plain", "ignoring"]
 """The spans by which heads can be ranked: that of Eq. 7, or the one that ignores some keys."""
 
@@ -64,14 +67,15 @@ class HeadGroups(Result):
 
     Attributes:
         local_heads, global_heads: masks of the heads with the lowest and the highest span. They are disjoint.
-        receiver_heads: a mask of the heads whose inbound attention is most selective; None if kurtosis was
-            not measured.
-        span, receiver_kurtosis: the means over responses by which heads were ranked; NaN for heads that a
-            layer does not have.
+        receiver_heads: a mask of the heads whose inbound attention is most selective; None if that was not
+            measured.
+        span, receiver_kurtosis, receiver_gini: the means over responses by which heads were ranked; NaN for
+            heads that a layer does not have.
         layers: the layer number behind each index of the layer axis.
         model_name: the model that the groups belong to.
         receiver_level: whether receivers were found by token or by sentence; None if they were not.
         quantile: the share of heads in each of local and global; None if the groups were made by hand.
+        selectivity: whether receivers were ranked by kurtosis or by Gini coefficient.
         span_ignores: the segments that the spans ignore by which heads were ranked; () if none.
 
     Raises:
@@ -87,7 +91,11 @@ class HeadGroups(Result):
     model_name: str = ""
     receiver_level: ReceiverLevel | None = None
     quantile: float | None = None
+    receiver_gini: Float[Tensor, "layer head"] | None = None
+    selectivity: SelectivityName = "kurtosis"
     span_ignores: tuple[str, ...] = ()
+
+    _ADDED_LATER: ClassVar[dict[str, Any]] = {"selectivity": "kurtosis", "span_ignores": ()}
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
@@ -115,8 +123,8 @@ class HeadGroups(Result):
         """Return a group's heads as (layer number, head), the most typical first."""
         mask = self.mask(group)
         value = self.span if group == "local" else -self.span
-        if group == "receiver" and self.receiver_kurtosis is not None:
-            value = -self.receiver_kurtosis
+        if group == "receiver" and self.receiver_selectivity is not None:
+            value = -self.receiver_selectivity
         found = mask.nonzero().tolist()
         found.sort(key=lambda place: float(value[place[0], place[1]]))
         return [(self.layers[layer], head) for layer, head in found]
@@ -128,6 +136,11 @@ class HeadGroups(Result):
             ParameterError: an unknown group, or receivers if kurtosis was not measured.
         """
         return HeadSelection(tuple((*pair, 1.0) for pair in self.pairs(group)), self.model_name)
+
+    @property
+    def receiver_selectivity(self) -> Float[Tensor, "layer head"] | None:
+        """The measure that receivers were ranked by; None if it is not known."""
+        return self.receiver_gini if self.selectivity == "gini" else self.receiver_kurtosis
 
     @property
     def local(self) -> HeadSelection:
@@ -160,7 +173,7 @@ class HeadGroups(Result):
             )
 
     def _table(self) -> dict[str, Any]:
-        """Return a line for each head: layer, head, span, kurtosis, and whether it is in each group."""
+        """Return a line for each head: layer, head, span, selectivity, and whether it is in each group."""
         place = (~self.span.isnan()).nonzero().cpu()
         layer, head = place.unbind(1)
         columns: dict[str, Any] = {
@@ -168,8 +181,9 @@ class HeadGroups(Result):
             "head": head.numpy(),
             "span": table_column(self.span, place),
         }
-        if self.receiver_kurtosis is not None:
-            columns["receiver_kurtosis"] = table_column(self.receiver_kurtosis, place)
+        for name in ("receiver_kurtosis", "receiver_gini"):
+            if (values := getattr(self, name)) is not None:
+                columns[name] = table_column(values, place)
         for group in GROUPS:
             mask = getattr(self, f"{group}_heads")
             if mask is not None:
@@ -181,16 +195,18 @@ class HeadGroups(Result):
         known = [group for group in GROUPS if getattr(self, f"{group}_heads") is not None]
         columns = []
         for group in known:
-            values = self.receiver_kurtosis if group == "receiver" else self.span
+            values = self.receiver_selectivity if group == "receiver" else self.span
+            digits = 2 if group == "receiver" and self.selectivity == "gini" else 1
             cells = []
             for layer, head in self.pairs(group)[:10]:
-                value = "" if values is None else f" {float(values[self.layers.index(layer), head]):.1f}"
+                place = self.layers.index(layer), head
+                value = "" if values is None else f" {float(values[place]):.{digits}f}"
                 cells.append(f"L{layer}H{head}{value}")
             columns.append(cells)
         names = {
             "local": "most local, span",
             "global": "most global, span",
-            "receiver": "receivers, kurtosis",
+            "receiver": f"receivers, {self.selectivity}",
         }
         title = f"HeadGroups({self._headline()})"
         return html_table(title, [names[group] for group in known], zip_longest(*columns, fillvalue=""))
@@ -249,9 +265,10 @@ def classify_heads(
     *,
     quantile: FloatLike = 0.3,
     receivers: IntLike = 20,
+    selectivity: SelectivityName = "kurtosis",
     span: SpanKind = "plain",
 ) -> HeadGroups:
-    """Group heads by their mean span over responses, and by receiver kurtosis where measured.
+    """Group heads by their mean span over responses, and by receiver selectivity where measured.
 
     Sec. 4.1 of arXiv 2510.13554v2: of all heads of the measured layers, the 30% of lowest span are local
     and the 30% of highest span global.
@@ -262,8 +279,11 @@ def classify_heads(
             a single response. Each response counts the same, whatever its length.
         quantile: the share of heads in each of local and global, in (0, 0.5]: `floor(quantile * heads)`
             heads, at least one.
-        receivers: how many heads of highest mean kurtosis are receivers, as in arXiv 2506.19143; a head
-            whose kurtosis is undefined is never one.
+        receivers: how many of the most selective heads are receivers, as in arXiv 2506.19143; a head whose
+            selectivity is undefined is never one.
+        selectivity: what receivers are ranked by: the mean over responses of "kurtosis", as there, or of
+            "gini", the Gini coefficient. Kurtosis grows with a response's length, so that long ones decide
+            its mean; the Gini coefficient does not.
         span: by which span: "plain" (Eq. 7) or "ignoring", `statistics.span_ignoring`, which leaves out the
             first token unless `measure` was told otherwise.
 
@@ -273,9 +293,10 @@ def classify_heads(
     half of the global heads give it at least 30% of their attention, an `AttnprobeWarning` says so.
 
     Raises:
-        ParameterError: a quantile outside (0, 0.5], fewer than one receiver, fewer than two heads, or
-            statistics without this span.
-        ResultError: no statistics, or statistics of different models, layers, or receiver levels.
+        ParameterError: a quantile outside (0, 0.5], fewer than one receiver, fewer than two heads, an unknown
+            selectivity, or statistics without this span.
+        ResultError: no statistics, or statistics of different models, layers, or receiver levels; or, by
+            "gini", statistics of an older version, which did not measure it.
 
     >>> from attnprobe import TokenBatch, measure
     >>> from attnprobe.testing.tiny_models import tiny_model
@@ -285,10 +306,11 @@ def classify_heads(
     (3, 3)
     """
     quantile, receivers = check_shares(quantile, receivers)
+    choice(selectivity, "selectivity", get_args(SelectivityName))
     choice(span, "span", get_args(SpanKind))
     first: HeadStatistics | None = None
-    mean_span, kurtosis, on_first = _RunningMean(), _RunningMean(), _RunningMean()
-    knows_first = True
+    mean_span, kurtosis, gini, on_first = _RunningMean(), _RunningMean(), _RunningMean(), _RunningMean()
+    knows_first = knows_gini = True
     for part in statistics_parts(statistics):
         first = part if first is None else first
         check_same_measurement(first, part, "classify heads over")
@@ -298,13 +320,20 @@ def classify_heads(
             on_first.add(part.share("first"))
         if part.receiver_kurtosis is not None:
             kurtosis.add(part.receiver_kurtosis)
+        if selectivity == "gini" and part.receiver_kurtosis is not None and part.receiver_gini is None:
+            raise ResultError("some statistics have no receiver_gini to rank receivers by: measure again")
+        knows_gini = knows_gini and part.receiver_gini is not None
+        if part.receiver_gini is not None:
+            gini.add(part.receiver_gini)
     if first is None:
         raise ResultError("there are no statistics to classify heads by")
     groups = group_heads(
         mean_span.mean(),
         None if first.receiver_kurtosis is None else kurtosis.mean(),
+        gini=gini.mean() if knows_gini else None,
         quantile=quantile,
         receivers=receivers,
+        selectivity=selectivity,
     )
     if knows_first and span == "plain":
         _warn_of_sinks(groups.global_heads, on_first.mean())
@@ -387,10 +416,12 @@ def group_heads(
     span: ArrayLike,
     kurtosis: ArrayLike | None = None,
     *,
+    gini: ArrayLike | None = None,
     quantile: FloatLike = 0.3,
     receivers: IntLike = 20,
+    selectivity: SelectivityName = "kurtosis",
 ) -> HeadGroups:
-    """Group heads by given spans and kurtoses, by the rules of `classify_heads`.
+    """Group heads by given spans, kurtoses and Gini coefficients, by the rules of `classify_heads`.
 
     Raises:
         ParameterError: spans that are not [layer, head], a quantile outside (0, 0.5], fewer than one
@@ -402,6 +433,8 @@ def group_heads(
     quantile, receivers = check_shares(quantile, receivers)
     span = _per_head(span, "span")
     kurtosis = None if kurtosis is None else _per_head(kurtosis, "kurtosis")
+    gini = None if gini is None else _per_head(gini, "gini")
+    ranked = gini if selectivity == "gini" else kurtosis
     defined = int((~span.isnan()).sum())
     if defined < 2:
         raise ParameterError(
@@ -412,9 +445,11 @@ def group_heads(
         local_heads=_lowest(span, count),
         # Counted from the other end, so that no head is in both groups where spans are equal.
         global_heads=_lowest(-span.flip(0, 1), count).flip(0, 1),
-        receiver_heads=None if kurtosis is None else _lowest(-kurtosis, receivers),
+        receiver_heads=None if ranked is None else _lowest(-ranked, receivers),
         span=span,
         receiver_kurtosis=kurtosis,
+        receiver_gini=gini,
+        selectivity=selectivity,
         layers=tuple(range(span.shape[0])),
         quantile=quantile,
     )

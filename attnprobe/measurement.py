@@ -33,7 +33,7 @@ from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.segments import NamesLike
-from attnprobe.sentences import sentence_ids
+from attnprobe.sentences import SentenceReceivers, sentence_ids
 from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.validation import IntLike, brief, truth, whole_number
 
@@ -46,7 +46,7 @@ def measure(
     window: IntLike = 10,
     horizon: HorizonLike = TRAINING_HORIZON,
     span: bool = True,
-    receiver: bool | ReceiverLevel = False,
+    receiver: bool | ReceiverLevel | SentenceReceivers = False,
     entropy: bool = True,
     share_on: NamesLike | None = None,
     share_from: NamesLike = "response",
@@ -67,8 +67,9 @@ def measure(
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
-        receiver: whether to compute receiver kurtosis too (one more pass over the attention): over
-            tokens ("token" or True), or over sentences ("sentence"), for which the batch needs texts.
+        receiver: whether to compute receiver kurtosis and its Gini coefficient too (one more pass over the
+            attention): over tokens ("token" or True), or over sentences ("sentence", or
+            `SentenceReceivers(...)` with options), for which the batch needs texts.
         entropy: whether to compute token entropy; without it, nothing after the last measured layer is run.
             A model without next-token logits (a base model, a classifier) can only be read without it.
         share_on: names of segments: the share of attention on each of them is kept, for every head. Besides
@@ -87,7 +88,7 @@ def measure(
 
     Raises:
         BatchError: ids outside the vocabulary, sequences longer than the model's context, an image's tokens
-            without its pixels, or `receiver="sentence"` for a batch without texts.
+            without its pixels, or receivers by sentence for a batch without texts.
         ParameterError: invalid layers, window, horizon or receiver, or segments that the batch does not have.
         UnsupportedModelError: a model whose attention cannot be read, or entropy of a model without
             next-token logits.
@@ -100,7 +101,8 @@ def measure(
     if truth(entropy, "entropy"):
         adapter.check_next_token_logits("entropy", "pass entropy=False, or ")
     truth(progress, "progress")
-    level = _receiver_level(receiver)
+    options = _sentence_receivers(receiver)
+    level: ReceiverLevel | None = "sentence" if options else "token" if receiver else None
     probe = HeadStatisticsProbe(
         window=window,
         horizon=horizon,
@@ -114,8 +116,12 @@ def measure(
     )
     probe.asked.check_known(batch.segment_names, "batch.with_segments({})")
     run = BatchRun.prepare(adapter, batch, layers, batch_size, memory_budget, entropy)
-    sentences = sentence_ids(run.sequences) if level == "sentence" else None
-    by_sentence = None if sentences is None else SentenceReceiverProbe(sentences)
+    sentences = None if options is None else sentence_ids(run.sequences, options.splitting)
+    by_sentence = None
+    if options is not None and sentences is not None:
+        by_sentence = SentenceReceiverProbe(
+            sentences, min_distance=options.min_distance, minimum_sentences=options.minimum_sentences
+        )
     probes: list[Probe] = [probe] if by_sentence is None else [probe, by_sentence]
     entropies: list[Tensor] = []
     with run.progress(progress, "measuring") as ticking:
@@ -140,7 +146,9 @@ def measure(
     order = run.order()
     statistics = probe.result().select(order)
     layout = run.layout
-    kurtosis = statistics.receiver_kurtosis if by_sentence is None else by_sentence.result()[order]
+    kurtosis, gini = statistics.receiver_kurtosis, statistics.receiver_gini
+    if by_sentence is not None:
+        kurtosis, gini = (each[order] for each in by_sentence.selectivity())
     # An example may pack several responses: Eq. 7 is then a mean over all their tokens.
     weights = statistics.response_mask.sum(-1)
     rows_left = probe.rows_left()
@@ -167,7 +175,9 @@ def measure(
         fai=layout.tokens(statistics.fai),
         entropy=layout.tokens(torch.cat(entropies)[order]) if entropies else None,
         receiver_kurtosis=None if kurtosis is None else layout.examples(kurtosis, weights),
+        receiver_gini=None if gini is None else layout.examples(gini, weights),
         receiver_level=level,
+        sentence_receivers=options,
         response_mask=batch.response_mask.to(run.adapter.device),
         segment_ids=None if batch.segment_ids is None else batch.segment_ids.to(run.adapter.device),
         input_ids=batch.input_ids.to(run.adapter.device),
@@ -177,12 +187,16 @@ def measure(
     )
 
 
-def _receiver_level(receiver: bool | ReceiverLevel) -> ReceiverLevel | None:
-    if isinstance(receiver, bool):
-        return "token" if receiver else None
-    if isinstance(receiver, str) and receiver in get_args(ReceiverLevel):
+def _sentence_receivers(receiver: bool | ReceiverLevel | SentenceReceivers) -> SentenceReceivers | None:
+    """Return how receivers are found by sentence; None if they are found by token, or not at all."""
+    if isinstance(receiver, SentenceReceivers):
         return receiver
-    raise ParameterError(f'receiver must be "token", "sentence", True or False; got {brief(receiver)}')
+    if not isinstance(receiver, bool) and receiver not in get_args(ReceiverLevel):
+        raise ParameterError(
+            'receiver must be "token", "sentence", SentenceReceivers(...), True or False; got '
+            f"{brief(receiver)}"
+        )
+    return SentenceReceivers() if receiver == "sentence" else None
 
 
 def group_maps(

@@ -1,9 +1,9 @@
 """The metrics as pure functions of one layer's attention: an `Attention`, or a pattern tensor.
 
-All but kurtosis are linear in the attention, so the metric of a mean of heads is the mean of the heads'
-metrics: values are kept per head, and groups are chosen afterwards. Definitions are those of arXiv
-2510.13554v2. Undefined values are NaN: those outside the response, and those whose horizon holds no row.
-Every function takes the attention, then the response mask `[batch, token]`; without one, all tokens are
+All but kurtosis and Gini coefficients are linear in the attention, so the metric of a mean of heads is the
+mean of the heads' metrics: values are kept per head, and groups are chosen afterwards. Definitions are those
+of arXiv 2510.13554v2. Undefined values are NaN: those outside the response, and those whose horizon holds no
+row. Every function takes the attention, then the response mask `[batch, token]`; without one, all tokens are
 response. The probes call them, and users with a pattern of their own.
 
 What is left to others: running the model (adapters), going over layers (head_statistics), choosing
@@ -22,12 +22,13 @@ from torch import Tensor
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
 from attnprobe.reductions import (
+    FEWEST_VALUES,
     RECEIVER_HORIZON,
     TRAINING_HORIZON,
     Horizon,
     MarkedKeys,
+    Selectivity,
     influence_of,
-    kurtosis,
     mean_distance_left,
     mean_over_rows,
     read_rows,
@@ -199,8 +200,8 @@ def receiver_kurtosis(
 
     The token-level "column-wise kurtosis" of arXiv 2510.13554v2 (after arXiv 2506.19143): Fisher's
     kurtosis (0 for a normal distribution; biased) of what each response token receives from the later
-    rows in its horizon; at least -2. NaN where it is undefined: fewer than two tokens with a value,
-    or all values equal.
+    rows in its horizon; at least -2. NaN where it is undefined: fewer than four tokens with a value,
+    or all values equal. It grows with the length of a response; `receiver_gini` does not.
 
     Two things would look like selectivity, and are left out. Near rows, by the default horizon: a head
     that looks at its neighbour gives every token the same sum, divided by fewer and fewer later rows. And
@@ -217,6 +218,42 @@ def receiver_kurtosis(
     >>> receiver_kurtosis(pattern, horizon=(1, None), minimum_rows=1)
     tensor([[2.1667]])
     """
+    return _token_selectivity(attention, response_mask, horizon, segment_ids, minimum_rows).kurtosis
+
+
+def receiver_gini(
+    attention: AttentionLike,
+    response_mask: ArrayLike | None = None,
+    horizon: HorizonLike = RECEIVER_HORIZON,
+    segment_ids: ArrayLike | None = None,
+    minimum_rows: IntLike = 10,
+) -> Float[Tensor, "batch head"]:
+    """Return how selective each head's inbound attention is: the Gini coefficient of FAI over tokens.
+
+    Of the same values as `receiver_kurtosis`; in `[0, 1)`. NaN where it is undefined: fewer than four tokens
+    with a value, or all values 0. A sample's kurtosis is bounded by the number of tokens, and heavy-tailed
+    values come near that bound, so a mean of kurtosis over responses is that of the long ones; the Gini
+    coefficient of the same spread is the same at any length.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: an invalid horizon or number of rows, or a mask that does not fit.
+
+    >>> pattern = torch.zeros(8, 8)
+    >>> pattern[:, 0] = 1.0
+    >>> receiver_gini(pattern, horizon=(1, None), minimum_rows=1)
+    tensor([[0.8571]])
+    """
+    return _token_selectivity(attention, response_mask, horizon, segment_ids, minimum_rows).gini
+
+
+def _token_selectivity(
+    attention: AttentionLike,
+    response_mask: ArrayLike | None,
+    horizon: HorizonLike,
+    segment_ids: ArrayLike | None,
+    minimum_rows: IntLike,
+) -> Selectivity:
     minimum_rows = whole_number(minimum_rows, "minimum_rows", minimum=1)
     horizon = check_horizon(horizon)
     attention = as_attention(attention)
@@ -230,31 +267,104 @@ def sentence_receiver_kurtosis(
     attention: AttentionLike,
     sentence_ids: ArrayLike,
     min_distance: IntLike = 4,
+    minimum_sentences: IntLike | None = None,
 ) -> Float[Tensor, "batch head"]:
     """Return how selective each head's inbound attention is, from sentence to sentence.
 
-    The variant of Thought Anchors (arXiv 2506.19143): attention is averaged over each pair of sentences; a
-    sentence's vertical score is the mean of what it receives from the sentences at least `min_distance`
-    after it; the result is Fisher's kurtosis (biased) of these scores, at least -2. NaN where it is
-    undefined: fewer than two sentences with a score (so fewer than `min_distance + 2` in all), or all
-    scores equal.
+    The variant of Thought Anchors (arXiv 2506.19143): Fisher's kurtosis (biased), at least -2, of the
+    sentences' vertical scores, which `sentence_influence` returns. NaN where it is undefined: for responses
+    with fewer than `minimum_sentences` sentences, fewer than four scores, or equal ones.
 
-    `sentence_ids` `[batch, token]` numbers the sentences of a response from 0, with -1 outside it.
+    Args:
+        attention: of one layer, or a pattern.
+        sentence_ids: `[batch, token]`, the sentences of a response numbered from 0; -1 outside them.
+        min_distance: pairs of sentences closer than this are left out.
+        minimum_sentences: default `min_distance + 4`, which gives four scores. With two, kurtosis is -2 for
+            every head, and with three -1.5: arithmetic, not attention.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: ids that do not fit, or a distance or number below 1.
+
+    >>> pattern = torch.zeros(6, 6)
+    >>> pattern[:, 0] = 1.0
+    >>> sentence_receiver_kurtosis(pattern, torch.arange(6)[None], min_distance=1)
+    tensor([[0.2500]])
+    """
+    return sentence_selectivity(attention, sentence_ids, min_distance, minimum_sentences).kurtosis
+
+
+def sentence_receiver_gini(
+    attention: AttentionLike,
+    sentence_ids: ArrayLike,
+    min_distance: IntLike = 4,
+    minimum_sentences: IntLike | None = None,
+) -> Float[Tensor, "batch head"]:
+    """Return the Gini coefficient of the scores whose kurtosis `sentence_receiver_kurtosis` returns.
+
+    In `[0, 1)`; it does not grow with the number of sentences. NaN where kurtosis is, except that it is 0 for
+    equal scores and undefined if all are 0.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: ids that do not fit, or a distance or number below 1.
+
+    >>> pattern = torch.zeros(6, 6)
+    >>> pattern[:, 0] = 1.0
+    >>> sentence_receiver_gini(pattern, torch.arange(6)[None], min_distance=1)
+    tensor([[0.8000]])
+    """
+    return sentence_selectivity(attention, sentence_ids, min_distance, minimum_sentences).gini
+
+
+def sentence_selectivity(
+    attention: AttentionLike,
+    sentence_ids: ArrayLike,
+    min_distance: IntLike = 4,
+    minimum_sentences: IntLike | None = None,
+) -> Selectivity:
+    """Return both of the above from one pass over the attention.
+
+    Raises:
+        PatternError: an invalid pattern.
+        ParameterError: ids that do not fit, or a distance or number below 1.
+    """
+    min_distance = whole_number(min_distance, "min_distance", minimum=1)
+    least = min_distance + FEWEST_VALUES if minimum_sentences is None else minimum_sentences
+    least = whole_number(least, "minimum_sentences", minimum=1)
+    pooled = sentence_attention(attention, sentence_ids)
+    # A sentence that exists gives some mean attention to itself; of others nothing is defined.
+    count = (~pooled.diagonal(dim1=-2, dim2=-1).isnan()).sum(-1, keepdim=True)
+    return Selectivity.of(_vertical_scores(pooled, min_distance).masked_fill(count < least, torch.nan))
+
+
+def sentence_influence(
+    attention: AttentionLike, sentence_ids: ArrayLike, min_distance: IntLike = 4
+) -> Float[Tensor, "batch head sentence"]:
+    """Return the vertical score of each sentence: the mean attention from the sentences well after it.
+
+    The mean of column i of `sentence_attention` over the sentences from `i + min_distance` on (Thought
+    Anchors, arXiv 2506.19143), in `[0, 1]`; NaN for the last `min_distance` sentences, and those that a
+    response does not have.
 
     Raises:
         PatternError: an invalid pattern.
         ParameterError: ids that do not fit, or a distance below 1.
 
-    >>> pattern = torch.zeros(4, 4)
-    >>> pattern[:, 0] = 1.0
-    >>> sentence_receiver_kurtosis(pattern, torch.tensor([[0, 1, 2, 3]]), min_distance=1)
-    tensor([[-1.5000]])
+    >>> pattern = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.25, 0.25]])
+    >>> sentence_influence(pattern, torch.tensor([[0, 1, 2]]), min_distance=1)
+    tensor([[[0.5000, 0.2500,    nan]]])
     """
     min_distance = whole_number(min_distance, "min_distance", minimum=1)
-    pooled = sentence_attention(attention, sentence_ids)
+    return _vertical_scores(sentence_attention(attention, sentence_ids), min_distance)
+
+
+def _vertical_scores(
+    pooled: Float[Tensor, "batch head sentence sentence"], min_distance: int
+) -> Float[Tensor, "batch head sentence"]:
     count = pooled.shape[-1]
     near = torch.ones(count, count, dtype=torch.bool, device=pooled.device).triu(1 - min(min_distance, count))
-    return kurtosis(pooled.masked_fill(near, torch.nan).nanmean(-2))
+    return pooled.masked_fill(near, torch.nan).nanmean(-2)
 
 
 def sentence_attention(

@@ -1,11 +1,13 @@
 """Receiver heads by sentence: the variant of Thought Anchors (arXiv 2506.19143).
 
 `HeadStatisticsProbe` computes the token-level variant; this probe computes the sentence-level one, for which
-it must know the sentences of each response. `measure(..., receiver="sentence")` attaches it. What is left to
-others: splitting sentences (sentences), the definition (metrics), and ranking heads (heads).
+it must know the sentences of each response. `measure(..., receiver=SentenceReceivers(...))` attaches it. What
+is left to others: splitting sentences (sentences), the definition (metrics), and ranking heads (heads).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,26 +19,37 @@ from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.probe import Probe
-from attnprobe.validation import ArrayLike, IntLike, as_tensor, whole_number
+from attnprobe.reductions import Selectivity
+from attnprobe.sentences import SentenceReceivers
+from attnprobe.validation import ArrayLike, IntLike, as_tensor
 
 
 class SentenceReceiverProbe(Probe):
-    """A probe that computes sentence-level receiver kurtosis in the forward passes that it is shown.
+    """A probe that computes sentence-level receiver kurtosis, and its Gini coefficient, in forward passes.
 
     Args:
         sentence_ids: `[batch, token]`, the sentence of each token in the next pass, numbered from 0 in each
             response, -1 outside. Set the attribute again for another batch.
         min_distance: pairs of sentences closer than this are left out.
+        minimum_sentences: responses with fewer have no result; default: `min_distance + 4`.
 
     Raises:
-        ParameterError: ids that are not numbers, or a distance below 1.
+        ParameterError: ids that are not numbers, or a distance or number below 1.
     """
 
-    def __init__(self, sentence_ids: ArrayLike, *, min_distance: IntLike = 4) -> None:
+    def __init__(
+        self,
+        sentence_ids: ArrayLike,
+        *,
+        min_distance: IntLike = 4,
+        minimum_sentences: IntLike | None = None,
+    ) -> None:
         self.sentence_ids = as_tensor(sentence_ids, "sentence_ids")
-        self.min_distance = whole_number(min_distance, "min_distance", minimum=1)
-        self._layers: dict[int, Tensor] = {}
-        self._finished: list[Tensor] = []
+        # Which checks them; the splitting is the caller's.
+        options: dict[str, Any] = {"min_distance": min_distance, "minimum_sentences": minimum_sentences}
+        self._options = SentenceReceivers(**options)
+        self._layers: dict[int, Selectivity] = {}
+        self._finished: list[Selectivity] = []
 
     def begin(self, batch: TokenBatch) -> None:
         """Check that `sentence_ids` has the shape of this batch."""
@@ -52,18 +65,28 @@ class SentenceReceiverProbe(Probe):
         """Reduce one layer's attention."""
         assert isinstance(value, Attention)
         assert layer is not None
-        self._layers[layer] = metrics.sentence_receiver_kurtosis(value, self.sentence_ids, self.min_distance)
+        self._layers[layer] = metrics.sentence_selectivity(
+            value, self.sentence_ids, self._options.min_distance, self._options.minimum_sentences
+        )
 
     def end(self, batch: TokenBatch) -> None:
         """Keep the result of a complete pass."""
-        # Layers may lie on different devices.
-        layers = [self._layers[layer].to(batch.input_ids.device) for layer in sorted(self._layers)]
-        heads = max(layer.shape[1] for layer in layers)
-        # Layers may differ in their number of heads: NaN marks the heads that a layer does not have.
-        padded = [
-            torch.nn.functional.pad(layer, (0, heads - layer.shape[1]), value=torch.nan) for layer in layers
-        ]
-        self._finished.append(torch.stack(padded, dim=1))
+        layers = [self._layers[layer] for layer in sorted(self._layers)]
+        heads = max(layer.kurtosis.shape[1] for layer in layers)
+
+        def stacked(values: list[Tensor]) -> Tensor:
+            # Layers may lie on different devices, and differ in their number of heads: NaN marks the heads
+            # that a layer does not have.
+            padded = [
+                torch.nn.functional.pad(each, (0, heads - each.shape[1]), value=torch.nan) for each in values
+            ]
+            return torch.stack([each.to(batch.input_ids.device) for each in padded], dim=1)
+
+        self._finished.append(
+            Selectivity(
+                stacked([layer.kurtosis for layer in layers]), stacked([layer.gini for layer in layers])
+            )
+        )
         self.abort()
 
     def abort(self) -> None:
@@ -76,6 +99,17 @@ class SentenceReceiverProbe(Probe):
         Raises:
             ResultError: no complete pass was observed.
         """
+        return self.selectivity().kurtosis
+
+    def selectivity(self) -> Selectivity:
+        """Return kurtosis and Gini coefficient, each `[batch, layer, head]`, from all complete passes.
+
+        Raises:
+            ResultError: no complete pass was observed.
+        """
         if not self._finished:
             raise ResultError("there is no receiver kurtosis yet: no complete forward pass was observed")
-        return torch.cat(self._finished)
+        return Selectivity(
+            torch.cat([each.kurtosis for each in self._finished]),
+            torch.cat([each.gini for each in self._finished]),
+        )

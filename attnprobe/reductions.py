@@ -7,6 +7,7 @@ up. What is left to others: the definitions, with ranges and examples (metrics).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -242,25 +243,45 @@ def influence_of(
     return influence.masked_fill(~defined[:, None], torch.nan)
 
 
+class Selectivity(NamedTuple):
+    """How unevenly what tokens or sentences receive is spread over them; see `kurtosis` and `gini`."""
+
+    kurtosis: Float[Tensor, "*axes"]
+    gini: Float[Tensor, "*axes"]
+
+    @staticmethod
+    def of(received: Float[Tensor, "*axes received"]) -> Selectivity:
+        """Return both measures over the last axis."""
+        return Selectivity(kurtosis(received), gini(received))
+
+
 def selectivity_of(
     received: Float[Tensor, "batch head token"],
     response_mask: Bool[Tensor, "batch token"],
     horizon: Horizon = RECEIVER_HORIZON,
     segment_ids: Int[Tensor, "batch token"] | None = None,
     minimum_rows: int = 10,
-) -> Float[Tensor, "batch head"]:
-    """Return receiver kurtosis from what each token received.
+) -> Selectivity:
+    """Return how selective inbound attention is, `[batch, head]`, from what each token received.
 
     Tokens with fewer than `minimum_rows` response rows in their horizon are left out.
     """
     influence = influence_of(received, response_mask, horizon, segment_ids)
     minimum_rows = min(minimum_rows, response_mask.shape[1] + 1)
     rows = rows_in_horizon(response_mask, *horizon, segment_ids)
-    return kurtosis(influence.masked_fill((rows < minimum_rows)[:, None], torch.nan))
+    return Selectivity.of(influence.masked_fill((rows < minimum_rows)[:, None], torch.nan))
+
+
+FEWEST_VALUES = 4
+"""With fewer values, their spread is arithmetic rather than attention: two that differ always have a kurtosis
+of -2, three of -1.5."""
 
 
 def kurtosis(values: ArrayLike) -> Float[Tensor, "*axes"]:
-    """Return Fisher's biased kurtosis over the last axis, leaving out NaN; NaN where undefined.
+    """Return Fisher's biased kurtosis over the last axis, leaving out NaN.
+
+    At least -2; at most about the number of values, so heavy-tailed values have a larger one the more of them
+    there are. NaN for fewer than four values, and if all are equal.
 
     Raises:
         ParameterError: values that are not floating point, or none.
@@ -280,8 +301,43 @@ def kurtosis(values: ArrayLike) -> Float[Tensor, "*axes"]:
     # Equal values can leave a variance of rounding errors alone, whose kurtosis would be noise.
     largest = wide.abs().nan_to_num().amax(-1)
     constant = variance <= (largest * torch.finfo(values.dtype).eps).square()
+    few = (~wide.isnan()).sum(-1) < FEWEST_VALUES
     result = deviation.pow(4).nanmean(-1) / variance.square() - 3
-    return result.masked_fill(constant, torch.nan).to(values.dtype)
+    return result.masked_fill(constant | few, torch.nan).to(values.dtype)
+
+
+def gini(values: ArrayLike) -> Float[Tensor, "*axes"]:
+    """Return the Gini coefficient over the last axis, leaving out NaN: how unequal shares of a sum are.
+
+    The mean absolute difference of two values, divided by twice their mean. In `[0, 1)`: 0 if all values are
+    equal, `1 - 1 / n` if one of n has everything. Unlike kurtosis, it does not grow with the number of values
+    if their spread stays the same, and a single large value cannot decide it. NaN for fewer than four values,
+    and if all are 0.
+
+    Raises:
+        ParameterError: values that are not floating point, none, or negative ones.
+
+    >>> gini(torch.tensor([0.0, 0.0, 0.0, 1.0, torch.nan]))
+    tensor(0.7500)
+    >>> gini(torch.ones(5))
+    tensor(0.)
+    """
+    values = as_tensor(values, "values")
+    if not values.is_floating_point() or values.numel() == 0 or values.ndim == 0:
+        raise ParameterError(f"values must be floating point [..., token]; got {brief(values)}")
+    if bool((values < 0).any()):
+        raise ParameterError(
+            f"a Gini coefficient is of shares, which are not negative; got {float(values.nan_to_num().min())}"
+        )
+    # NaN comes last, so that ranks are those among the defined values.
+    ordered = values.double().sort(-1).values.nan_to_num()
+    count = (~values.isnan()).sum(-1).double()
+    rank = torch.arange(1, values.shape[-1] + 1, device=values.device, dtype=torch.float64)
+    total = ordered.sum(-1)
+    result = 2 * (ordered * rank).sum(-1) / (count * total) - (count + 1) / count
+    undefined = (count < FEWEST_VALUES) | (total == 0)
+    # Rounding can leave equal values slightly below 0.
+    return result.clamp(min=0.0).masked_fill(undefined, torch.nan).to(values.dtype)
 
 
 def rows_in_horizon(

@@ -61,6 +61,8 @@ class Result:
     """What `concatenate` pads a field with, if not with NaN, False or -1."""
     _PER_EXAMPLE: ClassVar[tuple[str, ...]] = ("texts",)
     """The settings with an entry for each example, in the order of the batch axis."""
+    _ADDED_LATER: ClassVar[dict[str, Any]] = {}
+    """The settings that files of older versions lack, each with what it was then."""
 
     def __post_init__(self) -> None:
         """Check that tensors have the right dtype and that their shapes agree."""
@@ -312,7 +314,7 @@ class Result:
             ResultError: a file that is missing or damaged, or that holds something else.
         """
         needed = [each.name for each in tensor_fields(cls) if not each.optional]
-        tensors, settings = load_result(path, cls.__name__, needed, setting_types(cls))
+        tensors, settings = load_result(path, cls.__name__, needed, setting_types(cls), cls._ADDED_LATER)
         known = {each.name for each in tensor_fields(cls)}
         try:
             return cls(**{name: tensors.get(name) for name in known}, **settings)

@@ -2,13 +2,16 @@ r"""The sentences of a response, in texts that reason with numbers and LaTeX.
 
 `split_sentences` cuts a text, and `sentence_ids` says which sentence each token belongs to. The
 rules are those that mathematical text needs: "3.14", "e.g.", "1. First", `\boxed{3. 5}` and `$x. y$` are
-not cut; the end of a line always cuts. `measure(..., receiver="sentence")` and the analyses of sentences call
-them. What is left to others: the attention between sentences (metrics, receivers).
+not cut; the end of a line always cuts. `split_as_thought_anchors` has the rules of the scripts of Thought
+Anchors instead, to reproduce their numbers. `measure(..., receiver=SentenceReceivers(...))` and the analyses
+of sentences call them. What is left to others: the attention between sentences (metrics, receivers).
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -16,7 +19,45 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import BatchError
-from attnprobe.validation import instance
+from attnprobe.validation import IntField, choice, instance, whole_number
+
+Splitting = Literal["sentences", "thought_anchors"]
+"""How a response is cut: by `split_sentences`, or by `split_as_thought_anchors`."""
+
+
+@dataclass(frozen=True)
+class SentenceReceivers:
+    """How receiver heads are found by sentence: `measure(..., receiver=SentenceReceivers(...))`.
+
+    `receiver="sentence"` is short for the defaults. What Thought Anchors' own scripts do (arXiv 2506.19143)
+    is `SentenceReceivers(splitting="thought_anchors")`, with `layers=range(1, L)`: they leave out layer 0.
+
+    Attributes:
+        min_distance: pairs of sentences closer than this are left out.
+        minimum_sentences: responses with fewer have no kurtosis; None: `min_distance + 4`, which gives four
+            sentences a score.
+        splitting: how the response is cut.
+
+    Raises:
+        ParameterError: a distance or number below 1, or an unknown splitting.
+
+    >>> SentenceReceivers(min_distance=0)
+    Traceback (most recent call last):
+    attnprobe.errors.ParameterError: min_distance must be a whole number, at least 1; got 0
+    """
+
+    min_distance: IntField = 4
+    minimum_sentences: IntField | None = None
+    splitting: Splitting = "sentences"
+
+    def __post_init__(self) -> None:
+        """Check the options, and keep them as plain numbers."""
+        object.__setattr__(self, "min_distance", whole_number(self.min_distance, "min_distance", minimum=1))
+        if self.minimum_sentences is not None:
+            least = whole_number(self.minimum_sentences, "minimum_sentences", minimum=1)
+            object.__setattr__(self, "minimum_sentences", least)
+        choice(self.splitting, "splitting", get_args(Splitting))
+
 
 _NEVER_LAST = "e.g i.e cf vs viz mr mrs ms dr prof mt rev hon sr jr approx resp incl dept capt sgt w.r.t s.t"
 _NUMBERED = "no nos fig figs eq eqs sec ch ex thm lem prop cor def vol p pp art"
@@ -140,14 +181,62 @@ def _goes_on(following: str) -> bool:
     return word is not None and (len(word.group()) > 1 or word.group() == "a")
 
 
-def sentence_ids(batch: TokenBatch) -> Int[Tensor, "batch token"]:
+# The shortest piece that is left alone, in characters.
+_SHORTEST = 10
+
+
+def split_as_thought_anchors(text: str) -> list[tuple[int, int]]:
+    r"""Return the sentences of a text as the scripts of Thought Anchors cut it (arXiv 2506.19143).
+
+    A piece ends after ".", "?" or "!" before a space or the end of a line, wherever that stands ("e.g. this"
+    is cut), and at blank lines, but not at the end of a line alone. Pieces shorter than ten characters join
+    the next one, or a last one the one before. What comes after the last such end is dropped: since nothing
+    follows the end of a text, that is always its last sentence. White space between pieces belongs to none.
+
+    >>> text = "First, add 3 and 4.\nThen we have 7\n\nNo. So it is 14. The answer is 14."
+    >>> [text[start:end] for start, end in split_as_thought_anchors(text)]
+    ['First, add 3 and 4.', 'Then we have 7', 'No. So it is 14.']
+    """
+    instance(text, str, "text")
+    pieces: list[tuple[int, int]] = []
+    start = 0
+    for match in re.finditer(r"[.?!](?=[ \n])|\n(?=\n)|\r\n(?=\r\n)", text.rstrip()):
+        piece = text[start : match.end()]
+        if piece.strip():
+            begin = start + len(piece) - len(piece.lstrip())
+            pieces.append((begin, begin + len(piece.strip())))
+            start = match.end()
+    merged: list[tuple[int, int]] = []
+    # A short piece that waits for the next one: where it starts, and how long it is.
+    waiting: tuple[int, int] | None = None
+    for begin, end in pieces:
+        length = end - begin
+        if waiting is not None:
+            # The scripts join pieces by one space, whatever stands between them.
+            begin, length = waiting[0], waiting[1] + 1 + length
+        waiting = (begin, length) if length < _SHORTEST else None
+        if waiting is None:
+            merged.append((begin, end))
+    if waiting is not None:
+        first = merged.pop()[0] if merged else waiting[0]
+        merged.append((first, pieces[-1][1]))
+    return merged
+
+
+def sentence_ids(batch: TokenBatch, splitting: Splitting = "sentences") -> Int[Tensor, "batch token"]:
     """Return the sentence of each response token, numbered from 0 in each response; -1 elsewhere.
 
     A token belongs to the sentence that contains its first character that is not white space or, if it is
     all white space, its first character. A gap in the response ends a sentence.
 
+    Args:
+        batch: with texts.
+        splitting: "sentences", as `split_sentences` does, which leaves out no token; or "thought_anchors", as
+            `split_as_thought_anchors` does, where some tokens belong to no sentence, above all the last ones.
+
     Raises:
         BatchError: a batch without texts, or with packed examples.
+        ParameterError: an unknown splitting, or something that is no batch.
 
     >>> from dataclasses import replace
     >>> batch = TokenBatch.from_ids([[5, 6, 7, 8]], response_start=1)
@@ -155,6 +244,7 @@ def sentence_ids(batch: TokenBatch) -> Int[Tensor, "batch token"]:
     tensor([[-1,  0,  1,  1]])
     """
     instance(batch, TokenBatch, "batch")
+    choice(splitting, "splitting", get_args(Splitting))
     if batch.texts is None:
         raise BatchError("sentences need the tokens' texts: build the batch with tokenizer=...")
     if batch.segment_ids is not None:
@@ -163,9 +253,10 @@ def sentence_ids(batch: TokenBatch) -> Int[Tensor, "batch token"]:
     for example, mask in enumerate(batch.response_mask):
         count = 0
         for columns in _runs(mask.nonzero()[:, 0].tolist()):
-            numbers = _sentence_of_each([batch.texts[example][column] for column in columns])
-            ids[example, columns] = torch.tensor(numbers) + count
-            count += numbers[-1] + 1
+            pieces = [batch.texts[example][column] for column in columns]
+            numbers = torch.tensor(_sentence_of_each(pieces, splitting))
+            ids[example, columns] = numbers.where(numbers < 0, numbers + count)
+            count += max(0, int(numbers.max()) + 1)
     return ids.to(batch.input_ids.device)
 
 
@@ -180,16 +271,22 @@ def _runs(columns: list[int]) -> list[list[int]]:
     return runs
 
 
-def _sentence_of_each(pieces: list[str]) -> list[int]:
-    """Return the sentence of each token of a text without gaps, numbered from 0."""
-    ends = [end for _, end in split_sentences("".join(pieces))]
+def _sentence_of_each(pieces: list[str], splitting: Splitting) -> list[int]:
+    """Return the sentence of each token of a text without gaps, numbered from 0; -1 for none."""
+    text = "".join(pieces)
+    if splitting == "sentences":
+        # Tokens without a character may stand at the end, or make up the text.
+        spans = [*split_sentences(text)[:-1], (0, len(text) + 1)]
+    else:
+        spans = split_as_thought_anchors(text)
     numbers: list[int] = []
     sentence, begin = 0, 0
     for piece in pieces:
         blank = len(piece) - len(piece.lstrip())
         place = begin + (blank if blank < len(piece) else 0)
-        while sentence + 1 < len(ends) and place >= ends[sentence]:
+        while sentence < len(spans) and place >= spans[sentence][1]:
             sentence += 1
-        numbers.append(sentence)
+        inside = sentence < len(spans) and place >= spans[sentence][0]
+        numbers.append(sentence if inside else -1)
         begin += len(piece)
     return numbers

@@ -48,7 +48,8 @@ class HeadStatisticsProbe(Probe):
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens; `(low, None)` runs to the end of the response.
         span: whether to compute span; without it heads cannot be grouped, but a saved grouping can be used.
-        receiver: whether to compute receiver kurtosis, which costs another pass over the attention.
+        receiver: whether to compute receiver kurtosis and the Gini coefficient, which cost another pass over
+            the attention.
         share_on: names of segments: the share of attention on each of them is kept, for every head. Besides
             "prompt", "response" and "first", names that are given to `attach`. None: "first", if span is
             computed, at next to no cost; any other costs a column of a pass over the attention.
@@ -238,9 +239,8 @@ class HeadStatisticsProbe(Probe):
                 parts = [_shares(sums.shares, [rows & member for rows in sources]) for member in members]
                 reduced["sequence_shares"] = torch.stack(parts, dim=-1)
         if sums.received_far is not None:
-            reduced["receiver_kurtosis"] = reductions.selectivity_of(
-                sums.received_far, mask, segment_ids=segments
-            )
+            selectivity = reductions.selectivity_of(sums.received_far, mask, segment_ids=segments)
+            reduced["receiver_kurtosis"], reduced["receiver_gini"] = selectivity
         return reduced
 
 

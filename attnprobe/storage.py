@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -120,9 +121,15 @@ def _described(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def load_result(
-    path: PathLike, kind: str, needed: Sequence[str], types: dict[str, Any]
+    path: PathLike,
+    kind: str,
+    needed: Sequence[str],
+    types: dict[str, Any],
+    added_later: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load a result of one kind: its tensors, the `needed` ones included, and its settings of given types.
+
+    `added_later` says, as JSON does, what settings are that files of older versions lack.
 
     Raises:
         ResultError: a file that is missing or damaged, or that holds something else.
@@ -147,6 +154,7 @@ def load_result(
     settings = header.get("settings")
     if not isinstance(settings, dict):
         raise ResultError(f"{path} is damaged: it lacks the settings of {kind}")
+    settings = {**added_later, **settings}
     missing = [name for name in needed if name not in tensors]
     missing += [name for name in types if name not in settings]
     if missing:

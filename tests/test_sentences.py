@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import attnprobe
 from attnprobe import BatchError, ParameterError, TokenBatch
-from attnprobe.sentences import sentence_ids, split_sentences
+from attnprobe.sentences import sentence_ids, split_as_thought_anchors, split_sentences
 from attnprobe.testing.tiny_models import tiny_tokenizer
 from tests.refusals import refused
 
@@ -126,6 +128,49 @@ def test_a_token_belongs_to_the_sentence_of_its_first_character(text: str, sizes
         holding = [i for i, (start, end) in enumerate(spans) if start <= place < end]
         assert found == (holding[0] if holding else len(spans) - 1)
         begin += len(token)
+
+
+def slow_thought_anchors(text: str) -> list[str]:
+    """Character by character: pieces without white space, short ones merged."""
+    text = text.strip()
+    pieces, current = [], ""
+    for place, character in enumerate(text):
+        current += character
+        blank = text.startswith("\n\n", place) or text.startswith("\r\n\r\n", place)
+        stop = character in ".?!" and text[place + 1 : place + 2] in (" ", "\n")
+        if (blank or stop) and current.strip():
+            pieces.append(current.strip())
+            current = ""
+    merged = []
+    while pieces:
+        piece = pieces.pop(0)
+        while len(piece) < 10 and pieces:
+            piece = f"{piece} {pieces.pop(0)}"
+        if len(piece) < 10 and merged:
+            piece = f"{merged.pop()} {piece}"
+        merged.append(piece)
+    return ["".join(piece.split()) for piece in merged]
+
+
+ANCHORED = st.lists(
+    st.sampled_from(["a", "so", "number", "anchors", ".", "?", " ", "  ", "\n", "\n\n", "\r\n"]), max_size=40
+).map("".join)
+
+
+@given(text=ANCHORED)
+def test_thought_anchors_are_cut_as_in_their_scripts(text: str) -> None:
+    spans = split_as_thought_anchors(text)
+    assert ["".join(text[start:end].split()) for start, end in spans] == slow_thought_anchors(text)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_tokens_between_and_after_thought_anchors_belong_to_none() -> None:
+    pieces = ["Prompt", "We add 3", " and 4.", "\n", "Then it", "\n", "is seven", "\n\n", " So 14."]
+    batch = batch_of_pieces(pieces, [False, *[True] * 8])
+    assert sentence_ids(batch, "thought_anchors").tolist() == [[-1, 0, 0, -1, 1, 1, 1, -1, -1]]
+    assert sentence_ids(batch).tolist() == [[-1, 0, 0, 0, 1, 1, 2, 2, 3]]
+    refused(lambda: sentence_ids(batch, "lines"), "splitting", "'lines'", error=ParameterError)
 
 
 def test_sentences_do_not_depend_on_padding_or_neighbours() -> None:

@@ -64,6 +64,12 @@ class Trial(PlacedTrial):
         return sum(found) / len(found) if found else float("nan")
 
 
+_ADDED_ESTIMATES = (
+    *("highest_median", "lowest_median", "difference_median", "drawn", "drawn_difference"),
+    *("drawn_lower_share", "drawn_median", "drawn_difference_median"),
+)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class PerturbationSummary(Summary):
     """Table 1 of arXiv 2510.13554v2: overlaps, with bootstrap intervals over responses.
@@ -87,7 +93,6 @@ class PerturbationSummary(Summary):
     difference: Estimate
     lower_share: Estimate
     responses: int
-    # Defaults, since summaries of older versions did not store them.
     highest_median: Estimate = UNDEFINED
     lowest_median: Estimate = UNDEFINED
     difference_median: Estimate = UNDEFINED
@@ -97,6 +102,12 @@ class PerturbationSummary(Summary):
     drawn_median: Estimate = UNDEFINED
     drawn_difference_median: Estimate = UNDEFINED
     drawn_responses: int = 0
+
+    _ADDED_LATER: ClassVar[dict[str, Any]] = {
+        "drawn_responses": 0,
+        # As JSON stores an estimate.
+        **{name: list(UNDEFINED) for name in _ADDED_ESTIMATES},
+    }
 
     def _headline(self) -> str:
         told = [f"responses={self.responses}"]
