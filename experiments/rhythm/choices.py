@@ -18,7 +18,10 @@ RECEIVERS = 20
 
 THIRDS = ("bottom third", "middle third", "top third")
 
-RANDOM_HEADS = ("main", "without the first token", *THIRDS)
+TESTED = ("main", "without the first token")
+"""The choices whose p-values are adjusted together: 3 couplings, 6 nulls, 2 choices."""
+
+RANDOM_HEADS = (*TESTED, *THIRDS)
 """The choices under which the groups are also replaced by random heads."""
 
 

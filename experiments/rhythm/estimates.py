@@ -18,14 +18,11 @@ from attnprobe.analysis.bootstrap import Estimate, bootstrap_weights, holm_adjus
 from attnprobe.analysis.coupling_results import NAMES, Coupling
 from attnprobe.heads import group_heads
 from attnprobe.rhythm import find_peaks
-from experiments.rhythm.choices import RANDOM_HEADS, RECEIVERS
+from experiments.rhythm.choices import RANDOM_HEADS, RECEIVERS, TESTED
 from experiments.rhythm.raw import DRAWS, Raw
 
 MOVED = ("position", "rotate", "class", "token", "bigram")
 """The nulls that move peaks, from the coarsest to the finest; "heads" is the sixth."""
-
-TESTED = ("main", "without the first token")
-"""The choices whose p-values are adjusted together: 3 couplings, 6 nulls, 2 choices."""
 
 CONFIDENCE = 0.95
 
@@ -61,9 +58,9 @@ def _coupling_table(raw: Raw, choice: str, draws: int) -> dict[str, dict[str, An
     """Return the couplings under each null, `table[null][coupling]`."""
     scores = raw.scores(choice)
     table: dict[str, dict[str, Any]] = {}
-    nulls = MOVED if choice in TESTED else ("position", "token")
-    for null in nulls:
-        result = _couplings(raw, scores, null=null, draws=draws)
+    tested = choice in TESTED
+    for null in MOVED if tested else ("position", "token"):
+        result = _couplings(raw, scores, null=null, draws=draws if tested else max(1, draws // 4))
         table[null] = {name: _coupling_line(getattr(result, name)) for name in NAMES}
     drawn = raw.random_heads[raw.random_heads["choice"] == choice]
     table["heads"] = {}

@@ -23,8 +23,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "end": {"horizon": (10, None), "receiver": "token", "span_ignores": ("first",)},
     "near": {"horizon": (10, 100), "receiver": "sentence"},
 }
-"""The horizon of the paper's analysis, which runs to the end of the response, and that of its training; at the
-same time, the two kinds of receiver heads."""
+"""The horizon of the paper's analysis, which runs to the end of the response, and that of its training; at
+the same time, the two kinds of receiver heads."""
 
 
 @dataclass(frozen=True)
