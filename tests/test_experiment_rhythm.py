@@ -194,7 +194,8 @@ def test_one_command_makes_everything_and_goes_on_where_it_stopped(
     main(arguments)
     results = tmp_path / "results" / "tiny"
     names = {path.name for path in results.iterdir()}
-    tables = {"answers", "tokens", "heads", "random_heads", "perturbations", "knockouts"}
+    tables = {"answers", "tokens", "heads", "random_heads", "perturbations"}
+    tables |= {"knockouts", "knockout_fai"}
     assert names == {
         "responses.jsonl",
         *(f"{name}.parquet" for name in tables),

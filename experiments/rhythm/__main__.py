@@ -25,8 +25,11 @@ HERE = Path(__file__).parent
 STEPS = ("perturb", "knockout")
 """The steps that can be skipped."""
 
-POSITIONS = {"positions": 2, "drawn": 2}
-"""How many tokens of each answer are intervened on: two of highest FAI, two of lowest, two drawn."""
+POSITIONS = 2
+"""How many tokens of highest FAI, and of lowest, are intervened on in each answer."""
+
+DRAWN = {"knockout": 4, "perturb": 2}
+"""How many others are drawn: a knock-out is one forward pass, a perturbation eleven continuations."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -52,16 +55,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tried: dict[str, Any] = {
         "batch": measured.batch.select(first),
         "scores": scores.select(first),
-        **POSITIONS,
+        "positions": POSITIONS,
         "progress": True,
     }
     if "knockout" not in options.without:
-        knocked = attnprobe.knockout(loaded.model, **tried, path=work / "knockouts.jsonl")
+        knocked = attnprobe.knockout(
+            loaded.model, **tried, drawn=DRAWN["knockout"], path=work / "knockouts.jsonl"
+        )
         raw.write_trials(measured.problems, knocked, results / "knockouts.parquet")
+        raw.write_knockout_fai(measured, knocked, results / "knockout_fai.parquet")
         clock.tell("knock-outs")
     if "perturb" not in options.without:
         perturbed = attnprobe.perturb(
-            loaded.model, loaded.tokenizer, **tried, path=work / "perturbations.jsonl"
+            loaded.model,
+            loaded.tokenizer,
+            **tried,
+            drawn=DRAWN["perturb"],
+            path=work / "perturbations.jsonl",
         )
         raw.write_trials(measured.problems, perturbed, results / "perturbations.parquet")
         clock.tell("perturbations")

@@ -24,7 +24,7 @@ RANDOM_HEADS = ("main", "without the first token", *THIRDS)
 
 def groups_of(measured: Measured) -> dict[str, tuple[attnprobe.HeadStatistics, attnprobe.HeadGroups]]:
     """Return the statistics and head groups of each choice that groups the heads over all answers."""
-    end, near, weighted = (measured.statistics[name] for name in ("end", "near", "weighted"))
+    end, near = (measured.statistics[name] for name in ("end", "near"))
     main = attnprobe.classify_heads(end, receivers=RECEIVERS)
     # 20 receivers are 7% of SmolLM2's 270 heads, but most of the heads of a tiny model.
     few = max(1, round(0.074 * end.span.shape[1] * end.span.shape[2]))
@@ -47,7 +47,6 @@ def groups_of(measured: Measured) -> dict[str, tuple[attnprobe.HeadStatistics, a
             end,
             dataclasses.replace(main, **_receivers_of(attnprobe.classify_heads(by_sentence))),
         ),
-        "value-weighted": (weighted, attnprobe.classify_heads(weighted, receivers=RECEIVERS)),
     }
     for name in (*THIRDS, "middle"):
         part = end.at_layers(name)

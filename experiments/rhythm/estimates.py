@@ -16,6 +16,7 @@ import attnprobe
 from attnprobe.analysis.agreement import rank_correlation
 from attnprobe.analysis.bootstrap import Estimate, bootstrap_weights, holm_adjusted, percentile_estimate
 from attnprobe.analysis.coupling_results import NAMES, Coupling
+from attnprobe.heads import group_heads
 from attnprobe.rhythm import find_peaks
 from experiments.rhythm.choices import RANDOM_HEADS, RECEIVERS
 from experiments.rhythm.raw import DRAWS, Raw
@@ -124,7 +125,6 @@ def _choices(raw: Raw) -> dict[str, dict[str, Any]]:
         "few receivers",
         "receivers by Gini",
         "receivers by sentence",
-        "value-weighted",
     ):
         cases[choice] = (raw.scores(choice), {})
     table = {}
@@ -181,9 +181,9 @@ def _heads(raw: Raw) -> dict[str, Any]:
         name: raw.head_values(name).nanmean(0)
         for name in ("span", "span_ignoring", "share_on_first", "receiver_kurtosis", "receiver_gini")
     }
-    groups = attnprobe.group_heads(mean["span"], mean["receiver_kurtosis"], receivers=RECEIVERS)
-    without = attnprobe.group_heads(mean["span_ignoring"])
-    by_gini = attnprobe.group_heads(mean["span"], mean["receiver_gini"], receivers=RECEIVERS)
+    groups = group_heads(mean["span"], mean["receiver_kurtosis"], receivers=RECEIVERS)
+    without = group_heads(mean["span_ignoring"])
+    by_gini = group_heads(mean["span"], mean["receiver_gini"], receivers=RECEIVERS)
     share = mean["share_on_first"]
     count, total = int(groups.global_heads.sum()), share.numel()
     most_on_first = torch.zeros(total, dtype=torch.bool)
@@ -265,8 +265,24 @@ def _perturbation(raw: Raw) -> dict[str, Any]:
 
 
 def _knockout(raw: Raw, mode: str) -> dict[str, Any]:
-    """Return the divergences without tokens of high, low and any FAI."""
-    return dataclasses.asdict(raw.knockouts.summary(mode, clusters=raw.templates))
+    """Return the divergences without tokens of high, low and any FAI, and whose FAI goes with them."""
+    table = dataclasses.asdict(raw.knockouts.summary(mode, clusters=raw.templates))
+    problem = list(raw.answers["problem"])
+    divergence = {
+        (problem[trial.example], trial.response_position): trial.divergence
+        for trial in raw.knockouts.trials
+        if trial.kind == "drawn" and trial.mode == mode
+    }
+    correlations = {}
+    for draw, lines in raw.knockout_fai.groupby("draw"):
+        places = zip(lines["problem"], lines["response_position"], strict=True)
+        found = torch.tensor([divergence[place] for place in places], dtype=torch.float64)
+        fai = torch.tensor(lines["fai"].to_numpy(), dtype=torch.float64)
+        correlations[draw] = rank_correlation(fai, found)
+    table["all_heads"] = correlations.pop(-1)
+    drawn = torch.tensor(list(correlations.values()), dtype=torch.float64)
+    table["random_heads"] = percentile_estimate(float(drawn.mean()), drawn, CONFIDENCE)
+    return table
 
 
 def _plain(value: Any) -> Any:

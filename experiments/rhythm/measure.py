@@ -1,6 +1,6 @@
 """The second step: measure every head on every answer, one answer at a time, each stored in a file.
 
-An answer is measured under three settings. The files are large (every head, every token) and stay in the work
+An answer is measured under two settings. The files are large (every head, every token) and stay in the work
 folder; what the estimates need is small and goes to the results. What is left to others: answers (generate),
 and which scores are made of the statistics (choices).
 """
@@ -22,10 +22,9 @@ MIN_TOKENS = 60
 SETTINGS: dict[str, dict[str, Any]] = {
     "end": {"horizon": (10, None), "receiver": "token", "span_ignores": ("first",)},
     "near": {"horizon": (10, 100), "receiver": "sentence"},
-    "weighted": {"horizon": (10, None), "receiver": "token", "value_weighted": True},
 }
-"""The horizon of the paper's analysis, which runs to the end of the response; that of its training; and the
-first again, with attention weighted by the values that it reads."""
+"""The horizon of the paper's analysis, which runs to the end of the response, and that of its training; at the
+same time, the two kinds of receiver heads."""
 
 
 @dataclass(frozen=True)

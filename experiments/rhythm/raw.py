@@ -10,6 +10,7 @@ without a model. What is left to others: running models (measure, __main__), and
 - `random_heads.parquet`: a line for each draw of random heads: the couplings under it.
 - `perturbations.parquet`: a line for each continuation, without its text.
 - `knockouts.parquet`: a line for each token that was knocked out.
+- `knockout_fai.parquet`: the FAI of the drawn ones for all heads, and for each draw of random heads.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import torch
 
 import attnprobe
 from attnprobe.analysis.coupling_results import NAMES
+from attnprobe.analysis.knockout_trials import Knockout
+from attnprobe.analysis.random_heads import RandomHeads
 from attnprobe.analysis.trials import Continuation, Trial
 from attnprobe.progress import progress_bar
 from experiments.rhythm.choices import RANDOM_HEADS, groups_of, scores_of
@@ -34,6 +37,9 @@ from experiments.rhythm.records import read_records
 
 DRAWS = 2000
 """How many times peaks are moved, and heads drawn."""
+
+FAI_DRAWS = 200
+"""How many groups of random heads the FAI of knocked-out tokens is compared with."""
 
 _SCORES = ("waad", "fai", "receiver_fai")
 
@@ -56,6 +62,34 @@ def write_trials(
     table = trials.to_pandas().drop(columns="continuation", errors="ignore")
     table["problem"] = [problems[example] for example in table.pop("example")]
     _write(table, path)
+
+
+def write_knockout_fai(
+    measured: Measured, knockouts: attnprobe.Knockouts, path: Path, *, draws: int = FAI_DRAWS
+) -> None:
+    """Write the FAI of the drawn tokens for all heads, and for random heads as many as are global.
+
+    The draw -1 stands for all heads.
+    """
+    statistics, heads = groups_of(measured)["main"]
+    random_heads = RandomHeads.draw(
+        statistics, {"local": heads.local, "global": heads.global_}, draws, seed=0
+    )
+    everyone = attnprobe.score_tokens(statistics, "all").fai
+    places: dict[int, list[tuple[int, int]]] = {}
+    for trial in knockouts.trials:
+        if trial.kind == "drawn" and trial.mode == knockouts.trials[0].mode:
+            places.setdefault(trial.example, []).append((trial.position, trial.response_position))
+    tables = []
+    for example, tokens in places.items():
+        drawn = torch.cat([scores.fai for scores in random_heads.scores(statistics, example)])
+        whole = torch.cat([everyone[example][None].cpu().double(), drawn])
+        for position, response_position in tokens:
+            table = pandas.DataFrame({"draw": range(-1, draws), "fai": whole[:, position].numpy()})
+            tables.append(
+                table.assign(problem=measured.problems[example], response_position=response_position)
+            )
+    _write(pandas.concat(tables, ignore_index=True), path)
 
 
 def _write(table: pandas.DataFrame, path: Path) -> None:
@@ -154,6 +188,7 @@ class Raw:
     random_heads: pandas.DataFrame
     perturbations: attnprobe.Perturbations
     knockouts: attnprobe.Knockouts
+    knockout_fai: pandas.DataFrame
 
     @property
     def templates(self) -> list[int]:
@@ -204,7 +239,7 @@ class Raw:
 
 def read(folder: Path) -> Raw:
     """Return the raw data of one model."""
-    names = ("answers", "tokens", "heads", "random_heads")
+    names = ("answers", "tokens", "heads", "random_heads", "knockout_fai")
     tables = {name: pandas.read_parquet(folder / f"{name}.parquet") for name in names}
     number = {problem: index for index, problem in enumerate(tables["answers"]["problem"])}
     return Raw(
@@ -250,3 +285,21 @@ def _perturbations(table: pandas.DataFrame, number: dict[int, int]) -> attnprobe
             )
         )
     return attnprobe.Perturbations(tuple(trials), {})
+
+
+def _knockouts(table: pandas.DataFrame, number: dict[int, int]) -> attnprobe.Knockouts:
+    trials = tuple(
+        Knockout(
+            example=number[line["problem"]],
+            digest=str(line["problem"]),
+            kind=line["kind"],
+            position=int(line["position"]),
+            response_position=int(line["response_position"]),
+            length=int(line["length"]),
+            fai=float(line["fai"]),
+            mode=line["mode"],
+            divergence=float(line["divergence"]),
+        )
+        for _, line in table.iterrows()
+    )
+    return attnprobe.Knockouts(trials, {})
