@@ -77,7 +77,7 @@ def test_heads_are_written(run, model: str, tmp_path: Path, ending: str) -> None
     assert "most global" in out
     if ending == "csv":
         lines = path.read_text().splitlines()
-        assert lines[0] == "layer,head,span,receiver_kurtosis,local,global,receiver"
+        assert lines[0] == "layer,head,span,receiver_kurtosis,receiver_gini,local,global,receiver"
         assert len(lines) == 1 + 2 * 4
     elif ending == "json":
         assert {row["layer"] for row in json.loads(path.read_text())} == {0, 2}

@@ -364,6 +364,32 @@ def calls() -> list[Call]:
             },
         ),
         Call(
+            "knockout",
+            attnprobe.knockout,
+            {
+                "model": model,
+                "batch": batch,
+                "scores": scores,
+                "positions": 1,
+                "drawn": 1,
+                "seed": 0,
+                "horizon": (1, 6),
+                "modes": ["value"],
+                "min_remaining": 4,
+                "batch_size": 2,
+            },
+            {
+                "model": "model",
+                "scores": "result",
+                "positions": "count",
+                "drawn": "distance",
+                "seed": "distance",
+                "horizon": "horizon",
+                "min_remaining": "count",
+                "batch_size": "count",
+            },
+        ),
+        Call(
             "perturb",
             attnprobe.perturb,
             {
