@@ -534,6 +534,7 @@ CHANGED_SETTINGS: dict[str, Any] = {
     "share_on": ("plan", "first", "answer"),
     "span_ignores": ("plan",),
     "influence_rows": "plan",
+    "value_weighted": True,
 }
 
 
@@ -588,10 +589,10 @@ def large(name: str) -> Result:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_result_shows_itself_in_a_few_lines(name: str) -> None:
-    """A line of settings and one for each tensor, with its sizes; at most 1200 characters."""
+    """A line of settings and one for each tensor, with its sizes; at most 1400 characters."""
     for result in (ALL[name](), large(name)):
         shown = repr(result)
-        assert len(shown) <= 1200
+        assert len(shown) <= 1400
         lines = shown.split("\n")
         tensors = tensors_of(result)
         assert len(lines) == 1 + len(tensors)
@@ -786,6 +787,7 @@ WRONG_SETTINGS: dict[str, list[Any]] = {
     "share_from": ["x", None, 5, ["plan"], ["plan", "plan"], ["plan", ""], [1, 2]],
     "share_on": ["x", None, 5, ["plan"], ["plan", "plan", "first"], [1, 2, 3]],
     "span_ignores": ["x", None, 5, ["plan", "plan"], [""], [1]],
+    "value_weighted": ["x", None, 1, [True]],
     "influence_rows": [None, 5, "", ["x"]],
     "provenance": [
         None, "x", 5, {"window": "10"}, {"layers": "x"}, {"horizon": [1]}, {"heads": []},
