@@ -67,6 +67,8 @@ class HeadStatistics(Result):
             with nothing left does not count. None if not measured.
         span_ignores: the segments that it ignores.
         influence_rows: the segment whose rows count in FAI.
+        value_weighted: whether FAI and token-level kurtosis weigh attention by the norms of values; FAI then
+            has the units of the residual stream.
         sequence_shares, sequence_span_ignoring: those of each packed sequence, as `sequence_span`.
 
     Raises:
@@ -98,6 +100,7 @@ class HeadStatistics(Result):
     span_ignoring: Float[Tensor, "batch layer head"] | None = None
     span_ignores: tuple[str, ...] = ()
     influence_rows: str = "response"
+    value_weighted: bool = False
     sequence_shares: Float[Tensor, "batch layer head source target sequence"] | None = None
     sequence_span_ignoring: Float[Tensor, "batch layer head sequence"] | None = None
 
@@ -311,9 +314,16 @@ def check_same_measurement(first: HeadStatistics, part: HeadStatistics, action: 
     """Check that two parts of a data set were measured alike, so that heads can be ranked over both.
 
     Raises:
-        ResultError: different models, layers, numbers of heads or receiver levels.
+        ResultError: different models, layers, numbers of heads or receiver levels, or weighted and plain.
     """
-    for name in ("layers", "head_count", "model_name", "receiver_level", "sentence_receivers"):
+    for name in (
+        "layers",
+        "head_count",
+        "model_name",
+        "receiver_level",
+        "sentence_receivers",
+        "value_weighted",
+    ):
         ours, theirs = getattr(first, name), getattr(part, name)
         if ours != theirs:
             raise ResultError(f"cannot {action} statistics whose {name} differ: {ours!r} and {theirs!r}")

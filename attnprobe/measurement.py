@@ -52,6 +52,7 @@ def measure(
     share_from: NamesLike = "response",
     span_ignores: NamesLike | None = None,
     influence_rows: str = "response",
+    value_weighted: bool = False,
     batch_size: IntLike | None = None,
     memory_budget: IntLike = MEMORY_BUDGET,
     progress: bool = False,
@@ -80,6 +81,9 @@ def measure(
             renormalised (`span_ignoring`). None: "first", if span is computed; (): no second span.
         influence_rows: the segment whose rows count in FAI, in place of those of the response. The tokens
             that are scored stay those of the response.
+        value_weighted: whether FAI and token-level receiver kurtosis weigh attention by the norm of the key's
+            value after the head's output projection, in the units of the residual stream. Span, WAAD and
+            shares stay plain. Costs about one output projection for each layer.
         batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
             Results do not depend on it. A batch with images is always run as a whole.
         memory_budget: roughly how many bytes the activations and logits of the sequences run together may
@@ -89,9 +93,11 @@ def measure(
     Raises:
         BatchError: ids outside the vocabulary, sequences longer than the model's context, an image's tokens
             without its pixels, or receivers by sentence for a batch without texts.
-        ParameterError: invalid layers, window, horizon or receiver, or segments that the batch does not have.
-        UnsupportedModelError: a model whose attention cannot be read, or entropy of a model without
-            next-token logits.
+        ParameterError: invalid layers, window, horizon or receiver, segments that the batch does not have, or
+            sentence-level receivers weighted by values.
+        UnsupportedModelError: a model whose attention cannot be read; entropy of a model without next-token
+            logits; or `value_weighted`, if more is done to the output of the attention before it is
+            projected.
 
     The model runs in evaluation mode, in its own dtype and on its own device, and is left as it was.
     """
@@ -113,7 +119,10 @@ def measure(
         share_from=share_from,
         span_ignores=span_ignores,
         influence_rows=influence_rows,
+        value_weighted=value_weighted,
     )
+    if value_weighted and level == "sentence":
+        raise ParameterError('value_weighted cannot go with receiver="sentence": pass receiver="token"')
     probe.asked.check_known(batch.segment_names, "batch.with_segments({})")
     run = BatchRun.prepare(adapter, batch, layers, batch_size, memory_budget, entropy)
     sentences = None if options is None else sentence_ids(run.sequences, options.splitting)

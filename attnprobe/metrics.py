@@ -36,7 +36,16 @@ from attnprobe.reductions import (
     selectivity_of,
     windowed_distance_by_row,
 )
-from attnprobe.validation import ArrayLike, IntLike, as_mask, as_tensor, brief, whole_number
+from attnprobe.validation import (
+    ArrayLike,
+    IntLike,
+    as_float_tensor,
+    as_mask,
+    as_tensor,
+    brief,
+    finite,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     AttentionLike: TypeAlias = Attention | ArrayLike
@@ -162,6 +171,7 @@ def future_attention_influence(
     horizon: HorizonLike = TRAINING_HORIZON,
     segment_ids: ArrayLike | None = None,
     rows: ArrayLike | None = None,
+    value_norms: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head token"]:
     """Return the FAI of each response token: the mean attention that later response tokens give it.
 
@@ -170,11 +180,15 @@ def future_attention_influence(
     NaN outside the response, and for tokens so late that no row lies within their horizon.
     For packed examples give `segment_ids`, so that the rows of another sequence do not count. With `rows`
     `[batch, token]`, the rows that it marks count in place of those of the response, such as those of an
-    answer after the reasoning; the tokens that are scored stay those of the response.
+    answer after the reasoning; the tokens that are scored stay those of the response. With `value_norms`
+    `[batch, head, token]`, attention is weighted by the norm of the key's value after the head's output
+    projection, as the site "value_norms" shows it: `A[t, s] * norm(W_O v[s])`, in units of the residual
+    stream.
 
     Raises:
         PatternError: an invalid pattern.
-        ParameterError: a horizon that is negative or empty, or a mask that does not fit.
+        ParameterError: a horizon that is negative or empty, a mask that does not fit, or norms that are
+            negative.
 
     >>> pattern = torch.tensor([[1.0, 0.0], [0.75, 0.25]])
     >>> future_attention_influence(pattern, torch.ones(1, 2, dtype=torch.bool), horizon=(1, None))
@@ -185,7 +199,7 @@ def future_attention_influence(
     mask = check_mask(attention, response_mask)
     segments = check_segments(attention, segment_ids)
     giving = mask if rows is None else check_mask(attention, rows, "rows")
-    received = received_by_key(attention, giving, (low, high))
+    received = received_by_key(attention, giving, (low, high)) * _check_norms(attention, value_norms)
     return influence_of(received, mask, (low, high), segments, giving)
 
 
@@ -195,6 +209,7 @@ def receiver_kurtosis(
     horizon: HorizonLike = RECEIVER_HORIZON,
     segment_ids: ArrayLike | None = None,
     minimum_rows: IntLike = 10,
+    value_norms: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head"]:
     """Return how selective each head's inbound attention is: the kurtosis of FAI over tokens.
 
@@ -209,6 +224,8 @@ def receiver_kurtosis(
     much noisier than the others that the end of the response alone can decide the result (of the 20 most
     selective heads of SmolLM2-135M on one answer, 17 peaked on the last token).
 
+    `value_norms` are as in `future_attention_influence`.
+
     Raises:
         PatternError: an invalid pattern.
         ParameterError: an invalid horizon or number of rows, or a mask that does not fit.
@@ -218,7 +235,9 @@ def receiver_kurtosis(
     >>> receiver_kurtosis(pattern, horizon=(1, None), minimum_rows=1)
     tensor([[2.1667]])
     """
-    return _token_selectivity(attention, response_mask, horizon, segment_ids, minimum_rows).kurtosis
+    return _token_selectivity(
+        attention, response_mask, horizon, segment_ids, minimum_rows, value_norms
+    ).kurtosis
 
 
 def receiver_gini(
@@ -227,13 +246,15 @@ def receiver_gini(
     horizon: HorizonLike = RECEIVER_HORIZON,
     segment_ids: ArrayLike | None = None,
     minimum_rows: IntLike = 10,
+    value_norms: ArrayLike | None = None,
 ) -> Float[Tensor, "batch head"]:
     """Return how selective each head's inbound attention is: the Gini coefficient of FAI over tokens.
 
     Of the same values as `receiver_kurtosis`; in `[0, 1)`. NaN where it is undefined: fewer than four tokens
     with a value, or all values 0. A sample's kurtosis is bounded by the number of tokens, and heavy-tailed
     values come near that bound, so a mean of kurtosis over responses is that of the long ones; the Gini
-    coefficient of the same spread is the same at any length.
+    coefficient of the same spread is the same at any length. `value_norms` are as in
+    `future_attention_influence`.
 
     Raises:
         PatternError: an invalid pattern.
@@ -244,7 +265,7 @@ def receiver_gini(
     >>> receiver_gini(pattern, horizon=(1, None), minimum_rows=1)
     tensor([[0.8571]])
     """
-    return _token_selectivity(attention, response_mask, horizon, segment_ids, minimum_rows).gini
+    return _token_selectivity(attention, response_mask, horizon, segment_ids, minimum_rows, value_norms).gini
 
 
 def _token_selectivity(
@@ -253,13 +274,14 @@ def _token_selectivity(
     horizon: HorizonLike,
     segment_ids: ArrayLike | None,
     minimum_rows: IntLike,
+    value_norms: ArrayLike | None,
 ) -> Selectivity:
     minimum_rows = whole_number(minimum_rows, "minimum_rows", minimum=1)
     horizon = check_horizon(horizon)
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
     segments = check_segments(attention, segment_ids)
-    received = received_by_key(attention, mask, horizon)
+    received = received_by_key(attention, mask, horizon) * _check_norms(attention, value_norms)
     return selectivity_of(received, mask, horizon, segments, minimum_rows)
 
 
@@ -478,6 +500,20 @@ def check_mask(
     if mask is None:
         return torch.ones(expected, dtype=torch.bool, device=attention.device)
     return as_mask(mask, name, expected, device=attention.device)
+
+
+def _check_norms(attention: Attention, norms: ArrayLike | None) -> Tensor | float:
+    """Return the norms of values on the attention's device, 1 for None, or raise `ParameterError`."""
+    if norms is None:
+        return 1.0
+    shape = (attention.batch_size, attention.head_count, attention.key_count)
+    values = as_float_tensor(norms, "value_norms", shape, axes="example, head, token")
+    values = finite(
+        values.to(device=attention.device, dtype=attention.dtype), "value_norms", "example, head, token"
+    )
+    if bool((values < 0).any()):
+        raise ParameterError(f"value_norms are norms, at least 0; got {float(values.min()):.3g}")
+    return values
 
 
 def check_segments(attention: Attention, segment_ids: ArrayLike | None) -> Int[Tensor, "batch token"] | None:

@@ -343,7 +343,7 @@ def _named(mask: str) -> str:
 def _check_replacement(probe: Probe, site: str, value: Value, given: Any) -> None:
     """Check that what a probe returned can replace a site's tensor."""
     who = f"{type(probe).__name__} returned"
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or site == "value_norms":
         raise InterventionError(
             f"{who} something for {site}, which can be read but not replaced: use suppress_attention"
         )

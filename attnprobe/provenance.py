@@ -25,6 +25,7 @@ class Provenance:
         window, horizon: the parameters of WAAD and FAI.
         heads: the heads of each group ("local", "global", "receiver"), as (layer, head, weight).
         influence_rows: the segment whose rows count in FAI.
+        value_weighted: whether FAI weighs attention by the norms of values.
         align: which token a row of the pattern describes: its own ("token") or the next one ("prediction").
     """
 
@@ -35,6 +36,7 @@ class Provenance:
     heads: dict[str, tuple[tuple[int, int, float], ...]] = field(default_factory=dict)
     align: Align = "token"
     influence_rows: str = "response"
+    value_weighted: bool = False
 
     def __post_init__(self) -> None:
         """Keep layers as a tuple."""
@@ -50,6 +52,7 @@ class Provenance:
             "heads": groups,
             "align": self.align,
             "influence_rows": None if self.influence_rows == "response" else self.influence_rows,
+            "value_weighted": self.value_weighted or None,
         }
         return ", ".join(f"{name}={value}" for name, value in told.items() if value not in ("", None))
 

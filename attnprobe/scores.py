@@ -33,7 +33,7 @@ class TokenScores(Result):
 
     Attributes:
         waad: windowed average attention distance of the local heads, in tokens.
-        fai: future attention influence of the global heads, in `[0, 1]`.
+        fai: future attention influence of the global heads, in `[0, 1]` unless it is weighted by values.
         entropy: that of the distribution that each token was sampled from, in nats; None if not measured.
         response_mask: the tokens that are scored.
         receiver_fai: future attention influence of the receiver heads; None if they are not known.
@@ -218,6 +218,7 @@ def score_tokens(
             heads={str(group): tuple(sorted(selection.heads)) for group, selection in groups.items()},
             align=align,
             influence_rows=statistics.influence_rows,
+            value_weighted=statistics.value_weighted,
         ),
     )
 

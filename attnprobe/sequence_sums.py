@@ -37,6 +37,7 @@ class LayerSums:
         shares: the share of each row that is on the keys of each target; None if not wanted.
         left: of each row without the keys to ignore, its mass and its distance (see `RowReads`); None if not
             wanted.
+        value_norms: of each column's value after each head's output projection; None if not wanted.
         drafts: what the last rows added, if they may be taken back.
     """
 
@@ -48,6 +49,7 @@ class LayerSums:
     drafts: _Drafts | None = None
     shares: Float[Tensor, "batch head token target"] | None = None
     left: Float[Tensor, "batch head token 2"] | None = None
+    value_norms: Float[Tensor, "batch head token"] | None = None
 
     def without_last(self, count: int) -> LayerSums:
         """Return the sums without the last rows, of which there must be as many drafts."""
@@ -64,7 +66,16 @@ class LayerSums:
             drafts=drafts,
             shares=None if self.shares is None else self.shares[:, :, :columns],
             left=None if self.left is None else self.left[:, :, :columns],
+            value_norms=None if self.value_norms is None else self.value_norms[..., :columns],
         )
+
+    def with_norms(
+        self, norms: Float[Tensor, "batch head pass_token"], before: LayerSums | None
+    ) -> LayerSums:
+        """Return the sums with the norms of this pass's values, behind those of earlier passes."""
+        if before is not None and before.value_norms is not None:
+            norms = torch.cat([before.value_norms, norms.to(before.value_norms.device)], dim=-1)
+        return replace(self, value_norms=norms)
 
     @property
     def remembered(self) -> int:

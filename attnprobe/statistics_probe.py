@@ -57,6 +57,8 @@ class HeadStatisticsProbe(Probe):
         span_ignores: names of segments that a second span ignores, with what is left of each row
             renormalised. None: "first", if span is computed; (): no second span.
         influence_rows: the segment whose rows count in FAI, in place of those of the response.
+        value_weighted: whether FAI and receiver kurtosis weigh attention by the norm of the key's value after
+            the head's output projection, in the units of the residual stream.
         entropy: whether to compute token entropy from the logits; NaN for tokens whose logits the model
             did not compute, such as prompt tokens in `generate`. None: where the model shows next-token
             logits. True: it is an error if it does not.
@@ -82,6 +84,7 @@ class HeadStatisticsProbe(Probe):
         share_from: NamesLike = "response",
         span_ignores: NamesLike | None = None,
         influence_rows: str = "response",
+        value_weighted: bool = False,
     ) -> None:
         self.window = metrics.check_window(window)
         self.horizon = metrics.check_horizon(horizon)
@@ -91,10 +94,14 @@ class HeadStatisticsProbe(Probe):
         logits = (
             frozenset() if entropy is not None and not truth(entropy, "entropy") else frozenset({"logits"})
         )
+        self.value_weighted = truth(value_weighted, "value_weighted")
         self.sites = frozenset({"attention"}) | (logits if entropy else frozenset())
+        if self.value_weighted:
+            self.sites |= {"value_norms"}
         self.optional_sites = logits
         self._sequence = _Sequence()
         self._pass: dict[int, LayerSums] = {}
+        self._norms: dict[int, Tensor] = {}
         self._continues = False
         self._marks: SegmentMarks | None = None
         self._cache: GrowingCache | None = None
@@ -112,7 +119,12 @@ class HeadStatisticsProbe(Probe):
         self.asked.check_known(batch.segment_names, "attach(..., segments={})")
 
     def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
-        """Reduce one layer's attention, or the logits."""
+        """Reduce one layer's attention, or the logits, or keep the norms of its values."""
+        if site == "value_norms":
+            assert layer is not None
+            assert isinstance(value, Tensor)
+            self._norms[layer] = value
+            return
         if not isinstance(value, Attention):
             self._distribution_entropy = metrics.distribution_entropy(value)
             return
@@ -138,6 +150,9 @@ class HeadStatisticsProbe(Probe):
 
     def end(self, batch: TokenBatch) -> None:
         """Add the complete pass to its sequence."""
+        earlier = self._sequence.layers if self._continues else {}
+        for layer, norms in self._norms.items():
+            self._pass[layer] = self._pass[layer].with_norms(norms, earlier.get(layer))
         if not self._continues:
             self._finished += self._current()
             self._sequence = _Sequence()
@@ -149,6 +164,7 @@ class HeadStatisticsProbe(Probe):
     def abort(self) -> None:
         """Forget the pass that is under way; earlier ones are kept."""
         self._pass, self._continues, self._distribution_entropy, self._marks = {}, False, None, None
+        self._norms = {}
 
     def result(self) -> HeadStatistics:
         """Return the statistics of all sequences so far, joined along the batch axis.
@@ -205,6 +221,7 @@ class HeadStatisticsProbe(Probe):
             share_on=self.asked.share_on,
             span_ignores=self.asked.span_ignores,
             influence_rows=self.asked.influence_rows,
+            value_weighted=self.value_weighted,
         )
         return [_Finished(statistics, None if rows_left is None else rows_left.nan_to_num().long())]
 
@@ -217,7 +234,9 @@ class HeadStatisticsProbe(Probe):
         giving = marks.rows(self.asked.influence_rows)
         reduced = {
             "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
-            "fai": reductions.influence_of(sums.received, mask, self.horizon, segments, giving),
+            "fai": reductions.influence_of(
+                _weighted(sums.received, sums.value_norms), mask, self.horizon, segments, giving
+            ),
         }
         members = None if segments is None else _sequences_with_response(mask, segments.to(device))
         if sums.distance is not None:
@@ -239,7 +258,8 @@ class HeadStatisticsProbe(Probe):
                 parts = [_shares(sums.shares, [rows & member for rows in sources]) for member in members]
                 reduced["sequence_shares"] = torch.stack(parts, dim=-1)
         if sums.received_far is not None:
-            selectivity = reductions.selectivity_of(sums.received_far, mask, segment_ids=segments)
+            received = _weighted(sums.received_far, sums.value_norms)
+            selectivity = reductions.selectivity_of(received, mask, segment_ids=segments)
             reduced["receiver_kurtosis"], reduced["receiver_gini"] = selectivity
         return reduced
 
@@ -339,6 +359,13 @@ class _Sequence:
         if segments is not None:
             follows = follows & (segments[:, 1:] == segments[:, :-1])
         return torch.nn.functional.pad(follows, (1, 0), value=self.last_entropy is not None)
+
+
+def _weighted(
+    received: Float[Tensor, "batch head token"], norms: Float[Tensor, "batch head token"] | None
+) -> Float[Tensor, "batch head token"]:
+    """Return what each token received, times the norm of its value: that depends on the key only."""
+    return received if norms is None else received * norms.to(received)
 
 
 def _shares(

@@ -541,6 +541,7 @@ CHANGED_SETTINGS: dict[str, Any] = {
     "share_on": ("plan", "first", "answer"),
     "span_ignores": ("plan",),
     "influence_rows": "plan",
+    "value_weighted": True,
 }
 
 
@@ -795,6 +796,7 @@ WRONG_SETTINGS: dict[str, list[Any]] = {
     "share_from": ["x", None, 5, ["plan"], ["plan", "plan"], ["plan", ""], [1, 2]],
     "share_on": ["x", None, 5, ["plan"], ["plan", "plan", "first"], [1, 2, 3]],
     "span_ignores": ["x", None, 5, ["plan", "plan"], [""], [1]],
+    "value_weighted": ["x", None, 1, [True]],
     "influence_rows": [None, 5, "", ["x"]],
     "provenance": [
         None, "x", 5, {"window": "10"}, {"layers": "x"}, {"horizon": [1]}, {"heads": []},

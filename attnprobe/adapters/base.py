@@ -29,14 +29,17 @@ from attnprobe.errors import ParameterError, UnsupportedModelError
 from attnprobe.layer_selection import LayerName, named_layers
 from attnprobe.validation import ArrayLike, IntLike, whole_numbers
 
-LAYER_SITES = ("layer_input", "attention", "attention_output", "mlp_output", "layer_output")
-"""The sites that every layer has; all but `attention` are tensors `[batch, token, d_model]`."""
+LAYER_SITES = ("layer_input", "attention", "value_norms", "attention_output", "mlp_output", "layer_output")
+"""The sites that layers have; all but `attention` and `value_norms` are tensors `[batch, token, d_model]`."""
 
 SITES = (*LAYER_SITES, "logits")
 """The sites that probes can observe:
 
 - `layer_input`, `layer_output`: the residual stream as it enters and leaves a decoder layer.
 - `attention`: an `Attention`.
+- `value_norms`: `[batch, head, token]`, the norm of each token's value after each head's output projection,
+  in the units of the residual stream. It can be read but not replaced, and is refused in a family that does
+  more to the output of its attention before it is projected.
 - `attention_output`, `mlp_output`: what the layer's attention module and feed-forward module return:
   after their output projection, and before the layer normalises, scales or adds it.
 - `logits`: `[batch, token, vocabulary]`, of the last tokens only if the model computes no others;

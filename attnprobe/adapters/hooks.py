@@ -46,12 +46,15 @@ def before_forward(module: nn.Module, function: Callable[..., Any], *, first: bo
 
 
 @contextmanager
-def after_forward(module: nn.Module, function: Callable[..., Any], *, always: bool = False) -> Iterator[None]:
+def after_forward(
+    module: nn.Module, function: Callable[..., Any], *, always: bool = False, first: bool = False
+) -> Iterator[None]:
     """Call `function(module, args, output)` after each forward call while the context is open.
 
-    With `always`, it is called even if the forward call fails; then `output` is None.
+    With `always`, it is called even if the forward call fails; then `output` is None. With `first`, it is
+    called before the hooks that are there already.
     """
-    handle = module.register_forward_hook(_Hook(function), always_call=always)
+    handle = module.register_forward_hook(_Hook(function), always_call=always, prepend=first)
     try:
         yield
     finally:

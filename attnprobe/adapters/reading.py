@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,11 +32,15 @@ from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.adapters.interception import reads_calls
 from attnprobe.adapters.multimodal import media_tokens, why_not_causal
 from attnprobe.adapters.output_check import OutputCheck
+from attnprobe.adapters.value_norms import ProjectionWatch
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.masks import LaterKeysError
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import InterventionError, UnsupportedModelError
+
+_OF_CALLS = frozenset({"attention", "value_norms"})
+"""The sites that are read from attention calls."""
 
 
 class _PassEnded(Exception):
@@ -65,18 +70,25 @@ class Reading(ForwardWatch):
         self._layers_read: set[int] = set()
         self._output_check = OutputCheck()
         self._last_layer: int | None = None
+        self._projections: dict[int, ProjectionWatch] = {}
         self._ends_early = False
         self._depth_of_model = getattr(self._text_config, "num_hidden_layers", None)
 
     @contextmanager
     def attached(self, layers: Sequence[int], maps_by_hook: bool) -> Iterator[None]:
         """Watch the sites of these layers; `maps_by_hook` takes maps from what attention returns."""
-        self._maps_by_hook = maps_by_hook and "attention" in self._sites
+        self._maps_by_hook = maps_by_hook and bool(self._sites & _OF_CALLS)
         self._last_layer = max(layers)
         with ExitStack() as stack:
             for number in layers:
                 layer = self._architecture.layers[number]
-                if "attention" in self._sites:
+                if "value_norms" in self._sites:
+                    watch = ProjectionWatch(
+                        layer.attention, self._where(number), partial(self._show_norms, number)
+                    )
+                    self._projections[number] = watch
+                    stack.enter_context(watch.installed())
+                if self._sites & _OF_CALLS:
                     stack.enter_context(reads_calls(layer.attention, self._read_call))
                     # A bridge's own attention shows its pattern at a hook.
                     if layer.attention is layer.attention_outer:
@@ -104,7 +116,7 @@ class Reading(ForwardWatch):
         It ends by an exception, and the observer is told that it is complete. Any other observer of the model
         (an outer `attach` of the user's) sees a pass that failed, which for it is true.
         """
-        self._ends_early = self._sites == {"attention"}
+        self._ends_early = self._sites <= _OF_CALLS
         try:
             yield
         except _PassEnded as end:
@@ -122,6 +134,8 @@ class Reading(ForwardWatch):
         self._computes_loss = given.get("labels") is not None
         self._batch = batch
         self._layers_read = set()
+        for watch in self._projections.values():
+            watch.reset()
         self._observer.begin(batch, self.columns.cached, cache_of(given, self.columns))
         if "logits" in self._sites and not self._logits_are_last:
             self._observer.skip("logits")
@@ -194,8 +208,13 @@ class Reading(ForwardWatch):
             attention = self._attention_of(call)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
-                self._output_check.check(attention, call, f"layer {layer} of {self._name}")
+                self._output_check.check(attention, call, self._where(layer))
+            if layer in self._projections:
+                self._projections[layer].called(call, self.columns)
             self._show(layer, attention)
+
+    def _where(self, layer: int) -> str:
+        return f"layer {layer} of {self._name}"
 
     def _attention_of(self, call: AttentionCall) -> FactoredAttention:
         """Return the attention of a call, or say what makes it look at later tokens."""
@@ -215,6 +234,11 @@ class Reading(ForwardWatch):
         """Show a map that the backend computed for a layer."""
         if not self.is_running:
             return
+        if "value_norms" in self._sites:
+            raise UnsupportedModelError(
+                f"{self._where(layer)} shows only its attention map, and not the values: measure without "
+                "value_weighted"
+            )
         assert self._batch is not None
         examples, tokens = self._batch.input_ids.shape
         rows, keys = pattern.shape[2:]
@@ -263,7 +287,20 @@ class Reading(ForwardWatch):
         self._layers_read.add(layer)
         if self.columns.segment_ids is not None and not self.columns.cached:
             self._check_separated(layer, attention, self.columns.segment_ids)
-        self._observer.observe("attention", layer, attention)
+        if "attention" in self._sites:
+            self._observer.observe("attention", layer, attention)
+        if "value_norms" not in self._sites:
+            self._end_after(layer)
+
+    def _show_norms(self, layer: int, norms: Tensor) -> None:
+        """Show the norms of a layer's values, and end the pass if nothing more is needed."""
+        if not self.is_running:
+            return
+        if self._observer.observe("value_norms", layer, norms) is not None:
+            raise InterventionError("value_norms can be read but not replaced")
+        self._end_after(layer)
+
+    def _end_after(self, layer: int) -> None:
         if self._ends_early and layer == self._last_layer:
             self.cut_off()
             raise _PassEnded(self)

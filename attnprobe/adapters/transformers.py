@@ -151,7 +151,7 @@ class TransformersAdapter(Adapter):
         before = self._innermost
         with ExitStack() as stack:
             stack.enter_context(uncompiled())
-            if "attention" in sites:
+            if "attention" in sites or "value_norms" in sites:
                 stack.enter_context(self._ready(reading, layers))
             stack.enter_context(reading.attached(layers, self._maps_by_hook))
             self._innermost = reading

@@ -52,6 +52,7 @@ def check_results_fit(
         statistics.horizon,
         _heads_of(heads),
         influence_rows=statistics.influence_rows,
+        value_weighted=statistics.value_weighted,
     )
     _check_provenance(measured, scores.provenance, "scores", "the statistics and head groups")
     _check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
@@ -112,10 +113,10 @@ def _heads_of(heads: HeadGroups) -> dict[str, tuple[tuple[int, int, float], ...]
 
 def _check_provenance(expected: Provenance, found: Provenance, name: str, source: str) -> None:
     """Check that a result was computed from what is shown with it, as far as both are known."""
-    for field in ("model_name", "layers", "window", "horizon", "influence_rows"):
+    for field in ("model_name", "layers", "window", "horizon", "influence_rows", "value_weighted"):
         ours, theirs = getattr(expected, field), getattr(found, field)
-        # Maps are of the layers that their heads are in, and of all rows.
-        if field in ("layers", "influence_rows") and name == "maps":
+        # Maps are of the layers that their heads are in, of all rows, and of plain attention.
+        if field in ("layers", "influence_rows", "value_weighted") and name == "maps":
             continue
         if ours not in ("", None, ()) and theirs not in ("", None, ()) and ours != theirs:
             raise ResultError(f"the {name} are of {field}={theirs}, {source} of {field}={ours}")

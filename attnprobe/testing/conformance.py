@@ -40,7 +40,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 Wrap = Callable[[Any], Any]
 Run = Callable[..., Any]
 
-_TENSOR_SITES = tuple(site for site in LAYER_SITES if site != "attention")
+_TENSOR_SITES = tuple(site for site in LAYER_SITES if site not in ("attention", "value_norms"))
 _TOKENS, _PADDING, _RESPONSE = 20, 5, 7
 
 
@@ -194,6 +194,7 @@ def _check(case: _Case) -> None:
     _check_examples_alone(case)
     _check_measure(case)
     if case.whole:
+        _check_value_norms(case)
         _check_tensor_sites(case)
         _check_suppression(case)
     _check_failing_probe(case)
@@ -287,6 +288,26 @@ def _check_measure(case: _Case) -> None:
             )
     entropy = metrics.token_entropy(logits, batch.response_mask)
     torch.testing.assert_close(measured.entropy, entropy, equal_nan=True, rtol=2e-4, atol=2e-4)
+
+
+def _check_value_norms(case: _Case) -> None:
+    """FAI weighted by values is what it is in transformers, or is refused."""
+    batch = TokenBatch.from_ids(case.arguments["input_ids"], response_start=_RESPONSE)
+    asked: dict[str, Any] = {"horizon": (2, 6), "entropy": False, "value_weighted": True}
+    try:
+        found = measure(case.wrapped, batch, **asked)
+    except UnsupportedModelError as refusal:
+        # A backend may read densely what transformers shows whole.
+        if adapter_for(case.wrapped).reads == "dense":
+            return
+        try:
+            measure(case.reference, batch, **asked)
+        except UnsupportedModelError as expected:
+            assert str(refusal) == str(expected)  # noqa: PT017 - a check, not a pytest test
+            return
+        raise
+    expected_fai = measure(case.reference, batch, **asked).fai
+    torch.testing.assert_close(found.fai, expected_fai, equal_nan=True, rtol=2e-4, atol=2e-4)
 
 
 def _check_tensor_sites(case: _Case) -> None:

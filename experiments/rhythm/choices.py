@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import attnprobe
 from experiments.rhythm.measure import Measured
@@ -31,9 +32,7 @@ def groups_of(measured: Measured) -> dict[str, tuple[attnprobe.HeadStatistics, a
     main = attnprobe.classify_heads(end, receivers=RECEIVERS)
     # 20 receivers are 7% of SmolLM2's 270 heads, but most of the heads of a tiny model.
     few = max(1, round(0.074 * end.span.shape[1] * end.span.shape[2]))
-    by_sentence = dataclasses.replace(
-        end, receiver_kurtosis=near.receiver_kurtosis, receiver_level=near.receiver_level
-    )
+    by_sentence = dataclasses.replace(end, **_receivers_of(near))
     found = {
         "main": (end, main),
         "without the first token": (
@@ -48,7 +47,7 @@ def groups_of(measured: Measured) -> dict[str, tuple[attnprobe.HeadStatistics, a
         ),
         "receivers by sentence": (
             end,
-            dataclasses.replace(main, **_receivers_of(attnprobe.classify_heads(by_sentence))),
+            attnprobe.classify_heads(by_sentence, receivers=RECEIVERS),
         ),
     }
     for name in (*THIRDS, "middle"):
@@ -60,8 +59,10 @@ def groups_of(measured: Measured) -> dict[str, tuple[attnprobe.HeadStatistics, a
     return found
 
 
-def _receivers_of(heads: attnprobe.HeadGroups) -> dict[str, object]:
-    return {name: getattr(heads, name) for name in ("receiver_heads", "receiver_kurtosis", "receiver_level")}
+def _receivers_of(statistics: attnprobe.HeadStatistics) -> dict[str, Any]:
+    """Return what statistics say about receivers."""
+    names = ("receiver_kurtosis", "receiver_gini", "receiver_level", "sentence_receivers")
+    return {name: getattr(statistics, name) for name in names}
 
 
 def scores_of(measured: Measured) -> Iterator[tuple[str, attnprobe.TokenScores]]:
