@@ -86,7 +86,7 @@ KINDS: dict[str, Kind] = {
         (
             *WORDS,
             *STRANGERS,
-            *constants(0, 1.5, True, [], [1], ["a"] * 50, [[1], [2]], {}, "ab", torch.ones(3)),
+            *constants(0, 1.5, True, [], [1], ["a"] * 50, [[1], [2]], {}, "ab", torch.ones(3, 2)),
         ),
         (("tuple", tuple), ("tensor", torch.tensor), ("numpy", np.array)),
     ),
