@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,19 @@ def render(summaries: dict[str, Any]) -> str:
     )
     environment.filters |= {"lift": lift, "share": share, "number": number, "percent": percent, "p": p_value}
     template = environment.get_template("page.md")
-    return template.render(paper=PAPER, nulls=estimates.MOVED, holds=holds, **summaries)
+    page = template.render(paper=PAPER, nulls=estimates.MOVED, holds=holds, **summaries)
+    lines = "\n".join(line.rstrip() for line in page.split("\n"))
+    return re.sub(r"\n{3,}", "\n\n", lines)
 
 
-def holds(claim: bool) -> str:
-    """Return nothing if a claim of the page holds; the template calls this beside each sentence.
+def holds(claim: bool) -> None:
+    """Check that a claim of the page holds; the template calls this beside each sentence.
 
     Raises:
         AssertionError: the numbers no longer bear the sentence out: it must be rewritten.
     """
     if not claim:
         raise AssertionError("a claim of the page no longer holds: rewrite the sentence beside this call")
-    return ""
 
 
 def lift(value: Sequence[float] | float) -> str:
