@@ -27,7 +27,7 @@ from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics, ReceiverLevel
 from attnprobe.heads import GroupsLike, head_groups
 from attnprobe.maps import GroupMaps
-from attnprobe.metrics import HorizonLike
+from attnprobe.metric_arguments import HorizonLike
 from attnprobe.probe import Probe, attach
 from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe

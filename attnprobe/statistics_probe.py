@@ -22,7 +22,7 @@ from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import PatternError, ResultError
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.metrics import HorizonLike
+from attnprobe.metric_arguments import HorizonLike, check_horizon, check_window
 from attnprobe.probe import Probe
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.segment_marks import AskedSegments, SegmentMarks
@@ -86,8 +86,8 @@ class HeadStatisticsProbe(Probe):
         influence_rows: str = "response",
         value_weighted: bool = False,
     ) -> None:
-        self.window = metrics.check_window(window)
-        self.horizon = metrics.check_horizon(horizon)
+        self.window = check_window(window)
+        self.horizon = check_horizon(horizon)
         self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
         self.asked = AskedSegments.of(share_on, share_from, span_ignores, influence_rows, span=self.span)
