@@ -155,6 +155,7 @@ def forbidden(source: str, target: str) -> str | None:
         "sentence_metrics",
         "head_statistics",
         "heads",
+        "head_groups",
         "scores",
         "rhythm",
         "rl",

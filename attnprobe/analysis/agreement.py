@@ -24,8 +24,9 @@ from attnprobe.analysis.bootstrap import (
 )
 from attnprobe.analysis.summary import Summary
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.head_groups import GROUPS, Group, HeadGroups
 from attnprobe.head_statistics import HeadStatistics, check_same_measurement, statistics_parts
-from attnprobe.heads import GROUPS, Group, HeadGroups, check_shares, group_heads
+from attnprobe.heads import check_shares, group_heads
 from attnprobe.provenance import ranges
 from attnprobe.validation import FloatLike, IntLike, instance
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from attnprobe.adapters.base import Layers
 from attnprobe.errors import ParameterError
+from attnprobe.head_groups import GroupsLike
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import GroupsLike, group_heads
+from attnprobe.heads import group_heads
 from attnprobe.metric_arguments import HorizonLike, check_horizon, check_window
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.rl.advantage import Signs, check_signs, credit_weights, is_weighted, spread_advantages
