@@ -140,6 +140,20 @@ def check_own_names(names: Sequence[str]) -> None:
         )
 
 
+def check_segment_masks(
+    masks: Bool[Tensor, "batch segment token"], names: Sequence[str], real: Bool[Tensor, "batch token"]
+) -> None:
+    """Check that there is a name for each segment, and that none marks padding.
+
+    Raises:
+        BatchError: there is not, or one does.
+    """
+    if masks.shape[1] != len(names):
+        raise BatchError(f"segment_names must name {masks.shape[1]} segments; got {brief(names)}")
+    for name, mask in zip(names, masks.unbind(1), strict=True):
+        _check_inside(name, mask, real)
+
+
 def _mask_of(name: str, value: Any, real: Tensor, texts: tuple[tuple[str, ...], ...] | None) -> Tensor:
     if isinstance(value, re.Pattern):
         if texts is None:
@@ -151,13 +165,17 @@ def _mask_of(name: str, value: Any, real: Tensor, texts: tuple[tuple[str, ...], 
     if isinstance(value, slice) or (isinstance(value, list | tuple) and _holds_slices(value)):
         return _columns(name, value, real)
     mask = as_mask(value, f"the segment {name!r}", tuple(real.shape), device=real.device, error=BatchError)
+    _check_inside(name, mask, real)
+    return mask
+
+
+def _check_inside(name: str, mask: Tensor, real: Tensor) -> None:
     outside = mask & ~real
     if bool(outside.any()):
         raise BatchError(
             f"the segment {name!r} marks padding in example {int(outside.nonzero()[0, 0])}: it must lie in "
             "attention_mask"
         )
-    return mask
 
 
 def _holds_slices(value: Sequence[Any]) -> bool:
