@@ -906,7 +906,7 @@ def test_statistics_of_some_layers(layers: Any) -> None:
         assert same(value[:, 1:] if "layer" in axes_of(result, name) else value, getattr(part, name))
 
 
-@pytest.mark.parametrize("layers", [[1], 5, [0, 9], "all", [], None, [0.0], True, -1, torch.tensor([0.5])])
+@pytest.mark.parametrize("layers", [[1], 5, [0, 9], "last", [], None, [0.0], True, -1, torch.tensor([0.5])])
 def test_layers_that_were_not_measured_are_refused(layers: Any) -> None:
     refused(lambda: statistics_of().at_layers(layers), "layers", error=ParameterError)
     refused(lambda: statistics_of().at_layers([0, 9]), "[9]", "[0, 2]", error=ParameterError)

@@ -10,14 +10,14 @@ themselves.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.errors import ParameterError
-from attnprobe.validation import FloatLike, IntLike, real_number, whole_number
+from attnprobe.validation import ArrayLike, FloatLike, IntLike, brief, real_number, whole_number
 
 
 class Estimate(NamedTuple):
@@ -45,11 +45,25 @@ def check_seed(seed: IntLike) -> int:
     return whole_number(seed, "seed", maximum=2**63 - 1)
 
 
+def check_clusters(clusters: Any) -> list[Hashable]:
+    """Return the label of each unit, from a list, an array or a tensor of them, or raise `ParameterError`.
+
+    >>> check_clusters(torch.tensor([3, 3, 5]))
+    [3, 3, 5]
+    """
+    given = clusters.tolist() if hasattr(clusters, "tolist") else clusters
+    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
+        raise ParameterError(f"clusters must be a list with a label for each of them; got {brief(clusters)}")
+    if not all(isinstance(label, Hashable) for label in given):
+        raise ParameterError(f"clusters must be labels such as numbers or names; got {brief(clusters)}")
+    return list(given)
+
+
 def bootstrap_weights(
     units: IntLike,
     resamples: IntLike = 2000,
     seed: IntLike = 0,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: ArrayLike | None = None,
 ) -> Float[Tensor, "resample unit"]:
     """Return how often each unit is drawn in each resample.
 
@@ -70,7 +84,7 @@ def bootstrap_weights(
     resamples = whole_number(resamples, "resamples", minimum=1)
     cluster = torch.arange(units)
     if clusters is not None:
-        labels = list(clusters)
+        labels = check_clusters(clusters)
         if len(labels) != units:
             raise ParameterError(f"clusters must have a label for each of {units} units; got {len(labels)}")
         number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
@@ -106,7 +120,7 @@ def ratio_estimate(
     resamples: IntLike = 2000,
     confidence: FloatLike = 0.95,
     seed: IntLike = 0,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: ArrayLike | None = None,
 ) -> Estimate:
     """Return the ratio of two sums over units, with its bootstrap interval.
 
@@ -134,7 +148,7 @@ def median_estimate(
     resamples: IntLike = 2000,
     confidence: FloatLike = 0.95,
     seed: IntLike = 0,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: ArrayLike | None = None,
 ) -> Estimate:
     """Return the median of the defined values, with its bootstrap interval; NaN if there are none.
 

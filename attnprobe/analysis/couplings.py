@@ -8,7 +8,7 @@ mean, over some peaks, of a value that every token has? What is left to others: 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from attnprobe.analysis.bootstrap import (
     bootstrap_weights,
+    check_clusters,
     check_resampling,
     divide,
     percentile_estimate,
@@ -59,7 +60,7 @@ def couplings(
     null: Null = "position",
     classes: TokenClasses = token_class,
     draws: IntLike = 1000,
-    clusters: Sequence[Hashable] | None = None,
+    clusters: ArrayLike | None = None,
     resamples: IntLike = 2000,
     confidence: FloatLike = 0.95,
     seed: IntLike = 0,
@@ -122,6 +123,7 @@ def couplings(
         )
     quantile, lookback = check_quantile(quantile), check_lookback(lookback, minimum=0)
     draws = whole_number(draws, "draws", minimum=1)
+    labels = None if clusters is None else check_clusters(clusters)
     resamples, confidence, seed = check_resampling(resamples, confidence, seed)
 
     def questions(scores: TokenScores) -> dict[str, _Question]:
@@ -161,11 +163,9 @@ def couplings(
             ]
     if problems == 0:
         raise ParameterError("couplings need at least one problem; got none")
-    if clusters is not None and len(clusters) != problems:
-        raise ParameterError(
-            f"clusters must name one for each of the {problems} problems; got {len(clusters)}"
-        )
-    weights = bootstrap_weights(problems, resamples, seed, clusters)
+    if labels is not None and len(labels) != problems:
+        raise ParameterError(f"clusters must name one for each of the {problems} problems; got {len(labels)}")
+    weights = bootstrap_weights(problems, resamples, seed, labels)
     summary: dict[str, Any] = {
         name: _summarise(sums, weights, confidence, by_heads=null == "heads")
         if len(sums) == problems
@@ -179,7 +179,7 @@ def couplings(
         "peaks": peaks,
         "null": null,
         "draws": draws,
-        "clusters": problems if clusters is None else len(set(clusters)),
+        "clusters": problems if labels is None else len(set(labels)),
         "resamples": resamples,
         "confidence": confidence,
         "seed": seed,

@@ -9,7 +9,7 @@ token is heavy-tailed: a few responses may decide a mean. What is left to others
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.analysis.bootstrap import Estimate, median_estimate, ratio_estimate
+from attnprobe.analysis.bootstrap import (
+    Estimate,
+    check_clusters,
+    median_estimate,
+    ratio_estimate,
+)
 from attnprobe.analysis.chosen_positions import Kind
 from attnprobe.errors import ParameterError
-from attnprobe.validation import ArrayLike, FloatLike, IntLike, brief
+from attnprobe.validation import ArrayLike, FloatLike, IntLike
 
 UNDEFINED = Estimate(float("nan"), float("nan"), float("nan"))
 
@@ -125,10 +130,8 @@ def cluster_labels(responses: Sequence[Response], clusters: Any) -> list[Any] | 
     """
     if clusters is None:
         return None
-    given = clusters.tolist() if hasattr(clusters, "tolist") else clusters
+    given = check_clusters(clusters)
     examples = [example for example, _ in responses]
-    if isinstance(given, str | bytes) or not isinstance(given, Sequence):
-        raise ParameterError(f"clusters must be a list with a label for each example; got {brief(clusters)}")
     if len(set(examples)) < len(examples):
         raise ParameterError(
             "clusters name the examples of one batch, but the trials are of several batches: each has an "
@@ -139,7 +142,4 @@ def cluster_labels(responses: Sequence[Response], clusters: Any) -> list[Any] | 
             f"clusters must hold a label for each example, and there is an example {max(examples)}; got "
             f"{len(given)} labels"
         )
-    labels = [given[example] for example in examples]
-    if not all(isinstance(label, Hashable) for label in labels):
-        raise ParameterError(f"clusters must be labels such as numbers or names; got {brief(clusters)}")
-    return labels
+    return [given[example] for example in examples]

@@ -14,8 +14,8 @@ from typing import Any
 import attnprobe
 from experiments.rhythm.measure import Measured
 
-RECEIVERS = 20
-"""How many receiver heads there are, as in arXiv 2506.19143."""
+RECEIVERS = 0.074
+"""The share of the heads that are receivers: 20 of SmolLM2's 270, the number in arXiv 2506.19143."""
 
 THIRDS = ("bottom third", "middle third", "top third")
 
@@ -29,34 +29,33 @@ RANDOM_HEADS = (*TESTED, *THIRDS)
 def groups_of(measured: Measured) -> dict[str, tuple[attnprobe.HeadStatistics, attnprobe.HeadGroups]]:
     """Return the statistics and head groups of each choice that groups the heads over all answers."""
     end, near = (measured.statistics[name] for name in ("end", "near"))
-    main = attnprobe.classify_heads(end, receivers=RECEIVERS)
-    # 20 receivers are 7% of SmolLM2's 270 heads, but most of the heads of a tiny model.
-    few = max(1, round(0.074 * end.span.shape[1] * end.span.shape[2]))
+    main = classify(end)
     by_sentence = dataclasses.replace(end, **_receivers_of(near))
     found = {
         "main": (end, main),
-        "without the first token": (
-            end,
-            attnprobe.classify_heads(end, receivers=RECEIVERS, span="ignoring"),
-        ),
+        "without the first token": (end, classify(end, span="ignoring")),
         "horizon [10, 100]": (near, main),
-        "few receivers": (end, attnprobe.classify_heads(end, receivers=few)),
-        "receivers by Gini": (
-            end,
-            attnprobe.classify_heads(end, receivers=RECEIVERS, selectivity="gini"),
-        ),
-        "receivers by sentence": (
-            end,
-            attnprobe.classify_heads(by_sentence, receivers=RECEIVERS),
-        ),
+        "receivers by Gini": (end, classify(end, selectivity="gini")),
+        "receivers by sentence": (end, classify(by_sentence)),
     }
     for name in (*THIRDS, "middle"):
         part = end.at_layers(name)
         found["five middle layers" if name == "middle" else name] = (
             part,
-            attnprobe.classify_heads(part, receivers=RECEIVERS),
+            classify(part),
         )
     return found
+
+
+def receiver_count(heads: int) -> int:
+    """Return how many of so many heads are receivers."""
+    return max(1, round(RECEIVERS * heads))
+
+
+def classify(statistics: attnprobe.HeadStatistics, **options: Any) -> attnprobe.HeadGroups:
+    """Return head groups, with the study's share of receivers."""
+    count = receiver_count(len(statistics.layers) * statistics.head_count)
+    return attnprobe.classify_heads(statistics, receivers=count, **options)
 
 
 def _receivers_of(statistics: attnprobe.HeadStatistics) -> dict[str, Any]:
@@ -72,9 +71,7 @@ def scores_of(measured: Measured) -> Iterator[tuple[str, attnprobe.TokenScores]]
     end = measured.statistics["end"]
     yield "all heads", attnprobe.score_tokens(end, "all")
     alone = [end.select(example) for example in range(end.span.shape[0])]
-    parts = [
-        attnprobe.score_tokens(part, attnprobe.classify_heads(part, receivers=RECEIVERS)) for part in alone
-    ]
+    parts = [attnprobe.score_tokens(part, classify(part)) for part in alone]
     # Heads differ from answer to answer, so the joined provenance names none.
     of_all = dataclasses.replace(parts[0].provenance, heads={})
     yield (

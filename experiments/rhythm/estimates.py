@@ -18,7 +18,7 @@ from attnprobe.analysis.bootstrap import Estimate, bootstrap_weights, holm_adjus
 from attnprobe.analysis.coupling_results import NAMES, Coupling
 from attnprobe.heads import group_heads
 from attnprobe.rhythm import find_peaks
-from experiments.rhythm.choices import RANDOM_HEADS, RECEIVERS, TESTED
+from experiments.rhythm.choices import RANDOM_HEADS, TESTED, receiver_count
 from experiments.rhythm.raw import DRAWS, Raw
 
 MOVED = ("position", "rotate", "class", "token", "bigram")
@@ -119,7 +119,6 @@ def _choices(raw: Raw) -> dict[str, dict[str, Any]]:
         "top third",
         "all heads",
         "heads ranked per answer",
-        "few receivers",
         "receivers by Gini",
         "receivers by sentence",
     ):
@@ -178,9 +177,10 @@ def _heads(raw: Raw) -> dict[str, Any]:
         name: raw.head_values(name).nanmean(0)
         for name in ("span", "span_ignoring", "share_on_first", "receiver_kurtosis", "receiver_gini")
     }
-    groups = group_heads(mean["span"], mean["receiver_kurtosis"], receivers=RECEIVERS)
+    receivers = receiver_count(mean["span"].numel())
+    groups = group_heads(mean["span"], mean["receiver_kurtosis"], receivers=receivers)
     without = group_heads(mean["span_ignoring"])
-    by_gini = group_heads(mean["span"], mean["receiver_gini"], receivers=RECEIVERS)
+    by_gini = group_heads(mean["span"], mean["receiver_gini"], receivers=receivers)
     share = mean["share_on_first"]
     count, total = int(groups.global_heads.sum()), share.numel()
     most_on_first = torch.zeros(total, dtype=torch.bool)
@@ -238,7 +238,8 @@ def _stability(raw: Raw) -> dict[str, Estimate]:
         layers=tuple(range(layers)),
         receiver_level="token",
     )
-    return {str(group): found for group, found in attnprobe.group_stability(statistics).overlap.items()}
+    stability = attnprobe.group_stability(statistics, receivers=receiver_count(layers * heads))
+    return {str(group): found for group, found in stability.overlap.items()}
 
 
 # ---- interventions ----------------------------------------------------------------------------------

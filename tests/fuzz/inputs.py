@@ -74,6 +74,23 @@ KINDS: dict[str, Kind] = {
         (("numpy bool", np.bool_),),
     ),
     "word": Kind((*WORDS, *STRANGERS, *constants(None, 0, True, 1.0, [], ["token"], torch.ones(1)))),
+    "names": Kind(
+        (
+            *WORDS,
+            *STRANGERS,
+            *constants(0, 1.5, True, [1], ["nonsense"], [None], {"first": 1}, torch.ones(2), b"first", [[]]),
+        ),
+        (("list", list), ("tuple", tuple)),
+    ),
+    "clusters": Kind(
+        (
+            *WORDS,
+            *STRANGERS,
+            *constants(0, 1.5, True, [], [1], ["a"] * 50, [[1], [2]], {}, "ab", torch.ones(3, 2)),
+        ),
+        (("tuple", tuple), ("tensor", torch.tensor), ("numpy", np.array)),
+    ),
+    "function": Kind((*WORDS, *constants(Stranger(), None, 0, 1.5, [], {}, torch.ones(1)))),
     "horizon": Kind(
         (
             *WORDS,
