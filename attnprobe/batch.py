@@ -31,11 +31,9 @@ from attnprobe.results import Result, table_column
 from attnprobe.segments import (
     SegmentsLike,
     check_known,
-    check_own_names,
-    check_segment_masks,
     first_tokens,
+    own_segment_names,
     segment_masks,
-    segment_names,
 )
 from attnprobe.storage import PathLike
 from attnprobe.texts import as_texts, chat_prompts, encoded, token_texts
@@ -93,7 +91,8 @@ class TokenBatch(Result):
                 f"response_mask marks padding in example {int(outside.nonzero()[0, 0])}: it must lie in "
                 "attention_mask"
             )
-        self._check_segments()
+        names = own_segment_names(self.segment_names, self.segments, self.attention_mask)
+        object.__setattr__(self, "segment_names", names)
         if self.model_inputs is not None:
             if self.segment_ids is not None:
                 raise BatchError(f"packed examples cannot be run with {', '.join(self.model_inputs)}")
@@ -121,16 +120,6 @@ class TokenBatch(Result):
         return columns
 
     # ---- segments -----------------------------------------------------------------------------
-
-    def _check_segments(self) -> None:
-        # Names of nothing are dropped: `replace(batch, segments=None)` is a batch without segments.
-        names = (
-            () if self.segments is None else segment_names(self.segment_names, "segment_names", BatchError)
-        )
-        check_own_names(names)
-        object.__setattr__(self, "segment_names", names)
-        if self.segments is not None:
-            check_segment_masks(self.segments, names, self.attention_mask)
 
     def segment(self, name: str) -> Bool[Tensor, "batch token"]:
         """Return the mask of a segment: one of the batch's own, or "prompt", "response" or "first".
@@ -338,14 +327,8 @@ class TokenBatch(Result):
             model_inputs=model_inputs,
         )
         texts = None if tokenizer is None else _texts(tokenizer, parts.input_ids)
-        batch = TokenBatch(
-            parts.input_ids,
-            parts.attention_mask,
-            parts.response_mask,
-            parts.segment_ids,
-            texts,
-            parts.model_inputs,
-        )
+        masks = parts.attention_mask, parts.response_mask, parts.segment_ids
+        batch = TokenBatch(parts.input_ids, *masks, texts, parts.model_inputs)
         return batch if segments is None else batch.with_segments(parts.widened(segments))
 
     @staticmethod

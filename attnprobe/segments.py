@@ -140,18 +140,24 @@ def check_own_names(names: Sequence[str]) -> None:
         )
 
 
-def check_segment_masks(
-    masks: Bool[Tensor, "batch segment token"], names: Sequence[str], real: Bool[Tensor, "batch token"]
-) -> None:
-    """Check that there is a name for each segment, and that none marks padding.
+def own_segment_names(
+    names: NamesLike, masks: Bool[Tensor, "batch segment token"] | None, real: Bool[Tensor, "batch token"]
+) -> tuple[str, ...]:
+    """Return the names of a batch's own segments, after checking them and the segments; none without any.
 
     Raises:
-        BatchError: there is not, or one does.
+        BatchError: built-in names, another number of names than of segments, or segments that mark padding.
     """
-    if masks.shape[1] != len(names):
-        raise BatchError(f"segment_names must name {masks.shape[1]} segments; got {brief(names)}")
-    for name, mask in zip(names, masks.unbind(1), strict=True):
+    # Names of nothing are dropped: `replace(batch, segments=None)` is a batch without segments.
+    if masks is None:
+        return ()
+    found = segment_names(names, "segment_names", BatchError)
+    check_own_names(found)
+    if masks.shape[1] != len(found):
+        raise BatchError(f"segment_names must name {masks.shape[1]} segments; got {brief(found)}")
+    for name, mask in zip(found, masks.unbind(1), strict=True):
         _check_inside(name, mask, real)
+    return found
 
 
 def _mask_of(name: str, value: Any, real: Tensor, texts: tuple[tuple[str, ...], ...] | None) -> Tensor:
