@@ -40,9 +40,10 @@ from attnprobe.errors import (
     TrainerError,
     UnsupportedModelError,
 )
+from attnprobe.head_groups import HeadGroups
 from attnprobe.head_selection import HeadSelection
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import HeadGroups, classify_heads
+from attnprobe.heads import classify_heads
 from attnprobe.maps import GroupMaps
 from attnprobe.measurement import group_maps, measure
 from attnprobe.probe import Attachment, Probe, attach

@@ -6,7 +6,8 @@ trainer's rollouts. The batch keeps that layout, and results are aligned with it
 then needs no mask at all, positions start at 0, and neither padding nor a packed neighbour can leak into a
 statistic.
 
-What is left to others: running a model (adapters) and the meaning of a response mask (metrics).
+What is left to others: what tokens and masks are made of (batch_parts, ids, texts, segments), where sequences
+lie (layout), running a model (adapters) and the meaning of a response mask (metrics).
 """
 
 from __future__ import annotations
@@ -21,30 +22,22 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from attnprobe.axes import example_indices
+from attnprobe.batch_parts import batch_parts, joined_parts, rollout_parts
 from attnprobe.errors import BatchError
-from attnprobe.ids import (
-    as_ids,
-    as_lists,
-    of_mapping,
-    ragged_lengths,
-    rectangle,
-    rectangle_of_mask,
-    response_starts,
-)
-from attnprobe.layout import SequenceLayout, check_padding, check_sequences, packed_segments, token_columns
-from attnprobe.model_inputs import as_model_inputs, equal_inputs, refuse_inputs, with_positions
+from attnprobe.ids import as_ids, of_mapping
+from attnprobe.layout import SequenceLayout, check_padding, check_sequences, sequence_layout, token_columns
+from attnprobe.model_inputs import as_model_inputs, equal_inputs, refuse_inputs
 from attnprobe.results import Result, table_column
 from attnprobe.segments import (
     SegmentsLike,
     check_known,
-    check_own_names,
     first_tokens,
+    own_segment_names,
     segment_masks,
-    segment_names,
 )
 from attnprobe.storage import PathLike
-from attnprobe.texts import as_texts, chat_prompt_ids, encoded, token_texts
-from attnprobe.validation import ArrayLike, as_mask, brief
+from attnprobe.texts import as_texts, chat_prompts, encoded, token_texts
+from attnprobe.validation import ArrayLike
 
 if TYPE_CHECKING:
     BatchLike: TypeAlias = "TokenBatch" | Mapping[str, Any] | ArrayLike
@@ -98,7 +91,8 @@ class TokenBatch(Result):
                 f"response_mask marks padding in example {int(outside.nonzero()[0, 0])}: it must lie in "
                 "attention_mask"
             )
-        self._check_segments()
+        names = own_segment_names(self.segment_names, self.segments, self.attention_mask)
+        object.__setattr__(self, "segment_names", names)
         if self.model_inputs is not None:
             if self.segment_ids is not None:
                 raise BatchError(f"packed examples cannot be run with {', '.join(self.model_inputs)}")
@@ -126,25 +120,6 @@ class TokenBatch(Result):
         return columns
 
     # ---- segments -----------------------------------------------------------------------------
-
-    def _check_segments(self) -> None:
-        # Names of nothing are dropped: `replace(batch, segments=None)` is a batch without segments.
-        names = (
-            () if self.segments is None else segment_names(self.segment_names, "segment_names", BatchError)
-        )
-        check_own_names(names)
-        object.__setattr__(self, "segment_names", names)
-        if self.segments is None:
-            return
-        if self.segments.shape[1] != len(names):
-            raise BatchError(f"segment_names must name {self.segments.shape[1]} segments; got {brief(names)}")
-        outside = self.segments & ~self.attention_mask[:, None]
-        if bool(outside.any()):
-            example, number, _ = outside.nonzero()[0].tolist()
-            raise BatchError(
-                f"the segment {names[number]!r} marks padding in example {example}: it must lie in "
-                "attention_mask"
-            )
 
     def segment(self, name: str) -> Bool[Tensor, "batch token"]:
         """Return the mask of a segment: one of the batch's own, or "prompt", "response" or "first".
@@ -343,53 +318,18 @@ class TokenBatch(Result):
         >>> batch.response_mask.int().tolist()
         [[0, 0, 1, 1], [0, 0, 1, 0]]
         """
-        input_ids = as_lists(input_ids)
-        lengths = ragged_lengths(input_ids)
-        ids = as_ids(rectangle(input_ids, "input_ids", lengths), "input_ids")
-        if ids.ndim == 1:
-            ids = ids[None]
-        if ids.ndim != 2:
-            raise BatchError(f"input_ids must be [batch, token]; got {list(ids.shape)}")
-
-        def mask_of(value: Any, name: str) -> Tensor:
-            whole = rectangle(as_lists(value), name, lengths)
-            return as_mask(whole, name, tuple(ids.shape), device=ids.device, error=BatchError)
-
-        real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-        if lengths is not None:
-            real = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
-        if attention_mask is not None:
-            real = real & mask_of(attention_mask, "attention_mask")
-        packed = None
-        if model_inputs is not None:
-            model_inputs = with_positions(model_inputs, position_ids, real)
-        elif position_ids is not None:
-            positions = rectangle(as_lists(position_ids), "position_ids", lengths)
-            packed = packed_segments(as_ids(positions, "position_ids"), real)
-        check_padding(real)
-        if response_mask is not None and response_start is not None:
-            raise BatchError("pass response_mask or response_start, not both")
-        response = real
-        if response_start is not None:
-            if packed is not None:
-                raise BatchError("packed examples hold several responses: pass response_mask")
-            response = real & (
-                torch.arange(ids.shape[1], device=ids.device) >= response_starts(response_start, ids)
-            )
-        elif response_mask is not None:
-            response = mask_of(response_mask, "response_mask")
-        empty = ~response.any(-1)
-        if bool(empty.any()):
-            raise BatchError(
-                f"example {int(empty.nonzero()[0])} has an empty response: there is no token to describe"
-            )
-        texts = None if tokenizer is None else _texts(tokenizer, ids)
-        batch = TokenBatch(ids, real, response, packed, texts, model_inputs)
-        if segments is None:
-            return batch
-        if lengths is not None and isinstance(segments, Mapping):
-            segments = {name: rectangle_of_mask(value, lengths) for name, value in segments.items()}
-        return batch.with_segments(segments)
+        parts = batch_parts(
+            input_ids,
+            attention_mask,
+            response_mask=response_mask,
+            response_start=response_start,
+            position_ids=position_ids,
+            model_inputs=model_inputs,
+        )
+        texts = None if tokenizer is None else _texts(tokenizer, parts.input_ids)
+        masks = parts.attention_mask, parts.response_mask, parts.segment_ids
+        batch = TokenBatch(parts.input_ids, *masks, texts, parts.model_inputs)
+        return batch if segments is None else batch.with_segments(parts.widened(segments))
 
     @staticmethod
     def from_text(
@@ -433,12 +373,7 @@ class TokenBatch(Result):
             BatchError: a tokenizer without a chat template, messages that the template rejects, different
                 numbers of conversations and responses, an empty response, or segments that are none.
         """
-        if getattr(tokenizer, "chat_template", None) is None:
-            raise BatchError("this tokenizer has no chat template: use TokenBatch.from_text")
-        if not isinstance(messages, list | tuple) or not messages:
-            raise BatchError(f"messages must be one conversation or a list of them; got {brief(messages)}")
-        conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
-        heads = [chat_prompt_ids(tokenizer, conversation) for conversation in conversations]
+        heads = chat_prompts(tokenizer, messages)
         tails = as_texts(responses, "responses")
         return _join(tokenizer, heads, [encoded(tokenizer, tail, special=False) for tail in tails], segments)
 
@@ -462,25 +397,8 @@ class TokenBatch(Result):
         Raises:
             BatchError: shapes or masks that do not match.
         """
-        prompt, completion = as_ids(prompt_ids, "prompt_ids"), as_ids(completion_ids, "completion_ids")
-        if prompt.ndim != 2 or completion.ndim != 2:
-            raise BatchError(
-                "prompt_ids and completion_ids must be [batch, token], got "
-                f"{list(prompt.shape)} and {list(completion.shape)}"
-            )
-        if prompt.shape[0] != completion.shape[0]:
-            raise BatchError(f"{prompt.shape[0]} prompts but {completion.shape[0]} completions")
-
-        def mask_of(value: Any, name: str, ids: Tensor) -> Tensor:
-            return as_mask(value, name, tuple(ids.shape), device=prompt.device, error=BatchError)
-
-        asked = mask_of(prompt_mask, "prompt_mask", prompt)
-        written = mask_of(completion_mask, "completion_mask", completion)
-        own = written if response_mask is None else mask_of(response_mask, "response_mask", completion)
         return TokenBatch.from_ids(
-            torch.cat([prompt, completion.to(prompt.device)], dim=1),
-            torch.cat([asked, written], dim=1),
-            response_mask=torch.cat([torch.zeros_like(asked), own], dim=1),
+            **rollout_parts(prompt_ids, prompt_mask, completion_ids, completion_mask, response_mask),
             tokenizer=tokenizer,
             segments=segments,
         )
@@ -497,43 +415,15 @@ class TokenBatch(Result):
         """
         refuse_inputs(self.model_inputs, "rearrange")
         check_padding(self.attention_mask)
-        spans: list[tuple[int, int, int]] = []
-        for example in range(self.batch_size):
-            if self.segment_ids is None:
-                columns = self.attention_mask[example].nonzero()[:, 0]
-                spans.append((example, int(columns[0]), len(columns)))
-                continue
-            for number in self.segment_ids[example][self.attention_mask[example]].unique().tolist():
-                columns = (self.segment_ids[example] == number).nonzero()[:, 0]
-                if bool(self.response_mask[example, columns].any()):
-                    spans.append((example, int(columns[0]), len(columns)))
-        if not spans:
-            raise BatchError("the packed examples hold no response: there is no token to describe")
-        width = max(length for _, _, length in spans)
-        ids = self.input_ids.new_zeros(len(spans), width)
-        real = torch.zeros(len(spans), width, dtype=torch.bool, device=ids.device)
-        response = torch.zeros_like(real)
-        segments = None
-        if self.segments is not None:
-            segments = real[:, None].repeat(1, len(self.segment_names), 1)
-        for i, (example, start, length) in enumerate(spans):
-            # Padding repeats a token of the example, which is certain to be in the vocabulary.
-            ids[i] = self.input_ids[example, start]
-            ids[i, :length] = self.input_ids[example, start : start + length]
-            real[i, :length] = True
-            response[i, :length] = self.response_mask[example, start : start + length]
-            if segments is not None and self.segments is not None:
-                segments[i, :, :length] = self.segments[example, :, start : start + length]
-        source, start, lengths = torch.tensor(spans).T
-        layout = SequenceLayout(source, start, lengths, (self.batch_size, self.token_count))
-        texts = None
-        if self.texts is not None:
-            texts = tuple(
-                (*self.texts[example][first : first + length], *[""] * (width - length))
-                for example, first, length in spans
-            )
+        layout = sequence_layout(self.attention_mask, self.response_mask, self.segment_ids)
+        real = layout.real_tokens().to(self.input_ids.device)
         sequences = TokenBatch(
-            ids, real, response, texts=texts, segments=segments, segment_names=self.segment_names
+            layout.apart(self.input_ids),
+            real,
+            layout.apart(self.response_mask) & real,
+            texts=None if self.texts is None else layout.texts_apart(self.texts),
+            segments=None if self.segments is None else layout.apart(self.segments) & real[:, None],
+            segment_names=self.segment_names,
         )
         return sequences, layout
 
@@ -546,16 +436,4 @@ def _join(
     tokenizer: Any, heads: list[list[int]], tails: list[list[int]], segments: SegmentsLike | None
 ) -> TokenBatch:
     """Join tokenized prompts and responses into a right-padded batch."""
-    if len(heads) != len(tails):
-        raise BatchError(f"{len(heads)} prompts but {len(tails)} responses")
-    if not heads:
-        raise BatchError("the batch is empty: pass at least one prompt and response")
-    for i, tail in enumerate(tails):
-        if not tail:
-            raise BatchError(f"response {i} is empty: there is no token to describe")
-    return TokenBatch.from_ids(
-        [head + tail for head, tail in zip(heads, tails, strict=True)],
-        response_start=[len(head) for head in heads],
-        tokenizer=tokenizer,
-        segments=segments,
-    )
+    return TokenBatch.from_ids(**joined_parts(heads, tails), tokenizer=tokenizer, segments=segments)

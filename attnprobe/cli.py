@@ -225,7 +225,7 @@ def score(
     quantile: QuantileOption = 0.3,
 ) -> None:
     """Write WAAD, FAI and entropy of every token of an answer to a file."""
-    from attnprobe.heads import HeadGroups
+    from attnprobe.head_groups import HeadGroups
 
     _check_table_path(output)
     saved = None if groups is None else HeadGroups.load(groups)

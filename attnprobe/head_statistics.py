@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe import metrics
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
 from attnprobe.layer_selection import LayerName, named_layers
 from attnprobe.layout import token_columns
+from attnprobe.metric_arguments import check_horizon, check_window
 from attnprobe.provenance import ranges
 from attnprobe.reductions import TRAINING_HORIZON, Horizon
 from attnprobe.results import Result, check_layers, html_table, table_column
@@ -116,8 +116,8 @@ class HeadStatistics(Result):
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:
         super()._check(error)
         check_layers(self, self.waad.shape[1], error)
-        object.__setattr__(self, "window", metrics.check_window(self.window))
-        object.__setattr__(self, "horizon", metrics.check_horizon(self.horizon))
+        object.__setattr__(self, "window", check_window(self.window))
+        object.__setattr__(self, "horizon", check_horizon(self.horizon))
         self._check_segments(error)
 
     def _check_segments(self, error: type[AttnprobeError]) -> None:

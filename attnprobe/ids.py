@@ -1,6 +1,7 @@
 """Token ids as users pass them in: mappings, tensors, arrays, ragged lists, labels, starts of responses.
 
-`TokenBatch.from_ids` and `TokenBatch.of` call these. What is left to others: masks (batch) and layout.
+`TokenBatch.of` and whatever makes the parts of a batch (batch_parts) call these. What is left to others:
+masks (batch_parts), padding and packing (layout).
 """
 
 from __future__ import annotations

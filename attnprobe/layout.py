@@ -1,8 +1,8 @@
 """How examples are laid out: padding, packing, and the way back from right-padded sequences.
 
-`TokenBatch` checks its masks here. `TokenBatch.sequences` makes a `SequenceLayout`, with which `measure`
-returns results in the user's layout. Tables of tokens get the columns by which they are joined here. What is
-left to others: the tokens themselves (batch).
+`TokenBatch` checks its masks here. `TokenBatch.sequences` takes its examples apart with a `SequenceLayout`,
+with which `measure` returns results in the user's layout. Tables of tokens get the columns by which they are
+joined here. What is left to others: the tokens themselves (batch).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Real
+from jaxtyping import Bool, Float, Int, Real, Shaped
 from torch import Tensor
 
 from attnprobe.errors import BatchError, ParameterError
@@ -36,6 +36,29 @@ class SequenceLayout:
         every = torch.arange(batch_size)
         start, length = torch.zeros_like(every), torch.full_like(every, token_count)
         return SequenceLayout(every, start, length, (batch_size, token_count))
+
+    def real_tokens(self) -> Bool[Tensor, "sequence sequence_token"]:
+        """Return which tokens of the right-padded sequences are real."""
+        return torch.arange(int(self.length.max())) < self.length[:, None]
+
+    def apart(
+        self, values: Shaped[Tensor, "batch *axes token"]
+    ) -> Shaped[Tensor, "sequence *axes sequence_token"]:
+        """Return the values of each sequence's tokens; on padding, those of its first token."""
+        real = self.real_tokens()
+        column = self.start[:, None] + torch.arange(real.shape[1]) * real
+        by_token = values.movedim(-1, 1)  # [batch, token, *axes]
+        chosen = by_token[self.source[:, None].to(values.device), column.to(values.device)]
+        return chosen.movedim(1, -1).contiguous()
+
+    def texts_apart(self, texts: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
+        """Return the texts of each sequence's tokens; those of padding are empty."""
+        width = int(self.length.max())
+        places = zip(self.source.tolist(), self.start.tolist(), self.length.tolist(), strict=True)
+        return tuple(
+            (*texts[example][start : start + length], *[""] * (width - length))
+            for example, start, length in places
+        )
 
     def tokens(
         self, values: Float[Tensor, "sequence *axes sequence_token"]
@@ -78,6 +101,32 @@ class SequenceLayout:
         out = values.new_full(shape, torch.nan)
         out[self.source.to(values.device), place.to(values.device)] = values
         return out.movedim(1, -1)
+
+
+def sequence_layout(
+    real: Bool[Tensor, "batch token"],
+    response: Bool[Tensor, "batch token"],
+    segment_ids: Int[Tensor, "batch token"] | None,
+) -> SequenceLayout:
+    """Return where each sequence lies: one for each example, or for each packed sequence with a response.
+
+    Raises:
+        BatchError: packed examples without any response.
+    """
+    spans: list[tuple[int, int, int]] = []
+    for example in range(real.shape[0]):
+        if segment_ids is None:
+            columns = real[example].nonzero()[:, 0]
+            spans.append((example, int(columns[0]), len(columns)))
+            continue
+        for number in segment_ids[example][real[example]].unique().tolist():
+            columns = (segment_ids[example] == number).nonzero()[:, 0]
+            if bool(response[example, columns].any()):
+                spans.append((example, int(columns[0]), len(columns)))
+    if not spans:
+        raise BatchError("the packed examples hold no response: there is no token to describe")
+    source, start, length = torch.tensor(spans).T
+    return SequenceLayout(source, start, length, (real.shape[0], real.shape[1]))
 
 
 def packed_segments(

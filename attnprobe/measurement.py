@@ -23,11 +23,11 @@ from attnprobe.attention.operator import Attention
 from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.batch_run import MEMORY_BUDGET, BatchRun
 from attnprobe.errors import ParameterError
+from attnprobe.head_groups import GroupsLike, head_groups
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics, ReceiverLevel
-from attnprobe.heads import GroupsLike, head_groups
 from attnprobe.maps import GroupMaps
-from attnprobe.metrics import HorizonLike
+from attnprobe.metric_arguments import HorizonLike
 from attnprobe.probe import Probe, attach
 from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe

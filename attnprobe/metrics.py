@@ -4,28 +4,34 @@ All but kurtosis and Gini coefficients are linear in the attention, so the metri
 mean of the heads' metrics: values are kept per head, and groups are chosen afterwards. Definitions are those
 of arXiv 2510.13554v2. Undefined values are NaN: those outside the response, and those whose horizon holds no
 row. Every function takes the attention, then the response mask `[batch, token]`; without one, all tokens are
-response. The probes call them, and users with a pattern of their own.
+response. The probes call them, and users with a pattern of their own, who find the metrics of sentences here
+too (sentence_metrics).
 
-What is left to others: running the model (adapters), going over layers (head_statistics), choosing
-head groups (heads), and averaging over them (scores).
+What is left to others: what the arguments may be (metric_arguments), the sums behind the metrics
+(reductions), running the model (adapters), going over layers (statistics_probe), choosing head groups
+(heads), and averaging over them (scores).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
-
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.errors import ParameterError, PatternError
+from attnprobe.metric_arguments import (
+    AttentionLike,
+    HorizonLike,
+    as_attention,
+    check_horizon,
+    check_mask,
+    check_norms,
+    check_segments,
+    check_window,
+)
 from attnprobe.reductions import (
-    FEWEST_VALUES,
     RECEIVER_HORIZON,
     TRAINING_HORIZON,
-    Horizon,
     MarkedKeys,
     Selectivity,
     influence_of,
@@ -36,22 +42,33 @@ from attnprobe.reductions import (
     selectivity_of,
     windowed_distance_by_row,
 )
-from attnprobe.validation import (
-    ArrayLike,
-    IntLike,
-    as_float_tensor,
-    as_mask,
-    as_tensor,
-    brief,
-    finite,
-    whole_number,
+from attnprobe.sentence_metrics import (
+    sentence_attention,
+    sentence_influence,
+    sentence_receiver_gini,
+    sentence_receiver_kurtosis,
+    sentence_selectivity,
 )
+from attnprobe.validation import ArrayLike, IntLike, as_mask, as_tensor, brief, whole_number
 
-if TYPE_CHECKING:
-    AttentionLike: TypeAlias = Attention | ArrayLike
-    HorizonLike: TypeAlias = Horizon | Sequence[IntLike | None] | ArrayLike
-else:
-    AttentionLike = HorizonLike = Any
+__all__ = [
+    "AttentionLike",
+    "HorizonLike",
+    "attention_share",
+    "distribution_entropy",
+    "future_attention_influence",
+    "mean_attention_distance",
+    "mean_attention_distance_ignoring",
+    "receiver_gini",
+    "receiver_kurtosis",
+    "sentence_attention",
+    "sentence_influence",
+    "sentence_receiver_gini",
+    "sentence_receiver_kurtosis",
+    "sentence_selectivity",
+    "token_entropy",
+    "windowed_attention_distance",
+]
 
 
 def mean_attention_distance(
@@ -73,10 +90,7 @@ def mean_attention_distance(
     """
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
-    distance = attention.mean_distance()
-    inside = mask[:, None].to(attention.dtype)
-    count = inside.sum(-1)
-    return (distance * inside).sum(-1) / count.masked_fill(count == 0, torch.nan)
+    return mean_over_rows(attention.mean_distance(), mask)
 
 
 def mean_attention_distance_ignoring(
@@ -199,7 +213,7 @@ def future_attention_influence(
     mask = check_mask(attention, response_mask)
     segments = check_segments(attention, segment_ids)
     giving = mask if rows is None else check_mask(attention, rows, "rows")
-    received = received_by_key(attention, giving, (low, high)) * _check_norms(attention, value_norms)
+    received = received_by_key(attention, giving, (low, high)) * check_norms(attention, value_norms)
     return influence_of(received, mask, (low, high), segments, giving)
 
 
@@ -281,147 +295,8 @@ def _token_selectivity(
     attention = as_attention(attention)
     mask = check_mask(attention, response_mask)
     segments = check_segments(attention, segment_ids)
-    received = received_by_key(attention, mask, horizon) * _check_norms(attention, value_norms)
+    received = received_by_key(attention, mask, horizon) * check_norms(attention, value_norms)
     return selectivity_of(received, mask, horizon, segments, minimum_rows)
-
-
-def sentence_receiver_kurtosis(
-    attention: AttentionLike,
-    sentence_ids: ArrayLike,
-    min_distance: IntLike = 4,
-    minimum_sentences: IntLike | None = None,
-) -> Float[Tensor, "batch head"]:
-    """Return how selective each head's inbound attention is, from sentence to sentence.
-
-    The variant of Thought Anchors (arXiv 2506.19143): Fisher's kurtosis (biased), at least -2, of the
-    sentences' vertical scores, which `sentence_influence` returns. NaN where it is undefined: for responses
-    with fewer than `minimum_sentences` sentences, fewer than four scores, or equal ones.
-
-    Args:
-        attention: of one layer, or a pattern.
-        sentence_ids: `[batch, token]`, the sentences of a response numbered from 0; -1 outside them.
-        min_distance: pairs of sentences closer than this are left out.
-        minimum_sentences: default `min_distance + 4`, which gives four scores. With two, kurtosis is -2 for
-            every head, and with three -1.5: arithmetic, not attention.
-
-    Raises:
-        PatternError: an invalid pattern.
-        ParameterError: ids that do not fit, or a distance or number below 1.
-
-    >>> pattern = torch.zeros(6, 6)
-    >>> pattern[:, 0] = 1.0
-    >>> sentence_receiver_kurtosis(pattern, torch.arange(6)[None], min_distance=1)
-    tensor([[0.2500]])
-    """
-    return sentence_selectivity(attention, sentence_ids, min_distance, minimum_sentences).kurtosis
-
-
-def sentence_receiver_gini(
-    attention: AttentionLike,
-    sentence_ids: ArrayLike,
-    min_distance: IntLike = 4,
-    minimum_sentences: IntLike | None = None,
-) -> Float[Tensor, "batch head"]:
-    """Return the Gini coefficient of the scores whose kurtosis `sentence_receiver_kurtosis` returns.
-
-    In `[0, 1)`; it does not grow with the number of sentences. NaN where kurtosis is, except that it is 0 for
-    equal scores and undefined if all are 0.
-
-    Raises:
-        PatternError: an invalid pattern.
-        ParameterError: ids that do not fit, or a distance or number below 1.
-
-    >>> pattern = torch.zeros(6, 6)
-    >>> pattern[:, 0] = 1.0
-    >>> sentence_receiver_gini(pattern, torch.arange(6)[None], min_distance=1)
-    tensor([[0.8000]])
-    """
-    return sentence_selectivity(attention, sentence_ids, min_distance, minimum_sentences).gini
-
-
-def sentence_selectivity(
-    attention: AttentionLike,
-    sentence_ids: ArrayLike,
-    min_distance: IntLike = 4,
-    minimum_sentences: IntLike | None = None,
-) -> Selectivity:
-    """Return both of the above from one pass over the attention.
-
-    Raises:
-        PatternError: an invalid pattern.
-        ParameterError: ids that do not fit, or a distance or number below 1.
-    """
-    min_distance = whole_number(min_distance, "min_distance", minimum=1)
-    least = min_distance + FEWEST_VALUES if minimum_sentences is None else minimum_sentences
-    least = whole_number(least, "minimum_sentences", minimum=1)
-    pooled = sentence_attention(attention, sentence_ids)
-    # A sentence that exists gives some mean attention to itself; of others nothing is defined.
-    count = (~pooled.diagonal(dim1=-2, dim2=-1).isnan()).sum(-1, keepdim=True)
-    return Selectivity.of(_vertical_scores(pooled, min_distance).masked_fill(count < least, torch.nan))
-
-
-def sentence_influence(
-    attention: AttentionLike, sentence_ids: ArrayLike, min_distance: IntLike = 4
-) -> Float[Tensor, "batch head sentence"]:
-    """Return the vertical score of each sentence: the mean attention from the sentences well after it.
-
-    The mean of column i of `sentence_attention` over the sentences from `i + min_distance` on (Thought
-    Anchors, arXiv 2506.19143), in `[0, 1]`; NaN for the last `min_distance` sentences, and those that a
-    response does not have.
-
-    Raises:
-        PatternError: an invalid pattern.
-        ParameterError: ids that do not fit, or a distance below 1.
-
-    >>> pattern = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.25, 0.25]])
-    >>> sentence_influence(pattern, torch.tensor([[0, 1, 2]]), min_distance=1)
-    tensor([[[0.5000, 0.2500,    nan]]])
-    """
-    min_distance = whole_number(min_distance, "min_distance", minimum=1)
-    return _vertical_scores(sentence_attention(attention, sentence_ids), min_distance)
-
-
-def _vertical_scores(
-    pooled: Float[Tensor, "batch head sentence sentence"], min_distance: int
-) -> Float[Tensor, "batch head sentence"]:
-    count = pooled.shape[-1]
-    near = torch.ones(count, count, dtype=torch.bool, device=pooled.device).triu(1 - min(min_distance, count))
-    return pooled.masked_fill(near, torch.nan).nanmean(-2)
-
-
-def sentence_attention(
-    attention: AttentionLike, sentence_ids: ArrayLike
-) -> Float[Tensor, "batch head sentence sentence"]:
-    """Return the mean attention between sentences: `[..., i, j]` is what sentence i gives to sentence j.
-
-    The mean of `A[t, s]` over the tokens t of sentence i and s of sentence j, in `[0, 1]`; NaN for
-    sentences that a response does not have. No map of tokens is stored.
-
-    Raises:
-        PatternError: an invalid pattern.
-        ParameterError: ids that do not fit.
-
-    >>> pattern = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.5, 0.25, 0.25]])
-    >>> sentence_attention(pattern, torch.tensor([[0, 0, 1]]))[0, 0]
-    tensor([[0.5000, 0.0000],
-            [0.3750, 0.2500]])
-    """
-    attention = as_attention(attention)
-    ids = _token_numbers(attention, sentence_ids, "sentence_ids")
-    if int(ids.max()) >= attention.query_count:
-        raise ParameterError(
-            f"sentence_ids count the sentences from 0, so there are at most {attention.query_count}; got "
-            f"{int(ids.max())}"
-        )
-    sentence = torch.arange(max(1, int(ids.max()) + 1), device=attention.device)
-    member = (ids[..., None] == sentence).to(attention.dtype)
-    length = member.sum(1)
-    mean = member / length.masked_fill(length == 0, torch.nan)[:, None]
-    # Undefined sentences must not reach the operator: NaN times 0 would make every token NaN.
-    read = attention.attend(mean.nan_to_num())
-    pooled = torch.einsum("btr,bhts->bhrs", mean.nan_to_num(), read)
-    missing = (length == 0)[:, None]
-    return pooled.masked_fill(missing[..., None, :] | missing[..., :, None], torch.nan)
 
 
 def token_entropy(
@@ -472,85 +347,3 @@ def distribution_entropy(logits: ArrayLike) -> Float[Tensor, "*axes"]:
     if bool(entropy.isnan().any()):
         raise PatternError("the model's logits contain NaN: entropy is undefined")
     return entropy.clamp_(min=0.0).view(logits.shape[:-1])
-
-
-def as_attention(attention: AttentionLike) -> Attention:
-    """Return an `Attention`: the one given, or one made from a pattern `[batch, head, query, key]`.
-
-    Metrics describe whole sequences, so a cached pass, with more keys than queries, is refused.
-
-    Raises:
-        PatternError: an invalid pattern, or one with more keys than queries.
-    """
-    if not isinstance(attention, Attention):
-        attention = DenseAttention(attention)
-    if attention.query_offset != 0:
-        raise PatternError(
-            f"metrics need a whole forward pass: got {attention.query_count} queries for "
-            f"{attention.key_count} keys. Measure the finished sequence instead of cached steps"
-        )
-    return attention
-
-
-def check_mask(
-    attention: Attention, mask: ArrayLike | None, name: str = "response_mask"
-) -> Bool[Tensor, "batch token"]:
-    """Return a mask of tokens on the attention's device, all True for None, or raise `ParameterError`."""
-    expected = (attention.batch_size, attention.query_count)
-    if mask is None:
-        return torch.ones(expected, dtype=torch.bool, device=attention.device)
-    return as_mask(mask, name, expected, device=attention.device)
-
-
-def _check_norms(attention: Attention, norms: ArrayLike | None) -> Tensor | float:
-    """Return the norms of values on the attention's device, 1 for None, or raise `ParameterError`."""
-    if norms is None:
-        return 1.0
-    shape = (attention.batch_size, attention.head_count, attention.key_count)
-    values = as_float_tensor(norms, "value_norms", shape, axes="example, head, token")
-    values = finite(
-        values.to(device=attention.device, dtype=attention.dtype), "value_norms", "example, head, token"
-    )
-    if bool((values < 0).any()):
-        raise ParameterError(f"value_norms are norms, at least 0; got {float(values.min()):.3g}")
-    return values
-
-
-def check_segments(attention: Attention, segment_ids: ArrayLike | None) -> Int[Tensor, "batch token"] | None:
-    """Return the sequence number of each token on the attention's device, or raise `ParameterError`."""
-    return None if segment_ids is None else _token_numbers(attention, segment_ids, "segment_ids")
-
-
-def _token_numbers(attention: Attention, value: ArrayLike, name: str) -> Int[Tensor, "batch token"]:
-    numbers = as_tensor(value, name)
-    expected = (attention.batch_size, attention.query_count)
-    whole = not (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool)
-    if tuple(numbers.shape) != expected or not whole:
-        raise ParameterError(f"{name} must be whole numbers {list(expected)}; got {brief(numbers)}")
-    return numbers.to(attention.device).long()
-
-
-def check_window(window: IntLike) -> int:
-    """Return a WAAD window, or raise `ParameterError`."""
-    return whole_number(window, "window", minimum=1)
-
-
-def check_horizon(horizon: Any) -> Horizon:
-    """Return a horizon `(low, high)` with `0 <= low <= high`, or `high` None, or raise `ParameterError`.
-
-    >>> check_horizon([10, None])
-    (10, None)
-    """
-    is_array = isinstance(horizon, Tensor) or type(horizon).__module__ == "numpy"
-    parts: Any = horizon.tolist() if is_array else horizon
-    if isinstance(parts, list | tuple) and len(parts) == 2:
-        low, high = parts
-        try:
-            low = whole_number(low, "low")
-            return low, None if high is None else whole_number(high, "high", minimum=low)
-        except ParameterError:
-            pass
-    raise ParameterError(
-        "a horizon must be (low, high) in whole tokens with 0 <= low <= high, or high=None for the end "
-        f"of the response; got {brief(horizon)}"
-    )

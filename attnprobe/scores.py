@@ -18,9 +18,9 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, ResultError
+from attnprobe.head_groups import GroupsLike, head_groups
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import GroupsLike, head_groups
 from attnprobe.layout import token_columns
 from attnprobe.provenance import Align, Provenance
 from attnprobe.results import Result, table_column

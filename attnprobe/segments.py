@@ -140,6 +140,26 @@ def check_own_names(names: Sequence[str]) -> None:
         )
 
 
+def own_segment_names(
+    names: NamesLike, masks: Bool[Tensor, "batch segment token"] | None, real: Bool[Tensor, "batch token"]
+) -> tuple[str, ...]:
+    """Return the names of a batch's own segments, after checking them and the segments; none without any.
+
+    Raises:
+        BatchError: built-in names, another number of names than of segments, or segments that mark padding.
+    """
+    # Names of nothing are dropped: `replace(batch, segments=None)` is a batch without segments.
+    if masks is None:
+        return ()
+    found = segment_names(names, "segment_names", BatchError)
+    check_own_names(found)
+    if masks.shape[1] != len(found):
+        raise BatchError(f"segment_names must name {masks.shape[1]} segments; got {brief(found)}")
+    for name, mask in zip(found, masks.unbind(1), strict=True):
+        _check_inside(name, mask, real)
+    return found
+
+
 def _mask_of(name: str, value: Any, real: Tensor, texts: tuple[tuple[str, ...], ...] | None) -> Tensor:
     if isinstance(value, re.Pattern):
         if texts is None:
@@ -151,13 +171,17 @@ def _mask_of(name: str, value: Any, real: Tensor, texts: tuple[tuple[str, ...], 
     if isinstance(value, slice) or (isinstance(value, list | tuple) and _holds_slices(value)):
         return _columns(name, value, real)
     mask = as_mask(value, f"the segment {name!r}", tuple(real.shape), device=real.device, error=BatchError)
+    _check_inside(name, mask, real)
+    return mask
+
+
+def _check_inside(name: str, mask: Tensor, real: Tensor) -> None:
     outside = mask & ~real
     if bool(outside.any()):
         raise BatchError(
             f"the segment {name!r} marks padding in example {int(outside.nonzero()[0, 0])}: it must lie in "
             "attention_mask"
         )
-    return mask
 
 
 def _holds_slices(value: Sequence[Any]) -> bool:

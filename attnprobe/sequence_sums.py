@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnprobe import metrics, reductions
+from attnprobe import reductions
 from attnprobe.attention.operator import Attention
 from attnprobe.errors import PatternError
+from attnprobe.metric_arguments import check_mask
 from attnprobe.reductions import Horizon, MarkedKeys
 
 
@@ -176,7 +177,7 @@ def add_rows(
         rows: Tensor, earlier: Tensor | None, within: Horizon, band: Tensor | None, unknown: Tensor | None
     ) -> tuple[Tensor, _Addends | None]:
         """Add what this pass's keys received to what the columns had received before; NaN where unknown."""
-        rows = metrics.check_mask(attention, rows[:, missing:])
+        rows = check_mask(attention, rows[:, missing:])
         lasting = rows.clone()
         lasting[:, rows.shape[1] - drafted :] = False
         now = reductions.received_by_key(attention, lasting, within, band)

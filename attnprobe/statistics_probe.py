@@ -2,8 +2,8 @@
 
 `measure` attaches one, and so do users who run the model themselves. A layer's attention is reduced as
 soon as it is seen. A pass that continues a KV cache adds to its sequence. What is left to others: the
-result (head_statistics), the definitions (metrics), adding rows up (sequence_sums), reading a model
-(adapters).
+result (head_statistics), the definitions (metrics), the passes so far (growing_sequence), adding rows up
+(sequence_sums), reading a model (adapters).
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from attnprobe import metrics, reductions
 from attnprobe.adapters.base import GrowingCache, Value
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import PatternError, ResultError
+from attnprobe.errors import ResultError
+from attnprobe.growing_sequence import GrowingSequence
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.metrics import HorizonLike
+from attnprobe.metric_arguments import HorizonLike, check_horizon, check_window
 from attnprobe.probe import Probe
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.segment_marks import AskedSegments, SegmentMarks
@@ -86,8 +87,8 @@ class HeadStatisticsProbe(Probe):
         influence_rows: str = "response",
         value_weighted: bool = False,
     ) -> None:
-        self.window = metrics.check_window(window)
-        self.horizon = metrics.check_horizon(horizon)
+        self.window = check_window(window)
+        self.horizon = check_horizon(horizon)
         self.span = truth(span, "span")
         self.receiver = truth(receiver, "receiver")
         self.asked = AskedSegments.of(share_on, share_from, span_ignores, influence_rows, span=self.span)
@@ -99,7 +100,7 @@ class HeadStatisticsProbe(Probe):
         if self.value_weighted:
             self.sites |= {"value_norms"}
         self.optional_sites = logits
-        self._sequence = _Sequence()
+        self._sequence = GrowingSequence()
         self._pass: dict[int, LayerSums] = {}
         self._norms: dict[int, Tensor] = {}
         self._continues = False
@@ -155,7 +156,7 @@ class HeadStatisticsProbe(Probe):
             self._pass[layer] = self._pass[layer].with_norms(norms, earlier.get(layer))
         if not self._continues:
             self._finished += self._current()
-            self._sequence = _Sequence()
+            self._sequence = GrowingSequence()
         self._sequence = self._sequence.extended(
             self._pass, batch, self._distribution_entropy, self._cache, self._marks
         )
@@ -187,7 +188,7 @@ class HeadStatisticsProbe(Probe):
     def reset(self) -> None:
         """Forget all passes."""
         self.abort()
-        self._sequence, self._cache = _Sequence(), None
+        self._sequence, self._cache = GrowingSequence(), None
         self._finished = []
 
     def _current(self) -> list[_Finished]:
@@ -270,95 +271,6 @@ class _Finished:
 
     statistics: HeadStatistics
     rows_left: Int[Tensor, "batch layer head"] | None
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """The passes of one batch of sequences so far."""
-
-    layers: dict[int, LayerSums] = dataclasses.field(default_factory=dict)
-    response_mask: Bool[Tensor, "batch token"] | None = None
-    segment_ids: Int[Tensor, "batch token"] | None = None
-    input_ids: Int[Tensor, "batch token"] | None = None
-    entropy: Float[Tensor, "batch token"] | None = None
-    last_entropy: Float[Tensor, "batch last"] | None = None
-    """That of the distributions at the last tokens, of which the last is the next token's."""
-    marks: SegmentMarks | None = None
-    cache: GrowingCache | None = None
-    """Where the last tokens may be taken back; None if they may not."""
-
-    def settled(self) -> _Sequence:
-        """Return the sequence without those of its last tokens that are no longer in the cache."""
-        if self.cache is None or self.response_mask is None:
-            return self
-        count = self.response_mask.shape[1] - self.cache.length()
-        # Anything else is a cache that was emptied to be used again, or that others have added to.
-        if not 0 < count <= self.cache.drafted:
-            return self
-        remembered = min(sums.remembered for sums in self.layers.values())
-        if count > remembered:
-            raise PatternError(
-                f"{count} tokens were taken from the KV cache again, but what they added is remembered for "
-                f"the last {remembered} only: let assisted decoding make fewer guesses at a time, or measure "
-                "the finished sequence"
-            )
-        ids, segments, entropy, last = self.input_ids, self.segment_ids, self.entropy, self.last_entropy
-        return _Sequence(
-            {layer: sums.without_last(count) for layer, sums in self.layers.items()},
-            self.response_mask[:, :-count],
-            None if segments is None else segments[:, :-count],
-            None if ids is None else ids[:, :-count],
-            None if entropy is None else entropy[:, :-count],
-            None if last is None or last.shape[1] <= count else last[:, :-count],
-            None if self.marks is None else self.marks.without_last(count),
-            dataclasses.replace(self.cache, drafted=self.cache.drafted - count),
-        )
-
-    def extended(
-        self,
-        layers: dict[int, LayerSums],
-        batch: TokenBatch,
-        distribution_entropy: Tensor | None,
-        cache: GrowingCache | None,
-        marks: SegmentMarks | None,
-    ) -> _Sequence:
-        """Return the sequence with one more complete pass.
-
-        `distribution_entropy` is `[batch, token]`, for at least the last token of the pass.
-        """
-        cache = None if cache is None or cache.drafted == 0 else cache
-        mask, segments, ids = batch.response_mask, batch.segment_ids, batch.input_ids
-        if self.response_mask is not None:
-            if segments is not None or self.segment_ids is not None:
-                raise ResultError(
-                    "packed examples cannot be continued: run each sequence as an example of its own"
-                )
-            mask = torch.cat([self.response_mask, mask], dim=-1)
-        if self.input_ids is not None:
-            ids = torch.cat([self.input_ids, ids], dim=-1)
-        entropy, last = None, None
-        if distribution_entropy is not None:
-            examples, count = batch.input_ids.shape
-            # The distribution at position t is the one that token t + 1 was sampled from.
-            entropy = distribution_entropy.new_full((examples, count), torch.nan)
-            if self.last_entropy is not None:
-                entropy[:, 0] = self.last_entropy[:, -1]
-            known = min(distribution_entropy.shape[1], count)
-            entropy[:, count - known + 1 :] = distribution_entropy[:, -known:-1]
-            last = distribution_entropy[:, -1 - (0 if cache is None else cache.drafted) :]
-            entropy = entropy.masked_fill(~self._has_token_before(batch), torch.nan)
-            if self.entropy is not None:
-                entropy = torch.cat([self.entropy, entropy], dim=-1)
-            entropy = entropy.masked_fill(~mask, torch.nan)
-        return _Sequence(layers, mask, segments, ids, entropy, last, marks, cache)
-
-    def _has_token_before(self, batch: TokenBatch) -> Bool[Tensor, "batch token"]:
-        """Return which tokens follow another of their sequence; a first token was not sampled."""
-        real, segments = batch.attention_mask, batch.segment_ids
-        follows = real[:, :-1]
-        if segments is not None:
-            follows = follows & (segments[:, 1:] == segments[:, :-1])
-        return torch.nn.functional.pad(follows, (1, 0), value=self.last_entropy is not None)
 
 
 def _weighted(

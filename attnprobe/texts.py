@@ -133,6 +133,22 @@ def as_texts(texts: Any, name: str) -> list[str]:
     return list(texts)
 
 
+def chat_prompts(
+    tokenizer: Any, messages: Sequence[dict[str, str]] | Sequence[Sequence[dict[str, str]]]
+) -> list[list[int]]:
+    """Return the ids of one conversation or several, each up to where the assistant speaks.
+
+    Raises:
+        BatchError: a tokenizer without a chat template, or messages that the template rejects.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise BatchError("this tokenizer has no chat template: use TokenBatch.from_text")
+    if not isinstance(messages, list | tuple) or not messages:
+        raise BatchError(f"messages must be one conversation or a list of them; got {brief(messages)}")
+    conversations: Sequence[Any] = [messages] if isinstance(messages[0], Mapping) else messages
+    return [chat_prompt_ids(tokenizer, conversation) for conversation in conversations]
+
+
 def chat_prompt_ids(tokenizer: Any, conversation: Sequence[dict[str, str]]) -> list[int]:
     """Return the ids of a conversation up to where the assistant speaks, using the chat template.
 

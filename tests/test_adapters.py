@@ -18,7 +18,7 @@ from attnprobe.adapters.base import display_name, evaluation_mode
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.errors import AttnprobeError, ParameterError
 from attnprobe.testing.backends import BACKENDS
-from attnprobe.testing.conformance import assert_same_state, model_state
+from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.tiny_models import tiny_model
 
 PACKAGE = __name__.partition(".")[0]

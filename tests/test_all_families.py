@@ -15,12 +15,13 @@ import torch
 import transformers
 
 from attnprobe import AttnprobeError, UnsupportedModelError
-from attnprobe.testing import family_checks, family_models
+from attnprobe.testing import family_checks, family_sizes
 from attnprobe.testing.all_families import BEGIN, END, families_table, family_row, first_sentence, summary
 from attnprobe.testing.family_cases import LENGTHS, FamilyCase, ModelFailed
 from attnprobe.testing.family_checks import check_family
-from attnprobe.testing.family_models import WINDOW, build_family, causal_families, family_config
+from attnprobe.testing.family_models import build_family, causal_families, family_config
 from attnprobe.testing.family_report import FamilyReport, Outcome
+from attnprobe.testing.family_sizes import WINDOW
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -86,7 +87,7 @@ def test_all_families_of_the_library_are_listed() -> None:
     if not IS_PAGES_VERSION:
         return
     known = set(causal_families())
-    for table in (family_models._FAMILIES, family_models._FACTORS, family_models.NOT_ALONE):
+    for table in (family_sizes.OWN_SETTINGS, family_sizes.FACTORS, family_sizes.NOT_ALONE):
         assert set(table) <= known
 
 

@@ -14,7 +14,7 @@ import attnprobe
 from attnprobe.adapters import adapter_for
 from attnprobe.adapters.base import resolve_layers
 from attnprobe.errors import AttnprobeError, ParameterError
-from attnprobe.testing.conformance import assert_same_state, model_state
+from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.tiny_models import tiny_model
 
 IDS = torch.arange(1, 9).view(2, 4)

@@ -84,7 +84,8 @@ def slow_influence(pattern: Tensor, mask: list[bool], low: int, high: int | None
 
 def slow_kurtosis(values: Tensor) -> Tensor:
     defined = values[~values.isnan()]
-    if len(defined) < 2:
+    # Of fewer values, the spread is arithmetic.
+    if len(defined) < 4:
         return torch.tensor(NAN, dtype=torch.float64)
     deviation = defined - defined.mean()
     return deviation.pow(4).mean() / deviation.square().mean().square() - 3

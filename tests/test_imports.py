@@ -149,7 +149,19 @@ def forbidden(source: str, target: str) -> str | None:
         return None
     if is_in(source, "attention") and not is_in(target, "attention", "errors", "validation"):
         return "the operator core knows no model and no metric"
-    above = ("metrics", "head_statistics", "heads", "scores", "rhythm", "rl", "report", "analysis")
+    above = (
+        "metrics",
+        "metric_arguments",
+        "sentence_metrics",
+        "head_statistics",
+        "heads",
+        "head_groups",
+        "scores",
+        "rhythm",
+        "rl",
+        "report",
+        "analysis",
+    )
     if is_in(source, "adapters") and is_in(target, *above):
         return "a backend knows no metric"
     if is_in(source, "report") and is_in(target, "adapters", "measurement"):

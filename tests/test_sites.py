@@ -9,7 +9,7 @@ import attnprobe
 from attnprobe.adapters import adapter_for
 from attnprobe.errors import IncompleteRunError, InterventionError, ParameterError, UnsupportedModelError
 from attnprobe.testing.backends import BACKENDS
-from attnprobe.testing.conformance import assert_same_state, model_state
+from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 
 TENSOR_SITES = ("layer_input", "attention_output", "mlp_output", "layer_output")

@@ -14,7 +14,7 @@ import transformers
 import attnprobe
 from attnprobe.errors import InterventionError, ParameterError, UnsupportedModelError
 from attnprobe.testing.backends import BACKENDS
-from attnprobe.testing.conformance import assert_same_state, model_state
+from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.tiny_models import FAMILIES, VOCABULARY, tiny_model
 

@@ -13,7 +13,8 @@ import attnprobe
 from attnprobe.adapters import adapter_for
 from attnprobe.errors import IncompleteRunError, UnsupportedModelError
 from attnprobe.testing.backends import in_transformer_lens
-from attnprobe.testing.conformance import assert_same_state, conformance_test, model_state
+from attnprobe.testing.conformance import conformance_test
+from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 
 

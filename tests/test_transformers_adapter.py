@@ -17,7 +17,7 @@ from attnprobe import metrics
 from attnprobe.adapters import adapter_for
 from attnprobe.attention.kernels import carries_positions
 from attnprobe.errors import AttnprobeError, IncompleteRunError, ParameterError, UnsupportedModelError
-from attnprobe.testing.conformance import assert_same_state, model_state
+from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 HYBRID = {"qwen3_next", "jamba", "lfm2", "minimax"}

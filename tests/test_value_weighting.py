@@ -23,7 +23,7 @@ from attnprobe import (
     UnsupportedModelError,
     metrics,
 )
-from attnprobe.testing.conformance import assert_same_state, model_state
+from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.strategies import patterns
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 from tests.refusals import refused

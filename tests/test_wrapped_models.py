@@ -32,7 +32,7 @@ from attnprobe.errors import IncompleteRunError, InterventionError, UnsupportedM
 from attnprobe.rl import CoupledRhythmCredit
 from attnprobe.rl.ppo.actor_critic import ActorCritic
 from attnprobe.rl.rollout_credit import RolloutCredit
-from attnprobe.testing.conformance import assert_same_state, model_state
+from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.tiny_models import tiny_model
 
 IDS = torch.randint(3, 99, (2, 40), generator=torch.Generator().manual_seed(1))

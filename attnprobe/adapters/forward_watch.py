@@ -1,8 +1,8 @@
 """Noticing when a forward pass of a model begins, ends or fails, whoever runs it.
 
 `ForwardWatch` hooks the model itself, so it makes no difference whether a pass was started by the user's
-call, by `generate`, through a wrapper of another library, or by an adapter. `Reading` and the suppression
-of the transformers adapter are made of it. What is left to others: what is done during a pass.
+call, by `generate`, through a wrapper of another library, or by an adapter. `Reading` and `Suppressing` are
+made of it. What is left to others: what is done during a pass.
 """
 
 from __future__ import annotations
@@ -117,3 +117,8 @@ class ForwardWatch:
         """
         self._depth = 0
         self.ended(None)
+
+
+def computes_layers_again(model: nn.Module) -> bool:
+    """Whether the backward pass will recompute layers: gradient checkpointing."""
+    return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())

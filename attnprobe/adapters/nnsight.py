@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnprobe.adapters.reading import logits_of
+from attnprobe.adapters.forward_output import logits_of
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.adapters.versions import check_versions
 from attnprobe.errors import UnsupportedModelError

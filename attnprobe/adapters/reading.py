@@ -2,14 +2,15 @@
 
 `Reading` shows an observer the values at the sites, and replaces them with what the observer returns. It uses
 hooks on the model's own modules. The adapters make one for each `observed` context. What is left to others:
-when a pass begins and ends (forward_watch), where the modules are (architecture), seeing attention calls
-(interception), what they say (attention_call), and what observers do with it (`attnprobe.probe`).
+when a pass begins and ends (forward_watch), what it returns (forward_output), where the modules are
+(architecture), seeing attention calls (interception), what they say (attention_call), and what observers do
+with it (`attnprobe.probe`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -27,7 +28,8 @@ from attnprobe.adapters.attention_call import (
 )
 from attnprobe.adapters.base import Observer
 from attnprobe.adapters.forward_call import cache_of
-from attnprobe.adapters.forward_watch import ForwardWatch
+from attnprobe.adapters.forward_output import is_map, logits_of, with_logits, without_maps
+from attnprobe.adapters.forward_watch import ForwardWatch, computes_layers_again
 from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.adapters.interception import reads_calls
 from attnprobe.adapters.multimodal import media_tokens, why_not_causal
@@ -174,7 +176,7 @@ class Reading(ForwardWatch):
                 changed = self._with_logits(output, replaced)
         self._observer.end()
         if self._asked_for_maps and output is not None:
-            changed = _without_maps(output if changed is None else changed)
+            changed = without_maps(output if changed is None else changed)
         return changed
 
     def _with_logits(self, output: Any, logits: Tensor) -> Any:
@@ -184,11 +186,7 @@ class Reading(ForwardWatch):
                 "the logits cannot be replaced if the model computes the loss itself, since it uses the old "
                 "ones: call it without labels"
             )
-        if isinstance(output, Mapping):
-            return type(output)(**{**output, "logits": logits})
-        place = _place_of_logits(output)
-        assert place is not None
-        return (*output[:place], logits, *output[place + 1 :])
+        return with_logits(output, logits)
 
     def failed(self) -> None:
         """Tell the observer that the pass has failed."""
@@ -266,7 +264,7 @@ class Reading(ForwardWatch):
         if not self.is_running or (layer in self._layers_read and not self._maps_by_hook):
             return None
         entries = output if isinstance(output, tuple) else (output,)
-        place = next((i for i, entry in enumerate(entries) if _is_map(entry)), None)
+        place = next((i for i, entry in enumerate(entries) if is_map(entry)), None)
         if place is None and not self._maps_by_hook:
             # The layer stays silent, which the end of the pass reports.
             return None
@@ -374,38 +372,3 @@ class Reading(ForwardWatch):
                 "layers without probes. Call model.gradient_checkpointing_disable() first"
             )
         return replaced
-
-
-def computes_layers_again(model: nn.Module) -> bool:
-    """Whether the backward pass will recompute layers: gradient checkpointing."""
-    return model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-
-
-# ---- the output ------------------------------------------------------------------------------
-
-
-def logits_of(output: Any) -> Tensor | None:
-    """Return the logits in what a model returned, in any form; None if there are none."""
-    if isinstance(output, Mapping):
-        return output.get("logits")
-    if isinstance(output, tuple):
-        place = _place_of_logits(output)
-        return None if place is None else output[place]
-    return None
-
-
-def _place_of_logits(output: tuple[Any, ...]) -> int | None:
-    """Return where a tuple has the logits: losses, which have no axis for tokens, may come before them."""
-    places = (i for i, entry in enumerate(output) if isinstance(entry, Tensor) and entry.ndim == 3)
-    return next(places, None)
-
-
-def _without_maps(output: Any) -> Any:
-    """Return a model's output without its attentions, whose maps were removed on the way."""
-    if isinstance(output, tuple):
-        return tuple(e for e in output if not (isinstance(e, tuple) and set(e) == {None}))
-    return type(output)(**{name: value for name, value in output.items() if name != "attentions"})
-
-
-def _is_map(entry: Any) -> bool:
-    return isinstance(entry, Tensor) and entry.ndim == 4 and entry.is_floating_point()

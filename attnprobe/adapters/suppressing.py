@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from attnprobe.adapters.attention_call import AttentionCall, MaskMemory, read_attention
 from attnprobe.adapters.base import Suppression
-from attnprobe.adapters.forward_watch import ForwardWatch
+from attnprobe.adapters.forward_watch import ForwardWatch, computes_layers_again
 from attnprobe.adapters.interception import removes_values, suppresses_calls
 from attnprobe.adapters.output_check import OutputCheck
-from attnprobe.adapters.reading import computes_layers_again
 from attnprobe.adapters.value_removal import ValueRemoval
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.batch import TokenBatch

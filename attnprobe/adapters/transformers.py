@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from attnprobe.adapters.architecture import architecture_of, decoder_of, has_next_token_logits
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
+from attnprobe.adapters.forward_output import logits_of
 from attnprobe.adapters.interception import (
     calls_watched,
     implementation_changed,
@@ -36,7 +37,7 @@ from attnprobe.adapters.multimodal import (
     telling_mismatches,
 )
 from attnprobe.adapters.positions import Regimes, context_length
-from attnprobe.adapters.reading import Reading, logits_of
+from attnprobe.adapters.reading import Reading
 from attnprobe.adapters.suppressing import Suppressing
 from attnprobe.adapters.versions import check_versions
 from attnprobe.adapters.wrappers import (

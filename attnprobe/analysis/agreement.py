@@ -23,9 +23,11 @@ from attnprobe.analysis.bootstrap import (
     percentile_estimate,
 )
 from attnprobe.analysis.summary import Summary
+from attnprobe.analysis.weighted import weighted_rank_correlation
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
+from attnprobe.head_groups import GROUPS, Group, HeadGroups
 from attnprobe.head_statistics import HeadStatistics, check_same_measurement, statistics_parts
-from attnprobe.heads import GROUPS, Group, HeadGroups, check_shares, group_heads
+from attnprobe.heads import check_shares, group_heads
 from attnprobe.provenance import ranges
 from attnprobe.validation import FloatLike, IntLike, instance
 
@@ -118,19 +120,10 @@ def rank_correlation(first: Float[Tensor, "*axes"], second: Float[Tensor, "*axes
     """
     first, second = first.cpu(), second.cpu()
     defined = ~first.isnan() & ~second.isnan()
-    ranks = [_ranks(values[defined]) for values in (first, second)]
-    if len(ranks[0]) < 2:
+    once = torch.ones(1, int(defined.sum()), dtype=torch.float64)
+    if once.shape[1] < 2:
         return float("nan")
-    ours, theirs = (rank - rank.mean() for rank in ranks)
-    return float(divide(ours @ theirs, (ours.square().sum() * theirs.square().sum()).sqrt()))
-
-
-def _ranks(values: Float[Tensor, " element"]) -> Float[Tensor, " element"]:
-    """Return the rank of each value; equal values get the mean of their ranks."""
-    _, place, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    middle: Tensor = last - (count.double() - 1) / 2
-    return middle[place]
+    return float(weighted_rank_correlation(first[defined], second[defined], once))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -29,8 +29,9 @@ from attnprobe.analysis.nulls import MovedPeaks, Null, PeakSums, TokenClasses, s
 from attnprobe.analysis.random_heads import RandomHeads
 from attnprobe.analysis.token_classes import token_class
 from attnprobe.errors import ParameterError, ResultError
+from attnprobe.head_groups import GroupsLike, head_groups
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import GroupsLike, classify_heads, head_groups
+from attnprobe.heads import classify_heads
 from attnprobe.layer_selection import LayerName
 from attnprobe.layout import check_unpacked
 from attnprobe.provenance import Align, Provenance

@@ -23,7 +23,7 @@ from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.batch_run import check_fits
 from attnprobe.head_selection import HeadsLike
 from attnprobe.layout import check_unpacked
-from attnprobe.metrics import HorizonLike, check_horizon
+from attnprobe.metric_arguments import HorizonLike, check_horizon
 from attnprobe.progress import progress_bar
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.suppression import heads_by_layer, suppress_attention

@@ -42,7 +42,7 @@ from attnprobe.analysis.weighted import weighted_partial_correlation, weighted_r
 from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.batch_run import check_fits
 from attnprobe.errors import ParameterError
-from attnprobe.metrics import HorizonLike, check_horizon
+from attnprobe.metric_arguments import HorizonLike, check_horizon
 from attnprobe.model_inputs import refuse_inputs
 from attnprobe.progress import progress_bar
 from attnprobe.scores import TokenScores

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.errors import ResultError
+from attnprobe.head_groups import Group
 from attnprobe.head_selection import HeadSelection
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import Group
 from attnprobe.scores import TokenScores
 
 # How many numbers the scores of the draws of one response may have at a time.

@@ -1,8 +1,8 @@
 """Rank correlations of values that count several times, as those of a resample do.
 
 A resample of a bootstrap is a weight for each value: how often it was drawn. The functions here give what the
-repeated values would give, for all resamples at once. `Knockouts.summary` calls them. What is left to others:
-drawing the weights, and means and medians (bootstrap).
+repeated values would give, for all resamples at once. `Knockouts.summary` calls them, and `compare_groups`,
+where every value counts once. What is left to others: drawing the weights, and means and medians (bootstrap).
 """
 
 from __future__ import annotations

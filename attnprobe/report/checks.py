@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ResultError
+from attnprobe.head_groups import HeadGroups
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import HeadGroups
 from attnprobe.maps import GroupMaps
 from attnprobe.provenance import Provenance
 from attnprobe.rhythm import Rhythm

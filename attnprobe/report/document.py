@@ -19,8 +19,8 @@ from typing import Any
 
 from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.errors import MissingDependencyError
+from attnprobe.head_groups import Group, HeadGroups
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import Group, HeadGroups
 from attnprobe.maps import GroupMaps
 from attnprobe.provenance import ranges
 from attnprobe.report import tokens as coloured

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from attnprobe.heads import HeadGroups
+from attnprobe.head_groups import HeadGroups
 from attnprobe.report.plotting import (
     ENTROPY_COLOUR,
     FAI_COLOUR,

@@ -17,8 +17,8 @@ import torch
 from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers, resolve_layers
 from attnprobe.errors import ParameterError, ResultError
+from attnprobe.head_groups import Group, GroupsLike, HeadGroups, head_groups
 from attnprobe.head_selection import HeadSelection, names_layers
-from attnprobe.heads import Group, GroupsLike, HeadGroups, head_groups
 from attnprobe.validation import IntLike, brief, instance, whole_number
 
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from attnprobe.adapters.base import Layers
 from attnprobe.errors import ParameterError
+from attnprobe.head_groups import GroupsLike
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import GroupsLike, group_heads
-from attnprobe.metrics import HorizonLike, check_horizon, check_window
+from attnprobe.heads import group_heads
+from attnprobe.metric_arguments import HorizonLike, check_horizon, check_window
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.rl.advantage import Signs, check_signs, credit_weights, is_weighted, spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of

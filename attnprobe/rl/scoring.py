@@ -20,10 +20,11 @@ from torch import Tensor
 from attnprobe.adapters.base import Layers
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import BatchError, ResultError
+from attnprobe.head_groups import GroupsLike
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.heads import GroupsLike, classify_heads
+from attnprobe.heads import classify_heads
 from attnprobe.measurement import measure
-from attnprobe.metrics import HorizonLike
+from attnprobe.metric_arguments import HorizonLike
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, as_tensor, finite, instance, truth

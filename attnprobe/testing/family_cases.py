@@ -22,7 +22,8 @@ from torch import Tensor
 from attnprobe import metrics
 from attnprobe.errors import AttnprobeError
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.testing.family_models import VOCABULARY, build_family
+from attnprobe.testing.family_models import build_family
+from attnprobe.testing.family_sizes import VOCABULARY
 
 LENGTHS = (40, 29)
 """The tokens of the two rows, all longer than the windows, blocks and budgets of the models."""

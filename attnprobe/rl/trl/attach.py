@@ -22,8 +22,8 @@ from torch import Tensor
 
 from attnprobe.adapters.base import Layers
 from attnprobe.errors import TrainerError
-from attnprobe.heads import GroupsLike
-from attnprobe.metrics import HorizonLike
+from attnprobe.head_groups import GroupsLike
+from attnprobe.metric_arguments import HorizonLike
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import Signs

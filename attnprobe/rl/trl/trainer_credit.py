@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from attnprobe.adapters.reading import logits_of
+from attnprobe.adapters.forward_output import logits_of
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import TrainerError
