@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-oldest test-newest fuzz families lint types format bench bench-quick build clean
+.PHONY: help install demo test test-fast test-oldest test-newest fuzz families rhythm lint types format bench bench-quick build clean
 
 help:  ## List what can be done
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,9 @@ fuzz: install  ## Try malformed inputs at every public entry point (a few minute
 
 families: install  ## Try every causal family of transformers, and make docs/families.md (a few minutes)
 	@$(BIN)/python -m attnprobe.testing.all_families --output docs/families.md
+
+rhythm: install  ## Compute every number of docs/results/rhythm.md again from the committed raw data
+	@$(BIN)/python -m experiments.rhythm.page
 
 lint: install  ## Check style and formatting
 	@echo "==> ruff"
