@@ -37,8 +37,8 @@ def check_signs(signs: Any) -> Signs:
 def is_weighted(advantages: Float[Tensor, "*any"], signs: Signs) -> Bool[Tensor, "*any"]:
     """Return which advantages are weighted, by their sign.
 
-    "both" weights all, as v2 of arXiv 2510.13554 does (Eq. 13); "positive" all but those below 0, as v1 does
-    (its Eq. 12); "negative" those below 0. Which side 0 is on makes no difference: 0 times a weight is 0.
+    "both" weights all, as v2 of arXiv 2510.13554 does (Eq. 13); "positive" all but those below 0, as v1 does;
+    "negative" those below 0. Which side 0 is on makes no difference: 0 times a weight is 0.
 
     Raises:
         ParameterError: another setting.
