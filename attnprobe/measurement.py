@@ -145,6 +145,7 @@ def measure(
                     ticking,
                     layers=run.layers,
                     response_mask=part.response_mask,
+                    attention_mask=part.attention_mask,
                     segments={name: part.segment(name) for name in part.segment_names},
                 ),
             ):

@@ -89,6 +89,7 @@ def attach(
     *probes: Probe,
     layers: Layers = "all",
     response_mask: ArrayLike | None = None,
+    attention_mask: ArrayLike | None = None,
     segments: Mapping[str, ArrayLike] | None = None,
 ) -> WithBlock[Attachment]:
     """Show the forward passes of a model to probes while a `with` block is open.
@@ -101,6 +102,10 @@ def attach(
         response_mask: `[batch, token]`, True (or 1) for those tokens passed to the model that are response;
             default: all that are not padding. In `generate`, give the prompt's mask; tokens after it count as
             response. With a KV cache it may cover more than the first pass.
+        attention_mask: `[batch, token]`, True (or 1) for the tokens that are no padding, where the model is
+            not told: on the right a causal model needs no mask, but padding would count as prompt. Default:
+                the
+            mask that the model is given.
         segments: masks `[batch, token]` of named segments, shaped like `response_mask`, for probes that are
             asked about them; tokens after a mask are in no segment.
 
@@ -137,6 +142,8 @@ def attach(
         raise UnsupportedModelError(f"there is no site {site} here: {adapter.refused_sites[site]}")
     chosen = resolve_layers(layers, adapter)
     masks = {} if response_mask is None else {_RESPONSE: _mask_of(response_mask, "response_mask")}
+    if attention_mask is not None:
+        masks[_REAL] = _mask_of(attention_mask, "attention_mask")
     masks |= _segments_of(segments)
     shown = sites | (optional - set(adapter.refused_sites))
     return WithBlock("attach", _attached(_Run(adapter, probes, chosen, sites, masks), sorted(shown)))
@@ -178,8 +185,8 @@ def _sites_of(probes: Sequence[Any], attribute: str) -> set[str]:
     return {site for probe in probes for site in getattr(probe, attribute, frozenset())}
 
 
-# The name of the response among masks: no segment has an empty one.
-_RESPONSE = ""
+# The names of the response and of what is no padding among masks: no segment is called so.
+_RESPONSE, _REAL = "", "\0"
 
 
 def _mask_of(given: ArrayLike, name: str) -> Tensor:
@@ -228,9 +235,16 @@ class _Run:
     def begin(self, batch: TokenBatch, cached: int, cache: GrowingCache | None = None) -> None:
         if self._masks:
             marked = {name: self._marked(name, batch, cached, cache) for name in self._masks}
-            response = marked.pop(_RESPONSE, batch.response_mask)
-            segments = torch.stack(list(marked.values()), dim=1) if marked else None
-            batch = replace(batch, response_mask=response, segments=segments, segment_names=tuple(marked))
+            real = marked.pop(_REAL, batch.attention_mask)
+            response = marked.pop(_RESPONSE, batch.response_mask) & real
+            segments = torch.stack(list(marked.values()), dim=1) & real[:, None] if marked else None
+            batch = replace(
+                batch,
+                attention_mask=real,
+                response_mask=response,
+                segments=segments,
+                segment_names=tuple(marked),
+            )
         self._batch = batch
         self._seen.clear()
         self._skipped.clear()
@@ -259,7 +273,7 @@ class _Run:
         if width == tokens and cached == 0:
             self._first_ids = batch.input_ids
         mask = mask.to(batch.input_ids.device)[:, cached : cached + tokens]
-        mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=name == _RESPONSE)
+        mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=name in (_RESPONSE, _REAL))
         return mask & batch.attention_mask
 
     def skip(self, site: str) -> None:
@@ -337,7 +351,8 @@ class _Run:
 
 
 def _named(mask: str) -> str:
-    return "response_mask" if mask == _RESPONSE else f"the segment {mask!r}"
+    known = {_RESPONSE: "response_mask", _REAL: "attention_mask"}
+    return known.get(mask, f"the segment {mask!r}")
 
 
 def _check_replacement(probe: Probe, site: str, value: Value, given: Any) -> None:

@@ -109,8 +109,8 @@ def segment_masks(
         texts: the text of each token, for regular expressions.
 
     Raises:
-        BatchError: built-in names, masks that mark padding or have another shape, or an expression without
-            texts.
+        BatchError: built-in names, masks that mark padding or have another shape, slices that mark nothing,
+            or an expression for bytes or without texts.
 
     >>> real = torch.ones(1, 4, dtype=torch.bool)
     >>> segment_masks({"plan": slice(1, 3)}, real)["plan"].int().tolist()
@@ -162,6 +162,8 @@ def own_segment_names(
 
 def _mask_of(name: str, value: Any, real: Tensor, texts: tuple[tuple[str, ...], ...] | None) -> Tensor:
     if isinstance(value, re.Pattern):
+        if not isinstance(value.pattern, str):
+            raise BatchError(f"the segment {name!r} is an expression for bytes: texts need re.compile('...')")
         if texts is None:
             raise BatchError(
                 f"the segment {name!r} is a regular expression, for which the batch needs texts: pass "
@@ -209,7 +211,10 @@ def _columns(name: str, value: Any, real: Tensor) -> Tensor:
                 raise BatchError(
                     f"the segment {name!r} has {columns}, which is no slice of columns"
                 ) from error
-    return mask & real
+    mask &= real
+    if not bool(mask.any()):
+        raise BatchError(f"the segment {name!r} marks none of the {real.shape[1]} columns: {brief(value)}")
+    return mask
 
 
 def _matches(pattern: re.Pattern[str], texts: tuple[tuple[str, ...], ...], real: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def grouping(span: list[float], kurtosis: list[float] | None = None, quantile: f
 # ---- bootstrap ------------------------------------------------------------------------------------
 
 
-@given(units=st.integers(1, 12), resamples=st.integers(1, 30), seed=st.integers(0, 5))
+@given(units=st.integers(2, 12), resamples=st.integers(1, 30), seed=st.integers(0, 5))
 def test_each_resample_draws_as_many_units_as_there_are(units: int, resamples: int, seed: int) -> None:
     weights = bootstrap_weights(units, resamples, seed)
     assert weights.shape == (resamples, units)

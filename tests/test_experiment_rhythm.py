@@ -15,7 +15,7 @@ import attnprobe
 from attnprobe.analysis.coupling_results import NAMES
 from attnprobe.models import LoadedModel
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
-from experiments.rhythm import generate, measure, page, raw, train
+from experiments.rhythm import choices, generate, measure, page, raw, train
 from experiments.rhythm.__main__ import main
 from experiments.rhythm.problems import (
     boxed_answer,
@@ -156,7 +156,7 @@ def differences(found: Any, stored: Any, place: tuple[str, ...] = ()) -> Iterato
     elif isinstance(stored, list):
         for ours, theirs in zip(found, stored, strict=True):
             yield from differences(ours, theirs, place)
-    elif found != (stored if stored is None else pytest.approx(stored, rel=1e-6, abs=1e-9)):
+    elif found != (pytest.approx(stored, rel=1e-6, abs=1e-9) if isinstance(stored, float) else stored):
         yield place
 
 
@@ -213,7 +213,7 @@ def test_one_command_makes_everything_and_goes_on_where_it_stopped(
         for path in sorted((tmp_path / "work" / "tiny" / "statistics").glob("*-end.safetensors"))
     ]
     whole = attnprobe.HeadStatistics.concatenate(statistics)
-    scores = attnprobe.score_tokens(whole, attnprobe.classify_heads(whole))
+    scores = attnprobe.score_tokens(whole, choices.classify(whole))
     direct = attnprobe.couplings(scores, null="token", draws=5, resamples=5)
     again = attnprobe.couplings(raw.read(results).scores(), null="token", draws=5, resamples=5)
     for name in NAMES:

@@ -135,7 +135,7 @@ def test_what_a_token_explains_is_no_coupling_beyond_it() -> None:
     assert by_position.lift.value > 0.5
     assert by_token.lift.value == pytest.approx(0.0, abs=1e-12)
     assert by_token.p_value == 1.0
-    assert by_token.position_lift == pytest.approx(by_position.lift)
+    assert by_token.position_lift == pytest.approx(by_position.lift, nan_ok=True)
 
 
 def test_finer_strata_move_fewer_peaks() -> None:
@@ -150,7 +150,7 @@ def test_finer_strata_move_fewer_peaks() -> None:
     assert movable["position"] >= movable["class"] >= movable["token"] >= movable["bigram"]
     assert movable["bigram"] < 1.0
     own = measure_couplings(scores, null="class", classes=lambda text: 0, draws=5, resamples=5)
-    assert own.anchor_after_preplan.lift == pytest.approx(own.anchor_after_preplan.position_lift)
+    assert own.anchor_after_preplan.lift == pytest.approx(own.anchor_after_preplan.position_lift, nan_ok=True)
 
 
 def test_nulls_that_lack_what_they_need_are_refused() -> None:
@@ -168,6 +168,12 @@ def test_nulls_that_lack_what_they_need_are_refused() -> None:
             measure_couplings(scores, **options)
     with pytest.raises(ParameterError, match="hashable"):
         measure_couplings(scores_of([1, 2], ["a", "b"]), null="class", classes=lambda text: [text])
+    with pytest.raises(ParameterError, match="null=\"class\", but null is 'token'"):
+        measure_couplings(scores, null="token", classes=len)
+    with pytest.raises(ParameterError, match="between 0 and 1"):
+        holm_adjusted([0.5, 2.0])
+    with pytest.raises(ParameterError, match="clusters must be labels"):
+        measure_couplings(scores, clusters=[None])
     with pytest.raises(ParameterError, match="each of the 1 problems; got 2"):
         measure_couplings(scores, clusters=["a", "b"])
 
@@ -268,6 +274,10 @@ def test_a_result_with_random_heads_comes_back(statistics: attnprobe.HeadStatist
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 5))
 def test_clusters_are_drawn_whole(labels: list[int], seed: int) -> None:
     weights = bootstrap_weights(len(labels), 30, seed, labels)
+    if len(set(labels)) == 1:
+        # Nothing can be drawn: no interval is better than one of no width.
+        assert weights.isnan().all()
+        return
     first = {label: labels.index(label) for label in labels}
     for unit, label in enumerate(labels):
         assert torch.equal(weights[:, unit], weights[:, first[label]])
@@ -299,7 +309,33 @@ def test_medians_are_the_middle_of_what_is_defined(values: list[float]) -> None:
         return
     expected = float(defined.double().quantile(0.5))
     assert found.value == pytest.approx(expected, abs=1e-6)
-    assert float(defined.min()) <= found.low <= found.high <= float(defined.max())
+    if len(values) > 1 and not math.isnan(found.low):
+        assert float(defined.min()) <= found.low <= found.high <= float(defined.max())
+    else:
+        assert len(values) == 1
+
+
+def test_what_has_no_peak_has_no_p_value(statistics: attnprobe.HeadStatistics) -> None:
+    """And draws without a peak are not counted as lower than what was observed."""
+    late = statistics.at_columns(slice(60, 70))
+    for null in ("position", "rotate", "token", "heads"):
+        found = measure_couplings(late, "all", null=null, draws=9, resamples=5)
+        for name in NAMES[1:]:
+            coupling = getattr(found, name)
+            if coupling is not None and float(coupling.peaks.sum()) == 0:
+                assert math.isnan(coupling.observed.value)
+                assert math.isnan(coupling.p_value)
+    fai = dataclasses.replace(statistics, fai=torch.full_like(statistics.fai, NAN))
+    empty = measure_couplings(fai, null="heads", draws=9, resamples=5).anchor_after_preplan
+    assert math.isnan(empty.p_value)
+    assert math.isnan(empty.position_lift_p_value)
+
+
+def test_a_single_problem_has_no_interval() -> None:
+    alone = measure_couplings(scores_of(list(range(40))), draws=9).anchor_after_preplan
+    assert not math.isnan(alone.observed.value)
+    assert math.isnan(alone.observed.low)
+    assert math.isnan(alone.lift.high)
 
 
 @given(st.lists(st.floats(0, 1) | st.just(NAN), max_size=8))

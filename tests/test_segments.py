@@ -110,9 +110,23 @@ def test_a_segment_is_a_mask_slices_or_an_expression() -> None:
     with_texts = TokenBatch(batch.input_ids, batch.attention_mask, batch.response_mask, texts=TEXTS)
     thought = with_texts.with_segments({"plan": re.compile("<think>.*?</think>|an$")})
     assert marked(thought, "plan") == [[6, 7, 8], [7]]
-    replaced = thought.with_segments({"plan": slice(0), "answer": slice(4, 5)})
+    replaced = thought.with_segments({"plan": torch.zeros(2, 5), "answer": slice(4, 5)})
     assert marked(replaced, "plan") == [[], []]
     assert marked(replaced, "answer") == [[9], []]
+
+
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        (slice(50, 60), "marks none of the 2 columns"),
+        (slice(2, 1), "marks none"),
+        (re.compile(b"x"), "bytes"),
+    ],
+)
+def test_a_segment_of_nothing_is_refused(segment, message: str) -> None:
+    batch = TokenBatch.from_ids([[5, 6]])
+    with pytest.raises(BatchError, match=message):
+        batch.with_segments({"plan": segment})
 
 
 def test_rollouts_have_segments_in_the_columns_of_the_whole() -> None:

@@ -426,3 +426,32 @@ def test_scores_say_which_rows_count_in_fai() -> None:
     plain = attnprobe.score_tokens(replace(statistics, influence_rows="response"), "all")
     with pytest.raises(ResultError, match="influence_rows"):
         attnprobe.TokenScores.concatenate([scores, plain])
+
+
+def test_padding_is_no_prompt() -> None:
+    """Rows of the prompt are the same whatever an example is run with."""
+    model = tiny_model("llama")
+    texts = [list(range(1, 31)), list(range(1, 21)), list(range(1, 14))]
+    together = TokenBatch.from_ids(texts, response_start=8)
+    options = {"share_on": ("first", "response"), "share_from": ("prompt", "response"), "horizon": (1, 6)}
+    rows = {"influence_rows": "prompt"}
+    found = attnprobe.measure(model, together, **options, **rows)
+    for example, ids in enumerate(texts):
+        alone = attnprobe.measure(
+            model, TokenBatch.from_ids([ids], response_start=8), **options, **rows
+        ).select(0)
+        torch.testing.assert_close(found.shares[example], alone.shares[0])
+        torch.testing.assert_close(
+            found.fai[example, ..., : len(ids)], alone.fai[0], equal_nan=True, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_a_users_own_pass_may_say_what_is_padding() -> None:
+    model = tiny_model("llama")
+    batch = TokenBatch.from_ids([list(range(1, 21)), list(range(1, 13))], response_start=6)
+    expected = attnprobe.measure(model, batch, share_from="prompt", entropy=False).share("first", "prompt")
+    probe = attnprobe.HeadStatisticsProbe(share_from="prompt", entropy=False)
+    masks = {"response_mask": batch.response_mask, "attention_mask": batch.attention_mask}
+    with attnprobe.attach(model, probe, **masks), torch.no_grad():
+        model(batch.input_ids)
+    torch.testing.assert_close(probe.result().share("first", "prompt"), expected)

@@ -54,7 +54,7 @@ def check_clusters(clusters: Any) -> list[Hashable]:
     given = clusters.tolist() if hasattr(clusters, "tolist") else clusters
     if isinstance(given, str | bytes) or not isinstance(given, Sequence):
         raise ParameterError(f"clusters must be a list with a label for each of them; got {brief(clusters)}")
-    if not all(isinstance(label, Hashable) for label in given):
+    if not all(isinstance(label, Hashable) and label is not None and label == label for label in given):
         raise ParameterError(f"clusters must be labels such as numbers or names; got {brief(clusters)}")
     return list(given)
 
@@ -69,7 +69,8 @@ def bootstrap_weights(
 
     Without clusters, each resample sums to `units`. With them (a label for each unit), whole clusters are
     drawn, as many as there are: units of one cluster, such as problems made from one template, are not
-    independent, and intervals that ignore it are too narrow.
+    independent, and intervals that ignore it are too narrow. With a single unit or cluster, weights are NaN,
+    and so are the limits of intervals.
 
     Raises:
         ParameterError: no units or no resamples, or another number of labels than of units.
@@ -90,6 +91,9 @@ def bootstrap_weights(
         number = {label: index for index, label in enumerate(dict.fromkeys(labels))}
         cluster = torch.tensor([number[label] for label in labels])
     count = int(cluster.max()) + 1
+    if count == 1:
+        # A single unit says nothing about others: an interval of no width would say that it does.
+        return torch.full((resamples, units), torch.nan, dtype=torch.float64)
     generator = torch.Generator().manual_seed(check_seed(seed))
     drawn = torch.randint(count, (resamples, count), generator=generator)
     weights = torch.zeros(resamples, count, dtype=torch.float64)
@@ -170,7 +174,7 @@ def median_estimate(
         total = reached[:, -1:]
         low, high = ((reached >= part).double().argmax(-1) for part in (total / 2, total / 2 + 0.5))
         found = (wide[order][low] + wide[order][high]) / 2
-        return found.masked_fill(total[:, 0] == 0, torch.nan)
+        return found.masked_fill(~(total[:, 0] > 0), torch.nan)
 
     whole = medians((~wide.isnan()).double()[None])
     return percentile_estimate(float(whole), medians(weights), confidence)
@@ -182,9 +186,14 @@ def holm_adjusted(p_values: Sequence[float]) -> list[float]:
     If all adjusted values below 0.05 are called significant, the chance of even one false call is at most 5%,
     whatever the dependence between the comparisons.
 
+    Raises:
+        ParameterError: a value outside [0, 1].
+
     >>> holm_adjusted([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
+    if wrong := [p for p in p_values if p == p and not 0 <= p <= 1]:
+        raise ParameterError(f"p-values must be between 0 and 1, or NaN; got {wrong[0]}")
     order = sorted((i for i, p in enumerate(p_values) if p == p), key=lambda i: p_values[i])
     adjusted = [float("nan")] * len(p_values)
     largest = 0.0

@@ -34,15 +34,16 @@ class Coupling(Summary):
             exact where peaks are moved, and the mean of the draws for random heads.
         lift: `(observed - null) / null`, with its bootstrap interval over problems.
         p_value: the share of draws at least as large as what was observed, which itself counts as one of
-            them, in (0, 1].
+            them, in (0, 1]; NaN if there is no peak.
         position_lift: the lift over peaks that lie anywhere, the same for all nulls: in closed form.
         null_position_lift: that lift for random heads, with the interval of their draws. Other heads have
             other numbers of peaks, so their lifts compare better than their means. None where peaks are
             moved.
         position_lift_p_value: the share of draws with at least the observed `position_lift`; None where peaks
             are moved.
-        movable: the share of peaks that the null can move; those that are alone in their stratum stay, and
-            pull the lift towards 0. None for random heads.
+        movable: the share of peaks in strata, such as the tokens of one id, that hold a token that is no
+            peak. All others stay as they are under the null, and pull the lift towards 0. None for random
+            heads.
         observed_sum, null_sum, position_sum: for each problem: the sum of the value over its peaks, and its
             mean under the null and under `null="position"`.
         peaks: the number of peaks of each problem.

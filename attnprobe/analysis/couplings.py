@@ -121,6 +121,10 @@ def couplings(
         raise ParameterError(
             f"classes must be a function from a token's text to its class; got {brief(classes)}"
         )
+    if null != "class" and classes is not token_class:
+        raise ParameterError(
+            f'classes say which tokens exchange peaks under null="class", not under {null!r}'
+        )
     quantile, lookback = check_quantile(quantile), check_lookback(lookback, minimum=0)
     draws = whole_number(draws, "draws", minimum=1)
     labels = None if clusters is None else check_clusters(clusters)
@@ -364,7 +368,11 @@ def _summarise(
 def _share_reached(drawn: Float[Tensor, " draw"], observed: float) -> float:
     """Return the share of draws at least as large as what was observed, which counts as one of them.
 
-    The tolerance is for rounding: equal sums, added in another order, must count as equal.
+    Draws without a peak say nothing and do not count; NaN if nothing was observed. The tolerance is for
+    rounding: equal sums, added in another order, must count as equal.
     """
-    reached = drawn >= observed - 1e-9 * max(1.0, abs(observed))
-    return (1 + int(reached.sum())) / (1 + len(drawn))
+    if observed != observed:
+        return float("nan")
+    defined = drawn[~drawn.isnan()]
+    reached = defined >= observed - 1e-9 * max(1.0, abs(observed))
+    return (1 + int(reached.sum())) / (1 + len(defined))

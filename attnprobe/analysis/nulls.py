@@ -70,7 +70,7 @@ class PeakSums:
         expected: the expectation of the null; None where it is known only from its draws.
         sums, counts: of each draw: the sum, and the number of peaks.
         positions: of each draw: what `position` is for the peaks of that draw.
-        movable: how many of the peaks have another place to go to.
+        movable: how many of the peaks are in strata that hold a token that is no peak; the others stay.
     """
 
     observed: float

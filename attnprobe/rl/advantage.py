@@ -119,7 +119,11 @@ def apply_credit(
     weights = credit_weights(advantages, gamma, mask, signs=signs)
     advantages = as_float_tensor(advantages, "advantages").detach()
     spread = advantages if advantages.ndim == 2 else advantages[:, None]
-    return (spread.to(weights.device) * weights).to(advantages.dtype)
+    weighted = (spread.to(weights.device) * weights).to(advantages.dtype)
+    # What was finite may not fit into half precision any more. Outside the mask anything may stand.
+    inside = as_mask(mask, "mask", tuple(weights.shape), axes=_AXES, device=weights.device)
+    finite(weighted.masked_fill(~inside, 0.0), "the weighted advantages", _AXES)
+    return weighted
 
 
 def spread_advantages(

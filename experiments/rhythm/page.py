@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,22 @@ def render(summaries: dict[str, Any]) -> str:
     environment.filters |= {"lift": lift, "share": share, "number": number, "percent": percent, "p": p_value}
     template = environment.get_template("page.md")
     page = template.render(paper=PAPER, nulls=estimates.MOVED, holds=holds, **summaries)
-    lines = "\n".join(line.rstrip() for line in page.split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", lines)
+    blocks = re.split(r"\n\s*\n", page.strip())
+    return "\n\n".join(map(_reflowed, blocks)) + "\n"
+
+
+def _reflowed(block: str) -> str:
+    """Return a block of Markdown with its lines as long as elsewhere in the docs, whatever was filled in."""
+    if block.lstrip("\n").startswith(("|", "#", "!", "    ")):
+        return "\n".join(line.rstrip() for line in block.strip("\n").split("\n"))
+    parts = re.split(r"\n(?=- )", block.strip())
+    width: dict[str, Any] = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(
+        textwrap.fill(
+            " ".join(part.split()), subsequent_indent="  " if part.startswith("- ") else "", **width
+        )
+        for part in parts
+    )
 
 
 def holds(claim: bool) -> None:

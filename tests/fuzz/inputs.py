@@ -90,7 +90,6 @@ KINDS: dict[str, Kind] = {
         ),
         (("tuple", tuple), ("tensor", torch.tensor), ("numpy", np.array)),
     ),
-    "function": Kind((*WORDS, *constants(Stranger(), None, 0, 1.5, [], {}, torch.ones(1)))),
     "horizon": Kind(
         (
             *WORDS,
