@@ -111,6 +111,7 @@ class HeadStatistics(Result):
         "share_on": (),
         "span_ignores": (),
         "influence_rows": "response",
+        "value_weighted": False,
     }
 
     def _check(self, error: type[AttnprobeError] = ResultError) -> None:

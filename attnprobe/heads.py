@@ -75,7 +75,7 @@ def classify_heads(
             selectivity is undefined is never one.
         selectivity: what receivers are ranked by: the mean over responses of "kurtosis", as there, or of
             "gini", the Gini coefficient. Kurtosis grows with a response's length, so that long ones decide
-            its mean; the Gini coefficient does not.
+            its mean; the Gini coefficient of the same spread does not.
         span: by which span: "plain" (Eq. 7) or "ignoring", `statistics.span_ignoring`, which leaves out the
             first token unless `measure` was told otherwise.
 

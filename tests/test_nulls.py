@@ -331,6 +331,29 @@ def test_what_has_no_peak_has_no_p_value(statistics: attnprobe.HeadStatistics) -
     assert math.isnan(empty.position_lift_p_value)
 
 
+def test_a_response_without_tokens_adds_nothing(statistics: attnprobe.HeadStatistics) -> None:
+    """As the statistics of a rollout have where a trainer masked a completion."""
+    mask = statistics.response_mask.clone()
+    mask[1] = False
+    empty = {name: getattr(statistics, name).clone() for name in ("waad", "fai", "entropy")}
+    for values in empty.values():
+        values[1] = NAN
+    masked = dataclasses.replace(statistics, response_mask=mask, **empty)
+    for null in ("position", "rotate", "token", "heads"):
+        found = measure_couplings(masked, "all", null=null, draws=9, resamples=5).anchor_after_preplan
+        alone = measure_couplings(statistics.select(0), "all", null=null, draws=9, resamples=5)
+        assert found.peaks.tolist() == [float(alone.anchor_after_preplan.peaks), 0.0]
+        assert found.observed.value == alone.anchor_after_preplan.observed.value
+        assert found.p_value == alone.anchor_after_preplan.p_value
+
+
+def test_heads_may_come_from_a_generator(statistics: attnprobe.HeadStatistics) -> None:
+    parts = [statistics.select(0), statistics.select(1)]
+    heads = [(layer, head) for layer in range(3) for head in (0, 2)]
+    options = {"null": "heads", "draws": 5, "resamples": 5}
+    assert measure_couplings(parts, iter(heads), **options) == measure_couplings(parts, heads, **options)
+
+
 def test_a_single_problem_has_no_interval() -> None:
     alone = measure_couplings(scores_of(list(range(40))), draws=9).anchor_after_preplan
     assert not math.isnan(alone.observed.value)

@@ -180,6 +180,23 @@ def median_estimate(
     return percentile_estimate(float(whole), medians(weights), confidence)
 
 
+def share_reached(drawn: Float[Tensor, " draw"], observed: float) -> float:
+    """Return the share of draws at least as large as what was observed, which counts as one of them.
+
+    This is the p-value of a null with these draws. Undefined draws say nothing and do not count; NaN if
+    nothing was observed. The tolerance is for rounding: equal sums, added in another order, must count as
+    equal.
+
+    >>> share_reached(torch.tensor([0.5, 2.0, torch.nan]), 1.0)
+    0.6666666666666666
+    """
+    if observed != observed:
+        return float("nan")
+    defined = drawn[~drawn.isnan()].double()
+    reached = defined >= observed - 1e-6 * max(1.0, abs(observed))
+    return (1 + int(reached.sum())) / (1 + len(defined))
+
+
 def holm_adjusted(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for the number of comparisons, by Holm's method; NaN stays and does not count.
 

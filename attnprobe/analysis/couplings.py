@@ -23,6 +23,7 @@ from attnprobe.analysis.bootstrap import (
     check_resampling,
     divide,
     percentile_estimate,
+    share_reached,
 )
 from attnprobe.analysis.coupling_results import NAMES, Coupling, Couplings
 from attnprobe.analysis.nulls import MovedPeaks, Null, PeakSums, TokenClasses, strata_of
@@ -150,15 +151,16 @@ def couplings(
                 raise ParameterError(
                     'null="heads" needs the statistics of every head, which measure returns, not token scores'
                 )
-            random_heads = random_heads or RandomHeads.draw(statistics, groups, draws, seed)
             for example in range(examples):
-                # Without the prompt and padding, whose columns would be sorted in every draw.
-                columns = statistics.response_mask[example].nonzero()[:, 0]
-                response = slice(int(columns[0]), int(columns[-1]) + 1)
-                alone = statistics.select(example).at_columns(response)
-                drawn = [questions(part) for part in random_heads.scores(alone, 0)]
+                drawn: list[dict[str, _Question]] = []
+                # A completion that a trainer masked has no response, and does not show which heads there are.
+                if bool(statistics.response_mask[example].any()):
+                    random_heads = random_heads or RandomHeads.draw(statistics, groups, draws, seed)
+                    alone = _response_of(statistics, example)
+                    drawn = [questions(part) for part in random_heads.scores(alone, 0)]
                 for name, question in asked.items():
-                    found[name].append(_with_heads(question, [part[name] for part in drawn], example))
+                    of_draws = [part[name] for part in drawn]
+                    found[name].append(_with_heads(question, of_draws, example, draws))
             continue
         strata = strata_of(scores, null, classes)
         for name, question in asked.items():
@@ -219,6 +221,8 @@ def _scored(
     if heads is None:
         kept = list(statistics)
         heads, statistics = classify_heads(kept), (part for part in kept)
+    # A generator gives its heads only once, but each batch needs them.
+    heads = list(heads) if isinstance(heads, Iterator) else heads
     for part in statistics:
         groups = head_groups(
             heads, layers=part.layers, head_count=part.head_count, model_name=part.model_name
@@ -310,12 +314,19 @@ def _sums(question: _Question) -> tuple[Tensor, Tensor, Tensor]:
     return (values * question.peak).sum(-1), counts, counts * mean
 
 
-def _with_heads(question: _Question, drawn: list[_Question], example: int) -> PeakSums:
+def _response_of(statistics: HeadStatistics, example: int) -> HeadStatistics:
+    """Return one response without its prompt and padding, whose columns would be sorted in every draw."""
+    columns = statistics.response_mask[example].nonzero()[:, 0].tolist()
+    return statistics.select(example).at_columns(slice(columns[0], columns[-1] + 1))
+
+
+def _with_heads(question: _Question, drawn: list[_Question], example: int, draws: int) -> PeakSums:
     """Return the sums of one problem, as observed and with random heads."""
     observed, peaks, position = (float(part[example]) for part in _sums(question))
-    sums, counts, positions = (
-        torch.cat(parts) for parts in zip(*(_sums(part) for part in drawn), strict=True)
-    )
+    nothing = torch.zeros(draws, dtype=torch.float64)
+    sums, counts, positions = nothing, nothing, nothing
+    if drawn:
+        sums, counts, positions = map(torch.cat, zip(*map(_sums, drawn), strict=True))
     return PeakSums(observed, int(peaks), position, None, sums, counts, positions, 0)
 
 
@@ -347,14 +358,14 @@ def _summarise(
         observed=percentile_estimate(mean, resampled, confidence),
         null=percentile_estimate(null_mean, drawn, confidence),
         lift=percentile_estimate(lift, divide(resampled, null_means) - 1, confidence),
-        p_value=_share_reached(drawn, mean),
+        p_value=share_reached(drawn, mean),
         position_lift=percentile_estimate(
             position_lift, divide(weights @ observed, weights @ position) - 1, confidence
         ),
         null_position_lift=(
             percentile_estimate(float(drawn_lifts.nanmean()), drawn_lifts, confidence) if by_heads else None
         ),
-        position_lift_p_value=_share_reached(drawn_lifts, position_lift) if by_heads else None,
+        position_lift_p_value=share_reached(drawn_lifts, position_lift) if by_heads else None,
         movable=None if by_heads else float(divide(column("movable").sum(), peaks.sum())),
         observed_sum=observed,
         null_sum=null_sum,
@@ -363,16 +374,3 @@ def _summarise(
         null_values=drawn,
         null_position_lifts=drawn_lifts if by_heads else None,
     )
-
-
-def _share_reached(drawn: Float[Tensor, " draw"], observed: float) -> float:
-    """Return the share of draws at least as large as what was observed, which counts as one of them.
-
-    Draws without a peak say nothing and do not count; NaN if nothing was observed. The tolerance is for
-    rounding: equal sums, added in another order, must count as equal.
-    """
-    if observed != observed:
-        return float("nan")
-    defined = drawn[~drawn.isnan()]
-    reached = defined >= observed - 1e-9 * max(1.0, abs(observed))
-    return (1 + int(reached.sum())) / (1 + len(defined))

@@ -14,7 +14,13 @@ import torch
 
 import attnprobe
 from attnprobe.analysis.agreement import rank_correlation
-from attnprobe.analysis.bootstrap import Estimate, bootstrap_weights, holm_adjusted, percentile_estimate
+from attnprobe.analysis.bootstrap import (
+    Estimate,
+    bootstrap_weights,
+    holm_adjusted,
+    percentile_estimate,
+    share_reached,
+)
 from attnprobe.analysis.coupling_results import NAMES, Coupling
 from attnprobe.heads import group_heads
 from attnprobe.rhythm import find_peaks
@@ -69,13 +75,12 @@ def _coupling_table(raw: Raw, choice: str, draws: int) -> dict[str, dict[str, An
         observed = table["position"][name]
         values = torch.tensor(lines["value"].to_numpy()).double()
         lifts = torch.tensor(lines["position_lift"].to_numpy()).double()
-        reached = int((lifts >= observed["position_lift"].value - 1e-6).sum())
         table["heads"][name] = {
             "observed": observed["observed"],
             "null": percentile_estimate(float(values.mean()), values, CONFIDENCE),
             "position_lift": observed["position_lift"],
             "random_lift": percentile_estimate(float(lifts.mean()), lifts, CONFIDENCE),
-            "p_value": (1 + reached) / (1 + len(lines)),
+            "p_value": share_reached(lifts, observed["position_lift"].value),
         }
     return table
 
