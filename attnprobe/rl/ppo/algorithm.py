@@ -35,8 +35,9 @@ from attnprobe.rl.ppo.checkpoint import restore, state_of
 from attnprobe.rl.ppo.config import PPOConfig
 from attnprobe.rl.ppo.problems import Problem, Reward, check_ends, check_problems, judge, problems_of_step
 from attnprobe.rl.ppo.run_folder import RunFolder, check_folder, finish_step_on_interrupt
-from attnprobe.rl.rollout_credit import RolloutCredit, check_options
-from attnprobe.rl.scoring import Rollout
+from attnprobe.rl.rollout import Rollout
+from attnprobe.rl.rollout_credit import RolloutCredit
+from attnprobe.rl.settings import check_options
 from attnprobe.validation import ArrayLike, instance, truth
 
 # ---- rollout ----------------------------------------------------------------------------------
