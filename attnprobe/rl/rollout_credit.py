@@ -11,7 +11,7 @@ What is left to others: the pieces (scoring, watching, grouping, credit, schedul
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -32,15 +32,19 @@ from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.rl.advantage import Signs, check_signs, credit_weights, is_weighted, spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import Groups, HeadGrouping, choose_heads
+from attnprobe.rl.passes import measured_in_passes
 from attnprobe.rl.processes import Processes, is_sharded
 from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.schedules import check_schedule, factor_at
-from attnprobe.rl.scoring import bare_policy, measure_rollout, score_rollout, scores_of_all
+from attnprobe.rl.scoring import bare_policy, score_rollout, scores_of_all
 from attnprobe.rl.settings import check_same_settings, digest, settings_of, told
 from attnprobe.rl.watching import RolloutProbe, Watched
 from attnprobe.rl.weighed import WeighedRollout, credit_metrics, heads_that_changed
 from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, brief, instance, whole_number
 from attnprobe.with_block import WithBlock
+
+Parts = Iterable[tuple[Tensor, HeadStatistics | None]]
+"""Which completions a pass held, and their statistics, if attention is measured."""
 
 
 class RolloutCredit:
@@ -224,26 +228,40 @@ class RolloutCredit:
         # A trainer's own pass for entropy cannot be evened out between processes: all make it over all rows.
         in_step = self.root is not None and "entropy" in self.needs and entropy is None
         measured = needed | (regroups or statistics is not None or in_step)
-        if self.layers and statistics is None:
-            statistics = self._measure(rollout, measured, processes, span=regroups)
-        elif self.layers:
+        parts: Parts = [(measured, None)] if bool(measured.any()) else []
+        if self.layers and statistics is not None:
             self._check_statistics(statistics, rollout, span=regroups)
-        changed = self._classify(statistics, now, processes) if regroups else None
-        gamma, scores = torch.ones(own.shape, device=needed.device), None
+            parts = [(measured, statistics)]
+        elif self.layers:
+            parts = self._measured(rollout, measured, processes, span=regroups)
+        changed = None
+        if regroups:
+            # Heads are known only when all completions have been seen: they are kept, where there is room.
+            parts = [(chosen, each.to("cpu")) for chosen, each in parts if each is not None]
+            changed = self._classify([each for _, each in parts if each is not None], now, processes)
         groups = self.groups if self.layers else None
-        if bool(measured.any()):
-            part = rollout.select(measured)
-            part_entropy: ArrayLike | None = None
-            if entropy is not None:
-                whole = as_float_tensor(entropy, "entropy", tuple(own.shape), axes="completion, token")
-                part_entropy = whole[measured.to(whole.device)]
-            elif "entropy" in self.needs:
-                part_entropy = self.token_entropy(part)
-            found = score_rollout(None if groups is None else statistics, groups, part, entropy=part_entropy)
-            weights = credit_of(self.credit, found).to(gamma)
+        if entropy is not None:
+            entropy = as_float_tensor(entropy, "entropy", tuple(own.shape), axes="completion, token")
+        elif "entropy" in self.needs and bool(measured.any()):
+            entropy = self._whole(self.token_entropy(rollout.select(measured)), measured)
+        scored = [
+            (
+                chosen,
+                score_rollout(
+                    None if groups is None else each,
+                    groups,
+                    rollout.select(chosen),
+                    entropy=None if entropy is None else entropy[chosen.to(entropy.device)],
+                ),
+            )
+            for chosen, each in parts
+        ]
+        scores, gamma = scores_of_all(scored, rollout), torch.ones(own.shape, device=needed.device)
+        if scores is not None:
+            # All at once: a strategy may compare completions with each other.
+            weights = credit_of(self.credit, scores.select(measured.tolist())).to(gamma)
             gamma[measured] = 1 + factor * (weights - 1) if factor != 1 else weights
             gamma = torch.where(needed[:, None], gamma, 1.0)
-            scores = scores_of_all(found, measured)
         shown = torch.ones_like(gamma) if spread is None else spread
         signs: Signs = "both" if spread is None else self.signs
         applied = credit_weights(shown, gamma, own, signs=signs)
@@ -304,33 +322,42 @@ class RolloutCredit:
 
     # ---- the parts ----------------------------------------------------------------------------
 
-    def _measure(
-        self, rollout: Rollout, measured: Tensor, processes: Processes, *, span: bool
-    ) -> HeadStatistics | None:
-        """Measure some of the completions, in as many passes as every other process if they are sharded."""
+    def _measured(self, rollout: Rollout, measured: Tensor, processes: Processes, *, span: bool) -> Parts:
+        """Measure some of the completions pass by pass, as many passes as in every process if sharded."""
         policy, root = self.policy, self.root
         if root is None and isinstance(policy, torch.nn.Module) and is_sharded(policy):
             raise TrainerError(
                 "the policy's parameters are sharded, and whole only in passes of the module that the "
                 "trainer calls: pass it as root= (with FSDP2, the policy itself)"
             )
-        part = rollout.select(measured) if bool(measured.any()) else None
-        options: dict[str, Any] = {
-            "layers": self.layers,
-            "window": self.window,
-            "horizon": self.horizon,
-            "span": span,
-            "batch_size": self.batch_size,
-            "token_budget": self.token_budget,
-        }
-        with self.precision():
-            if root is not None:
-                # Here, since it loads transformers, which reading a policy of another kind does not need.
-                from attnprobe.rl.whole_pass import WholePassAdapter, measure_in_step
+        if root is not None:
+            # Here, since it loads transformers, which reading a policy of another kind does not need.
+            from attnprobe.rl.whole_pass import WholePassAdapter
 
-                filler = rollout.select(torch.arange(len(measured)) == 0)
-                return measure_in_step(WholePassAdapter(policy, root), part, filler, processes, **options)
-            return None if part is None else measure_rollout(policy, part, **options)
+            policy = WholePassAdapter(policy, root)
+        return measured_in_passes(
+            policy,
+            rollout,
+            measured,
+            processes=processes,
+            in_step=root is not None,
+            precision=self.precision,
+            layers=self.layers,
+            batch_size=self.batch_size,
+            token_budget=self.token_budget,
+            window=self.window,
+            horizon=self.horizon,
+            span=span,
+        )
+
+    @staticmethod
+    def _whole(values: Tensor | None, measured: Tensor) -> Tensor | None:
+        """Return values of the measured completions as those of all; NaN for the others."""
+        if values is None:
+            return None
+        whole = values.new_full((len(measured), *values.shape[1:]), torch.nan)
+        whole[measured.to(values.device)] = values
+        return whole
 
     def _check_statistics(self, statistics: Any, rollout: Rollout, *, span: bool) -> None:
         """Check that statistics are of the rollout, and measured as this object would measure them."""
@@ -347,22 +374,21 @@ class RolloutCredit:
         if span and statistics.span is None:
             raise ParameterError("heads are to be classified at this step, but the statistics have no span")
 
-    def _classify(self, statistics: HeadStatistics | None, step: int, processes: Processes) -> int | None:
+    def _classify(self, parts: list[HeadStatistics], step: int, processes: Processes) -> int | None:
         """Group heads by their mean span over the completions of all processes, and keep the groups.
 
         Returns in how many heads the grouping changed, as `heads_that_changed` does; None if there was
         nothing to group heads by.
         """
-        assert statistics is not None
-        assert statistics.span is not None
-        span = statistics.span.double()
+        spans = [part.span for part in parts if part.span is not None]
+        span = torch.cat(spans).double()
         # Sums and counts rather than means: processes may have different numbers of completions.
         total, count = processes.sum(torch.stack([span.nansum(0), (~span.isnan()).double().sum(0)]))
         # Fully masked completions say nothing; the grouping stays due.
         if not bool((count > 0).any()):
             return None
         before = self.grouping.groups
-        groups = replace(group_heads((total / count).to(statistics.span.dtype)), layers=statistics.layers)
+        groups = replace(group_heads((total / count).to(spans[0].dtype)), layers=parts[0].layers)
         self.grouping.keep(groups, step)
         return heads_that_changed(before, groups)
 

@@ -9,6 +9,7 @@ own training loop may call them directly. What is left to others: layouts (rollo
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,18 +135,28 @@ def score_rollout(
     )
 
 
-def scores_of_all(scores: TokenScores, measured: Bool[Tensor, " completion"]) -> TokenScores:
-    """Return the scores of all completions, of which some were measured; NaN for the others."""
-    if bool(measured.all()):
-        return scores
-    chosen = measured.to(scores.waad.device)
-    changed: dict[str, Any] = {}
-    for each, values in scores._tensors():
+def scores_of_all(
+    parts: Sequence[tuple[Bool[Tensor, " completion"], TokenScores]], rollout: Rollout
+) -> TokenScores | None:
+    """Return the scores of all completions, from those of parts of them; NaN for what no part holds.
+
+    Args:
+        parts: which completions a part holds, and their scores; None is returned if there are no parts.
+        rollout: prompts and completions, on whose device the scores will be.
+    """
+    if not parts:
+        return None
+    device, (_, first) = rollout.completion_ids.device, parts[0]
+    joined: dict[str, Any] = {}
+    for each, values in first._tensors():
         empty: Any = torch.nan if values.is_floating_point() else 0
-        whole = values.new_full((len(chosen), *values.shape[1:]), empty)
-        whole[chosen.to(values.device)] = values
-        changed[each.name] = whole
-    return replace(scores, **changed)
+        joined[each.name] = values.new_full(
+            (len(rollout.completion_ids), *values.shape[1:]), empty, device=device
+        )
+    for chosen, scores in parts:
+        for each, values in scores._tensors():
+            joined[each.name][chosen.to(device)] = values.to(device)
+    return replace(first, **joined)
 
 
 def _own(values: Float[Tensor, "completion token"], mask: Tensor, name: str) -> Tensor:

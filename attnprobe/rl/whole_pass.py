@@ -1,8 +1,7 @@
-"""Measuring a sharded policy: whole passes of the module that holds it, as many in every process.
+"""WholePassAdapter: reading a policy in complete forward passes of the module that holds it.
 
-Parameters that are sharded over processes are gathered by all of them together. `RolloutCredit` measures
-such a policy by `measure_in_step`, through a `WholePassAdapter`. What is left to others: reading (adapters),
-and what is measured (scoring).
+`RolloutCredit` reads a sharded policy through one. What is left to others: reading (adapters), and that all
+processes make the same number of passes (passes).
 """
 
 from __future__ import annotations
@@ -17,11 +16,6 @@ from torch import Tensor, nn
 from attnprobe.adapters.forward_output import logits_of
 from attnprobe.adapters.transformers import TransformersAdapter
 from attnprobe.batch import TokenBatch
-from attnprobe.batch_run import BatchRun
-from attnprobe.head_statistics import HeadStatistics
-from attnprobe.rl.processes import Processes
-from attnprobe.rl.rollout import Rollout
-from attnprobe.rl.scoring import measure_rollout
 
 
 class WholePassAdapter(TransformersAdapter):
@@ -57,34 +51,3 @@ class WholePassAdapter(TransformersAdapter):
 
     def _logits(self, arguments: dict[str, Any]) -> Tensor | None:
         return logits_of(self._root(**arguments))
-
-
-def measure_in_step(
-    adapter: WholePassAdapter,
-    rollout: Rollout | None,
-    filler: Rollout,
-    processes: Processes,
-    *,
-    batch_size: int | None,
-    token_budget: int | None,
-    **options: Any,
-) -> HeadStatistics | None:
-    """Return the statistics of this process's completions, after as many passes as in every other process.
-
-    Args:
-        adapter: reads the policy in whole passes.
-        rollout: the completions to measure; None if there are none in this process.
-        filler: any completion, for the passes of a process that has fewer to make than another.
-        processes: those that hold the policy's parameters.
-        batch_size, token_budget, options: the arguments of `measure_rollout`.
-    """
-    sizes: dict[str, Any] = {"batch_size": batch_size, "token_budget": token_budget}
-    own, statistics = 0, None
-    if rollout is not None:
-        own = len(BatchRun.prepare(adapter, rollout.batch(), options["layers"], **sizes).together)
-    passes = processes.largest(own, adapter.device)
-    if rollout is not None:
-        statistics = measure_rollout(adapter, rollout, **sizes, **options)
-    for _ in range(passes - own):
-        measure_rollout(adapter, filler, **options)
-    return statistics
