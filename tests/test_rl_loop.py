@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -201,6 +203,44 @@ def test_statistics_of_something_else_are_refused() -> None:
     ):
         with pytest.raises(ParameterError, match=told):
             fresh.weigh(rollout, [1.0] * 3, 0, statistics=statistics)
+
+
+@pytest.mark.usefixtures("as_users_call")
+def test_scores_that_are_known_are_not_measured_again() -> None:
+    model, rollout = tiny_model("llama"), rollout_of()
+    credit = RolloutCredit(model, CoupledRhythmCredit(), horizon=HORIZON)
+    gamma = credit.weigh(rollout, [1.0, -1.0, 2.0], 0)
+    scores, passes = credit.last.scores, Widths()
+    with attnprobe.attach(model, passes):
+        torch.testing.assert_close(credit.weigh(rollout, [1.0, -1.0, 2.0], 1, scores=scores), gamma)
+    assert passes.shapes == []
+    for step, wrong, told in (
+        (10, scores, "classified at this step"),
+        (1, scores.select([0]), "must be"),
+        (1, "x", "scores"),
+    ):
+        with pytest.raises(ParameterError, match=told):
+            credit.weigh(rollout, [1.0, -1.0, 2.0], step, scores=wrong)
+
+
+def test_statistics_of_no_more_than_a_pass_are_held() -> None:
+    """Of 12 completions, 2 at a time: what is alive between passes are scores, once heads are grouped."""
+    model, rollout = tiny_model("llama"), rollout_of([(3, 14)] * 12)
+    credit = RolloutCredit(model, CoupledRhythmCredit(), horizon=HORIZON, batch_size=2)
+    credit.weigh(rollout, [1.0] * 12, 0)
+    alive: list[int] = []
+
+    class Alive(attnprobe.Probe):
+        def observe(self, site, layer, value, batch) -> None:
+            gc.collect()
+            held = [each for each in gc.get_objects() if isinstance(each, attnprobe.HeadStatistics)]
+            alive.append(sum(len(each.waad) for each in held))
+
+    before = sum(len(e.waad) for e in gc.get_objects() if isinstance(e, attnprobe.HeadStatistics))
+    with attnprobe.attach(model, Alive(), layers=[1]):
+        credit.weigh(rollout, [1.0] * 12, 1)
+    assert len(alive) == 6
+    assert max(alive) - before <= 2
 
 
 # ---- budgets ------------------------------------------------------------------------------------------

@@ -36,15 +36,16 @@ from attnprobe.rl.passes import measured_in_passes
 from attnprobe.rl.processes import Processes, is_sharded
 from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.schedules import check_schedule, factor_at
-from attnprobe.rl.scoring import bare_policy, score_rollout, scores_of_all
+from attnprobe.rl.scoring import bare_policy, check_given, scores_of_all, scores_of_part
 from attnprobe.rl.settings import check_same_settings, digest, settings_of, told
 from attnprobe.rl.watching import RolloutProbe, Watched
 from attnprobe.rl.weighed import WeighedRollout, credit_metrics, heads_that_changed
+from attnprobe.scores import TokenScores
 from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, brief, instance, whole_number
 from attnprobe.with_block import WithBlock
 
-Parts = Iterable[tuple[Tensor, HeadStatistics | None]]
-"""Which completions a pass held, and their statistics, if attention is measured."""
+Parts = Iterable[tuple[Tensor, HeadStatistics | TokenScores | None]]
+"""Which completions a pass held, and their statistics or scores, if attention is measured."""
 
 
 class RolloutCredit:
@@ -179,6 +180,7 @@ class RolloutCredit:
         *,
         entropy: ArrayLike | None = None,
         statistics: HeadStatistics | None = None,
+        scores: TokenScores | None = None,
     ) -> Float[Tensor, "completion token"]:
         """Return gamma as it is applied, `[completion, token]`; 1 where `signs` leaves an advantage out.
 
@@ -195,6 +197,7 @@ class RolloutCredit:
                 for strategies that need it.
             statistics: those of the whole rollout, if they have been measured; span is needed at steps at
                 which `regroups_at` is true.
+            scores: those of the whole rollout under `groups`, if they are known; not at such steps.
 
         Raises:
             BatchError: a rollout that the policy cannot read.
@@ -203,7 +206,9 @@ class RolloutCredit:
             ResultError: scores or weights that are not finite, or entropy that is needed but not given.
             TrainerError: several processes without `group`, or sharded parameters without `root`.
         """
-        return self.weigh_with_scores(rollout, advantages, step, entropy=entropy, statistics=statistics).gamma
+        return self.weigh_with_scores(
+            rollout, advantages, step, entropy=entropy, statistics=statistics, scores=scores
+        ).gamma
 
     def weigh_with_scores(
         self,
@@ -213,6 +218,7 @@ class RolloutCredit:
         *,
         entropy: ArrayLike | None = None,
         statistics: HeadStatistics | None = None,
+        scores: TokenScores | None = None,
     ) -> WeighedRollout:
         """Return gamma as `weigh` does, with the scores that it was computed from, and metrics."""
         started = time.perf_counter()
@@ -227,28 +233,40 @@ class RolloutCredit:
         regroups = self.regroups_at(now)
         # A trainer's own pass for entropy cannot be evened out between processes: all make it over all rows.
         in_step = self.root is not None and "entropy" in self.needs and entropy is None
-        measured = needed | (regroups or statistics is not None or in_step)
+        given = statistics is not None or scores is not None
+        measured = needed | (regroups or given or in_step)
         parts: Parts = [(measured, None)] if bool(measured.any()) else []
-        if self.layers and statistics is not None:
-            self._check_statistics(statistics, rollout, span=regroups)
-            parts = [(measured, statistics)]
+        if self.layers and given:
+            check_given(
+                statistics,
+                scores,
+                rollout,
+                layers=self.layers,
+                window=self.window,
+                horizon=self.horizon,
+                regroups=regroups,
+            )
+            parts = [(measured, statistics if scores is None else scores)]
         elif self.layers:
             parts = self._measured(rollout, measured, processes, span=regroups)
         changed = None
         if regroups:
             # Heads are known only when all completions have been seen: they are kept, where there is room.
-            parts = [(chosen, each.to("cpu")) for chosen, each in parts if each is not None]
-            changed = self._classify([each for _, each in parts if each is not None], now, processes)
+            parts = [(chosen, None if each is None else each.to("cpu")) for chosen, each in parts]
+            changed = self._classify(parts, now, processes)
         groups = self.groups if self.layers else None
         if entropy is not None:
             entropy = as_float_tensor(entropy, "entropy", tuple(own.shape), axes="completion, token")
         elif "entropy" in self.needs and bool(measured.any()):
-            entropy = self._whole(self.token_entropy(rollout.select(measured)), measured)
+            known = self.token_entropy(rollout.select(measured))
+            entropy = None if known is None else known.new_full(own.shape, torch.nan)
+            if entropy is not None:
+                entropy[measured.to(entropy.device)] = known
         scored = [
             (
                 chosen,
-                score_rollout(
-                    None if groups is None else each,
+                scores_of_part(
+                    each,
                     groups,
                     rollout.select(chosen),
                     entropy=None if entropy is None else entropy[chosen.to(entropy.device)],
@@ -256,16 +274,16 @@ class RolloutCredit:
             )
             for chosen, each in parts
         ]
-        scores, gamma = scores_of_all(scored, rollout), torch.ones(own.shape, device=needed.device)
-        if scores is not None:
+        found, gamma = scores_of_all(scored, rollout), torch.ones(own.shape, device=needed.device)
+        if found is not None:
             # All at once: a strategy may compare completions with each other.
-            weights = credit_of(self.credit, scores.select(measured.tolist())).to(gamma)
+            weights = credit_of(self.credit, found.select(measured.tolist())).to(gamma)
             gamma[measured] = 1 + factor * (weights - 1) if factor != 1 else weights
             gamma = torch.where(needed[:, None], gamma, 1.0)
         shown = torch.ones_like(gamma) if spread is None else spread
         signs: Signs = "both" if spread is None else self.signs
         applied = credit_weights(shown, gamma, own, signs=signs)
-        weighed = WeighedRollout(rollout, applied, matters, measured, scores, groups)
+        weighed = WeighedRollout(rollout, applied, matters, measured, found, groups)
         metrics = credit_metrics(
             weighed,
             spread,
@@ -316,7 +334,14 @@ class RolloutCredit:
         if not self.layers:
             yield Watched(rollout, step, self.weigh_with_scores)
             return
-        probe = RolloutProbe(rollout, window=self.window, horizon=self.horizon, span=self.regroups_at(step))
+        regroups = self.regroups_at(step)
+        probe = RolloutProbe(
+            rollout,
+            window=self.window,
+            horizon=self.horizon,
+            span=regroups,
+            groups=None if regroups else self.groups,
+        )
         with uncompiled(), attach(model, probe, layers=self.layers) as attached:
             yield Watched(rollout, step, self.weigh_with_scores, probe, attached)
 
@@ -350,37 +375,14 @@ class RolloutCredit:
             span=span,
         )
 
-    @staticmethod
-    def _whole(values: Tensor | None, measured: Tensor) -> Tensor | None:
-        """Return values of the measured completions as those of all; NaN for the others."""
-        if values is None:
-            return None
-        whole = values.new_full((len(measured), *values.shape[1:]), torch.nan)
-        whole[measured.to(values.device)] = values
-        return whole
-
-    def _check_statistics(self, statistics: Any, rollout: Rollout, *, span: bool) -> None:
-        """Check that statistics are of the rollout, and measured as this object would measure them."""
-        instance(statistics, HeadStatistics, "statistics", "measure_rollout() returns one")
-        for name, ours in (("layers", self.layers), ("window", self.window), ("horizon", self.horizon)):
-            theirs = getattr(statistics, name)
-            if theirs != ours:
-                raise ParameterError(f"the statistics have {name} {theirs}, but credit uses {ours}")
-        if statistics.waad.shape[0] != len(rollout.completion_ids):
-            raise ParameterError(
-                f"the statistics are of {statistics.waad.shape[0]} completions, but the rollout has "
-                f"{len(rollout.completion_ids)}"
-            )
-        if span and statistics.span is None:
-            raise ParameterError("heads are to be classified at this step, but the statistics have no span")
-
-    def _classify(self, parts: list[HeadStatistics], step: int, processes: Processes) -> int | None:
+    def _classify(self, parts: Parts, step: int, processes: Processes) -> int | None:
         """Group heads by their mean span over the completions of all processes, and keep the groups.
 
         Returns in how many heads the grouping changed, as `heads_that_changed` does; None if there was
         nothing to group heads by.
         """
-        spans = [part.span for part in parts if part.span is not None]
+        measured = [part for _, part in parts if isinstance(part, HeadStatistics)]
+        spans = [part.span for part in measured if part.span is not None]
         span = torch.cat(spans).double()
         # Sums and counts rather than means: processes may have different numbers of completions.
         total, count = processes.sum(torch.stack([span.nansum(0), (~span.isnan()).double().sum(0)]))
@@ -388,7 +390,7 @@ class RolloutCredit:
         if not bool((count > 0).any()):
             return None
         before = self.grouping.groups
-        groups = replace(group_heads((total / count).to(spans[0].dtype)), layers=parts[0].layers)
+        groups = replace(group_heads((total / count).to(spans[0].dtype)), layers=measured[0].layers)
         self.grouping.keep(groups, step)
         return heads_that_changed(before, groups)
 

@@ -18,13 +18,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.adapters.base import Layers
-from attnprobe.errors import ResultError
+from attnprobe.errors import ParameterError, ResultError
 from attnprobe.head_groups import GroupsLike
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import classify_heads
 from attnprobe.measurement import measure
-from attnprobe.metric_arguments import HorizonLike
+from attnprobe.metric_arguments import Horizon, HorizonLike
 from attnprobe.reductions import TRAINING_HORIZON
+from attnprobe.rl.grouping import Groups
 from attnprobe.rl.rollout import Rollout
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, finite, instance, truth
@@ -133,6 +134,56 @@ def score_rollout(
         entropy=None if entropy is None else entropy.to(mask.device),
         response_mask=mask,
     )
+
+
+def scores_of_part(
+    part: HeadStatistics | TokenScores | None,
+    heads: Groups | None,
+    rollout: Rollout,
+    *,
+    entropy: Float[Tensor, "completion token"] | None,
+) -> TokenScores:
+    """Return the scores of a part of a rollout; of its statistics, unless it is given as scores already."""
+    if isinstance(part, TokenScores):
+        return part if entropy is None else replace(part, entropy=entropy)
+    return score_rollout(None if heads is None else part, heads, rollout, entropy=entropy)
+
+
+def check_given(
+    statistics: Any,
+    scores: Any,
+    rollout: Rollout,
+    *,
+    layers: tuple[int, ...],
+    window: int,
+    horizon: Horizon,
+    regroups: bool,
+) -> None:
+    """Check that statistics, or scores, are of a rollout, and measured in these layers and by these settings.
+
+    Raises:
+        ParameterError: they are not; or heads are to be classified, and there is no span to do it by.
+    """
+    shape = list(rollout.completion_ids.shape)
+    if scores is not None:
+        instance(scores, TokenScores, "scores", "score_rollout() returns them")
+        found = list(scores.response_mask.shape)
+        if found != shape:
+            raise ParameterError(f"the scores must be [{_AXES}] = {shape}; they are {found}")
+        if regroups:
+            raise ParameterError("heads are to be classified at this step: pass statistics with span")
+        return
+    instance(statistics, HeadStatistics, "statistics", "measure_rollout() returns one")
+    for name, ours in (("layers", layers), ("window", window), ("horizon", horizon)):
+        theirs = getattr(statistics, name)
+        if theirs != ours:
+            raise ParameterError(f"the statistics have {name} {theirs}, but credit uses {ours}")
+    if statistics.waad.shape[0] != shape[0]:
+        raise ParameterError(
+            f"the statistics are of {statistics.waad.shape[0]} completions, but the rollout has {shape[0]}"
+        )
+    if regroups and statistics.span is None:
+        raise ParameterError("heads are to be classified at this step, but the statistics have no span")
 
 
 def scores_of_all(

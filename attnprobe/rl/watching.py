@@ -22,8 +22,11 @@ from attnprobe.batch import TokenBatch
 from attnprobe.errors import ResultError
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.probe import Attachment, Probe
+from attnprobe.provenance import Provenance
+from attnprobe.rl.grouping import Groups
 from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.weighed import WeighedRollout
+from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.statistics_probe import HeadStatisticsProbe
 from attnprobe.validation import ArrayLike
 
@@ -38,13 +41,17 @@ class RolloutProbe(Probe):
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens.
         span: whether to compute span.
+        groups: head groups, if they are known: only the scores under them are kept of each pass, since the
+            statistics of all heads over a whole rollout are many times as large.
 
     Raises:
         ParameterError: an invalid window or horizon.
     """
 
-    def __init__(self, rollout: Rollout, *, window: int, horizon: Any, span: bool) -> None:
-        self._rollout = rollout
+    def __init__(
+        self, rollout: Rollout, *, window: int, horizon: Any, span: bool, groups: Groups | None
+    ) -> None:
+        self._rollout, self._groups = rollout, groups
         self._inner = HeadStatisticsProbe(
             window=window, horizon=horizon, span=span, entropy=False, share_on=(), span_ignores=()
         )
@@ -58,10 +65,15 @@ class RolloutProbe(Probe):
         for number, ((ids, mask), written) in enumerate(zip(prompts, completions, strict=True)):
             if bool(self._own[number].any()):
                 self._waiting[(*ids[mask].tolist(), *written.tolist())].append(number)
-        self._found: dict[int, HeadStatistics] = {}
+        self._found: dict[int, HeadStatistics | TokenScores] = {}
         self._known = {ids: len(numbers) for ids, numbers in self._waiting.items()}
         self._pass: list[tuple[int, int]] = []
         self._batch: TokenBatch | None = None
+
+    @property
+    def knows_groups(self) -> bool:
+        """Whether scores are kept, rather than the statistics of all heads."""
+        return self._groups is not None
 
     def begin(self, batch: TokenBatch) -> None:
         """Find the rollout's sequences in a pass that is about to start."""
@@ -121,7 +133,7 @@ class RolloutProbe(Probe):
             span = statistics.span
             if statistics.sequence_span is not None:
                 span = statistics.sequence_span[..., ranks[order]]
-            self._found[number] = HeadStatistics(
+            part = HeadStatistics(
                 span=None if span is None else span[row : row + 1],
                 # Copies: a view would keep the whole micro-batch in memory.
                 waad=statistics.waad[row : row + 1, ..., columns].clone(),
@@ -133,8 +145,33 @@ class RolloutProbe(Probe):
                 window=statistics.window,
                 horizon=statistics.horizon,
             )
+            self._found[number] = part if self._groups is None else score_tokens(part, self._groups)
 
-    def result(self, adapter: Adapter, layers: tuple[int, ...]) -> HeadStatistics:
+    def scores(self) -> TokenScores:
+        """Return the scores of the rollout's completions under the given head groups.
+
+        Raises:
+            ResultError: some completions were in no pass.
+        """
+        self._check_complete()
+        rollout, known = self._rollout, next(iter(self._found.values()), None)
+        own = rollout.response_mask
+        waad, fai = (torch.full(own.shape, torch.nan, device=own.device) for _ in range(2))
+        for number, part in self._found.items():
+            count = part.waad.shape[-1]
+            waad[number, :count], fai[number, :count] = part.waad[0], part.fai[0]
+        provenance = known.provenance if isinstance(known, TokenScores) else Provenance()
+        outside = ~own
+        return TokenScores(
+            waad.masked_fill(outside, torch.nan),
+            fai.masked_fill(outside, torch.nan),
+            None,
+            own,
+            input_ids=rollout.completion_ids,
+            provenance=provenance,
+        )
+
+    def statistics(self, adapter: Adapter, layers: tuple[int, ...]) -> HeadStatistics:
         """Return the statistics of the rollout's completions, as `measure_rollout` does.
 
         They are NaN if the policy wrote nothing at all, as in a process that was given only rows of filling.
@@ -142,13 +179,9 @@ class RolloutProbe(Probe):
         Raises:
             ResultError: some completions were in no pass.
         """
-        missing = sorted(number for numbers in self._waiting.values() for number in numbers)
-        if missing:
-            raise ResultError(
-                f"{len(missing)} of {len(self._own)} completions were in no pass, the first of them number "
-                f"{missing[0]}: run the pass over the same prompts and completions inside the block"
-            )
-        rollout, found = self._rollout, self._found
+        self._check_complete()
+        rollout = self._rollout
+        found = {number: part for number, part in self._found.items() if isinstance(part, HeadStatistics)}
         rows, width = rollout.completion_ids.shape
         known = next(iter(found.values())).waad if found else None
         device = adapter.device if known is None else known.device
@@ -158,15 +191,15 @@ class RolloutProbe(Probe):
         span = torch.full((rows, *each), torch.nan, device=device) if self._inner.span else None
         for number, part in found.items():
             count = part.waad.shape[-1]
-            waad[number, ..., :count] = part.waad[0]
-            fai[number, ..., :count] = part.fai[0]
+            waad[number, ..., :count], fai[number, ..., :count] = part.waad[0], part.fai[0]
             if span is not None:
                 assert part.span is not None
                 span[number] = part.span[0]
+        outside = ~own[:, None, None]
         return HeadStatistics(
             span=span,
-            waad=waad.masked_fill(~own[:, None, None], torch.nan),
-            fai=fai.masked_fill(~own[:, None, None], torch.nan),
+            waad=waad.masked_fill(outside, torch.nan),
+            fai=fai.masked_fill(outside, torch.nan),
             entropy=None,
             receiver_kurtosis=None,
             response_mask=own,
@@ -176,6 +209,14 @@ class RolloutProbe(Probe):
             input_ids=rollout.completion_ids.to(device),
             model_name=adapter.model_name,
         )
+
+    def _check_complete(self) -> None:
+        missing = sorted(number for numbers in self._waiting.values() for number in numbers)
+        if missing:
+            raise ResultError(
+                f"{len(missing)} of {len(self._own)} completions were in no pass, the first of them number "
+                f"{missing[0]}: run the pass over the same prompts and completions inside the block"
+            )
 
 
 class Watched:
@@ -197,16 +238,6 @@ class Watched:
         self.rollout, self.step = rollout, step
         self._weigh, self._probe, self._attached = weigh, probe, attached
 
-    def statistics(self) -> HeadStatistics | None:
-        """Return the statistics of the rollout; None if the strategy needs no attention.
-
-        Raises:
-            ResultError: some completions were in no pass.
-        """
-        if self._probe is None or self._attached is None:
-            return None
-        return self._probe.result(self._attached.adapter, self._attached.layers)
-
     def weigh(
         self, advantages: ArrayLike | None = None, *, entropy: ArrayLike | None = None
     ) -> Float[Tensor, "completion token"]:
@@ -221,8 +252,13 @@ class Watched:
         self, advantages: ArrayLike | None = None, *, entropy: ArrayLike | None = None
     ) -> WeighedRollout:
         """Return gamma as `weigh` does, with the scores that it was computed from, and metrics."""
-        statistics = self.statistics()
-        return self._weigh(self.rollout, advantages, self.step, entropy=entropy, statistics=statistics)
+        read: dict[str, Any] = {}
+        if self._probe is not None and self._attached is not None:
+            if self._probe.knows_groups:
+                read["scores"] = self._probe.scores()
+            else:
+                read["statistics"] = self._probe.statistics(self._attached.adapter, self._attached.layers)
+        return self._weigh(self.rollout, advantages, self.step, entropy=entropy, **read)
 
 
 def _ranks_with_response(sources: list[int], with_response: set[int]) -> dict[int, int]:
