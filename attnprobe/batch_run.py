@@ -28,6 +28,9 @@ from attnprobe.validation import IntLike, whole_number
 MEMORY_BUDGET = 2 * 2**30
 """The default of `measure`'s memory budget, in bytes."""
 
+TOKEN_BUDGET = 4096
+"""The default of `measure`'s token budget: enough to keep a machine busy, and little is lost to padding."""
+
 
 @dataclass(frozen=True)
 class BatchRun:
@@ -50,17 +53,20 @@ class BatchRun:
         batch_size: IntLike | None = None,
         memory_budget: int = MEMORY_BUDGET,
         entropy: bool = False,
+        token_budget: IntLike | None = None,
     ) -> BatchRun:
         """Return a run of the batch; the arguments are those of `measure`.
 
         Raises:
             BatchError: tokens that the model cannot run.
-            ParameterError: layers that the model does not have, or an invalid batch size.
+            ParameterError: layers that the model does not have, or an invalid batch size or token budget.
         """
         adapter = adapter_for(model)
         chosen = resolve_layers(layers, adapter)
         if batch_size is not None:
             batch_size = whole_number(batch_size, "batch_size", minimum=1)
+        if token_budget is not None:
+            token_budget = whole_number(token_budget, "token_budget", minimum=1)
         if batch.model_inputs is not None:
             check_fits(batch, adapter)
             check_padding(batch.attention_mask)
@@ -74,7 +80,10 @@ class BatchRun:
         sequences, layout = batch.sequences()
         check_fits(sequences, adapter)
         size = batch_size or _sequences_within(memory_budget, sequences, adapter, entropy)
-        return BatchRun(adapter, chosen, sequences, layout, _sequences_together(sequences, adapter, size))
+        # A batch size alone is what the caller wants. Without one, little is to be lost to padding.
+        budget = token_budget or (None if batch_size else TOKEN_BUDGET)
+        together = _sequences_together(sequences, adapter, size, budget)
+        return BatchRun(adapter, chosen, sequences, layout, together)
 
     @property
     def width(self) -> int:
@@ -119,16 +128,29 @@ def _sequences_within(budget: int, sequences: TokenBatch, adapter: Adapter, entr
     return sequences.batch_size if each == 0 else min(sequences.batch_size, max(1, budget // each))
 
 
-def _sequences_together(sequences: TokenBatch, adapter: Adapter, size: int) -> list[list[int]]:
-    """Return the numbers of the sequences that run together: at most `size`, all of one regime."""
+def _sequences_together(
+    sequences: TokenBatch, adapter: Adapter, size: int, token_budget: int | None
+) -> list[list[int]]:
+    """Return the numbers of the sequences that run together, all of one regime, the shortest first.
+
+    At most `size` run together, and with a token budget no more than it holds, padding included, or one.
+    """
     by_regime: dict[Hashable, list[int]] = {}
-    for number, length in enumerate(sequences.attention_mask.sum(-1).tolist()):
-        by_regime.setdefault(adapter.regime(length), []).append(number)
-    return [
-        members[begin : begin + size]
-        for members in by_regime.values()
-        for begin in range(0, len(members), size)
-    ]
+    lengths = sequences.attention_mask.sum(-1).tolist()
+    for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
+        by_regime.setdefault(adapter.regime(lengths[number]), []).append(number)
+    together: list[list[int]] = []
+    for members in by_regime.values():
+        part: list[int] = []
+        for number in members:
+            # The next one is the longest so far: all are padded to it.
+            padded = (len(part) + 1) * lengths[number]
+            if part and (len(part) == size or (token_budget is not None and padded > token_budget)):
+                together.append(part)
+                part = []
+            part.append(number)
+        together.append(part)
+    return together
 
 
 def check_fits(sequences: TokenBatch, adapter: Adapter) -> None:

@@ -55,6 +55,7 @@ def measure(
     value_weighted: bool = False,
     batch_size: IntLike | None = None,
     memory_budget: IntLike = MEMORY_BUDGET,
+    token_budget: IntLike | None = None,
     progress: bool = False,
 ) -> HeadStatistics:
     """Run a model over a batch once, and return the statistics of every head.
@@ -84,10 +85,13 @@ def measure(
         value_weighted: whether FAI and token-level receiver kurtosis weigh attention by the norm of the key's
             value after the head's output projection, in the units of the residual stream. Span, WAAD and
             shares stay plain. Costs about one output projection for each layer.
-        batch_size: how many sequences to run at a time; default: as many as fit the memory budget.
-            Results do not depend on it. A batch with images is always run as a whole.
+        batch_size: how many sequences to run at a time, at most; default: as many as fit both budgets.
+            Sequences of similar length run together, and results do not depend on it. A batch with images is
+            always run as a whole.
         memory_budget: roughly how many bytes the activations and logits of the sequences run together may
             take; at least one sequence is run at a time. Estimated from the model's widths; not a hard limit.
+        token_budget: how many tokens to run at a time, padding included; at least one sequence is run.
+            Default: 4096, or no limit if there is a batch size.
         progress: whether to show a progress bar.
 
     Raises:
@@ -124,7 +128,7 @@ def measure(
     if value_weighted and level == "sentence":
         raise ParameterError('value_weighted cannot go with receiver="sentence": pass receiver="token"')
     probe.asked.check_known(batch.segment_names, "batch.with_segments({})")
-    run = BatchRun.prepare(adapter, batch, layers, batch_size, memory_budget, entropy)
+    run = BatchRun.prepare(adapter, batch, layers, batch_size, memory_budget, entropy, token_budget)
     sentences = None if options is None else sentence_ids(run.sequences, options.splitting)
     by_sentence = None
     if options is not None and sentences is not None:

@@ -2,7 +2,8 @@
 
 "ddp" and "fsdp2" train a tiny trainer and write what each process generated and how it was weighed, with the
 weights of the policy at that moment, for the test to compare with one process that holds all completions.
-"loop" weighs made-up rollouts by a `RolloutCredit`, without a trainer.
+"loop" and "sharded" weigh made-up rollouts by a `RolloutCredit`, without a trainer; "sharded" first shards
+the policy by FSDP2.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import torch
 from trl import GRPOTrainer
 
+from attnprobe import TrainerError
 from attnprobe.rl import CoupledRhythmCredit, Rollout, RolloutCredit, attach_credit
 from attnprobe.testing.tiny_models import tiny_model
 from attnprobe.testing.tiny_trainers import tiny_trainer
@@ -38,7 +40,7 @@ def shard(trainer) -> None:
     trainer.is_fsdp_enabled = True
 
 
-def loop(folder: Path) -> None:
+def loop(folder: Path, sharded: bool) -> None:
     """Weigh three rollouts of 4 completions in one process, of 3 in the other, which gains nothing."""
     torch.distributed.init_process_group("gloo")
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -46,17 +48,35 @@ def loop(folder: Path) -> None:
     ones = torch.ones_like(ids)
     parts = (ids[:, :4], ones[:, :4], ids[:, 4:], ones[:, 4:])
     advantages = [0.0] * 3 if rank else [1.0, -1.0, 1.0, 1.0]
-    credit = RolloutCredit(
-        tiny_model("llama"), CoupledRhythmCredit(), horizon=HORIZON, layers="all", reclassify_every=2
-    )
-    grouped_at = []
+    policy, strategy = tiny_model("llama"), CoupledRhythmCredit()
+    options = {"horizon": HORIZON, "layers": "all", "reclassify_every": 2, "batch_size": 1}
+    everyone = torch.distributed.group.WORLD
+    root = None
+    if sharded:
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in policy.model.layers:
+            fully_shard(layer)
+        root = fully_shard(policy)
+    refused = {}
+    for name, given in (("group", {"root": root}), ("root", {"group": everyone})):
+        try:
+            RolloutCredit(policy, strategy, **options, **given).weigh(Rollout(*parts), advantages, 0)
+        except TrainerError as error:
+            refused[name] = str(error)
+    credit = RolloutCredit(policy, strategy, **options, root=root, group=everyone)
+    grouped_at, gammas, metrics = [], [], []
     for step in range(3):
-        credit.weigh(Rollout(*parts), advantages, step)
+        gammas.append(credit.weigh(Rollout(*parts), advantages, step))
         grouped_at.append(credit.grouping.grouped_at)
+        metrics.append(credit.last.metrics)
     found = {
         "world": world,
         "rollout": parts,
         "grouped_at": grouped_at,
+        "gammas": gammas,
+        "metrics": metrics,
+        "refused": refused,
         "groups": credit.grouping.saved_groups,
     }
     torch.save(found, folder / f"rank{rank}.pt")
@@ -64,8 +84,8 @@ def loop(folder: Path) -> None:
 
 def main(kind: str, folder: Path) -> None:
     torch.set_num_threads(1)
-    if kind == "loop":
-        loop(folder)
+    if kind in ("loop", "sharded"):
+        loop(folder, sharded=kind == "sharded")
         return
     config = {"max_steps": 3, "max_completion_length": 8}
     trainer = tiny_trainer(GRPOTrainer, folder, **config)

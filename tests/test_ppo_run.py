@@ -35,6 +35,8 @@ from attnprobe.rl import (
     Rollout,
     RolloutCredit,
     apply_credit,
+    decay,
+    warmup,
 )
 from attnprobe.rl.grouping import HeadGrouping
 from attnprobe.rl.ppo import algorithm
@@ -232,7 +234,7 @@ def test_a_run_goes_on_where_it_is() -> None:
 @pytest.mark.parametrize("estimator", ["gae", "group"])
 def test_a_resumed_run_goes_on_identically(tmp_path, estimator, credit) -> None:
     settings = {"estimator": estimator, "kl_coef": 0.05, "credit": credit}
-    settings["credit_options"] = {"reclassify_every": 3}
+    settings["credit_options"] = {"reclassify_every": 3, "schedule": warmup(4)}
     whole = ppo_of(steps=5, folder=tmp_path / "whole", **settings)
     history = whole.train()
     ppo_of(steps=2, folder=tmp_path / "parts", **settings).train()
@@ -314,6 +316,7 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path, as_users_call) -> No
         ({"credit_options": {"horizon": (2, 4)}}, r"has horizon=\(1, 4\) .not \(2, 4\)"),
         ({"credit_options": {"layers": [1]}}, r"has layers=\(1, 2\) .not \(1,\)"),
         ({"credit_options": {"window": 5}}, "has window=10 .not 5"),
+        ({"credit_options": {"schedule": decay(9)}}, r"has schedule=none .not Ramp\(begin=0, end=9"),
         ({"credit_options": {"signs": "positive"}}, "has signs='both' .not 'positive'"),
         ({"credit_options": {"reclassify_every": None}}, "has reclassify_every=10 .not None"),
         ({"ends": {7}}, r"has ends=\[7, 14, 21\] .not \[7\]"),
@@ -511,8 +514,12 @@ def test_an_amplification_of_1_changes_no_bit(estimator, strategy, signs) -> Non
         for credit in (None, strategy(amplification=1.0))
     )
     histories = [without_clock(ppo.train()) for ppo in (plain, credited)]
-    assert {entry.pop("credit/gamma_mean") for entry in histories[1]} == {1.0}
-    assert histories[0] == histories[1]
+    assert {entry["credit/gamma_mean"] for entry in histories[1]} == {1.0}
+    without_credit = [
+        {name: value for name, value in entry.items() if not name.startswith("credit/")}
+        for entry in histories[1]
+    ]
+    assert histories[0] == without_credit
     assert_same(parameters(plain), parameters(credited))
 
 
@@ -652,19 +659,37 @@ def test_a_grouping_is_restored_from_what_it_kept_and_nothing_else(as_users_call
         _ = grouping.groups
 
 
-def test_the_gamma_that_is_logged_is_that_of_the_weights_that_were_applied(monkeypatch) -> None:
+@pytest.mark.parametrize("signs", ["both", "negative"])
+def test_what_is_logged_of_credit_is_what_was_applied(signs, monkeypatch, tmp_path) -> None:
+    """Seen from outside: in the advantages before and after. The rollout's other metrics are there too."""
     applied = []
 
     def keep(advantages, gamma, mask):
         weighted = apply_credit(advantages, gamma, mask)
-        counts = mask & (advantages != 0)
-        applied.append(float((weighted[counts] / advantages[counts]).double().mean()))
+        counts = mask & ((advantages < 0) if signs == "negative" else (advantages != 0))
+        weights = (weighted[counts] / advantages[counts]).double()
+        applied.append(
+            {
+                "credit/gamma_mean": float(weights.mean()),
+                "credit/amplified_share": float((weights > 1.001).double().mean()),
+                "credit/applied_mean": 1 + float((weights - 1).sum() / mask.sum()),
+                "credit/advantage_change": float((weighted - advantages)[mask].double().mean()),
+            }
+        )
         return weighted
 
     monkeypatch.setattr(algorithm, "apply_credit", keep)
-    history = ppo_of(credit=CoupledRhythmCredit(amplification=3.0)).train()
-    assert [entry["credit/gamma_mean"] for entry in history] == pytest.approx(applied, abs=1e-5)
-    assert max(applied) > 1.05
+    options = {"signs": signs, "reclassify_every": 2}
+    ppo = ppo_of(credit=CoupledRhythmCredit(amplification=3.0), credit_options=options, folder=tmp_path)
+    history = ppo.train()
+    for entry, seen in zip(history, applied, strict=True):
+        assert {name: entry[name] for name in seen} == pytest.approx(seen, abs=1e-5)
+    assert max(seen["credit/gamma_mean"] for seen in applied) > 1.05
+    assert [entry["credit/regrouped"] for entry in history] == [1.0, 0.0, 1.0]
+    assert [entry["credit/regrouped_heads"] is None for entry in history] == [True, True, False]
+    logged = {name: value for name, value in history[-1].items() if name.startswith("credit/")}
+    assert logged == ppo.credit.last.metrics
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == history[-1]
 
 
 # ---- bad input --------------------------------------------------------------------------------

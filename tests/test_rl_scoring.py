@@ -16,7 +16,7 @@ from attnprobe.rl import (
     measure_rollout,
     score_rollout,
 )
-from attnprobe.rl.trl.trainer_credit import WholePassAdapter
+from attnprobe.rl.whole_pass import WholePassAdapter
 from attnprobe.testing.tiny_models import FAMILIES, tiny_model
 
 HORIZON = (1, 4)

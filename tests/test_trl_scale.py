@@ -91,9 +91,10 @@ def test_each_completion_is_weighed_as_in_a_run_of_one_process(kind, tmp_path) -
     assert logged["credit/gamma_mean"] == pytest.approx(float(mean), abs=1e-6)
 
 
-def test_a_loop_of_ones_own_groups_heads_over_all_processes(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["loop", "sharded"])
+def test_a_loop_of_ones_own_groups_heads_over_all_processes(kind, tmp_path) -> None:
     """Of different numbers of completions, in one of which processes none gains anything in the end."""
-    ranks = run_two_processes("loop", tmp_path)
+    ranks = run_two_processes(kind, tmp_path)
     assert [rank["world"] for rank in ranks] == [2, 2]
     policy = tiny_model("llama")
     parts = [
@@ -101,9 +102,27 @@ def test_a_loop_of_ones_own_groups_heads_over_all_processes(tmp_path) -> None:
     ]
     assert [len(part.span) for part in parts] == [4, 3]
     heads = classify_heads(parts)
+    weighed = CoupledRhythmCredit()(score_rollout(parts[0], heads, Rollout(*ranks[0]["rollout"])))
     for rank in ranks:
         assert rank["groups"]["local_heads"] == heads.local_heads.tolist()
         assert rank["groups"]["global_heads"] == heads.global_heads.tolist()
         assert rank["grouped_at"] == [0, 0, 2]
+    for gamma in ranks[0]["gammas"]:
+        torch.testing.assert_close(gamma, weighed)
+    assert all(bool((gamma == 1).all()) for gamma in ranks[1]["gammas"])
+    # Counted over both processes, so both know the same; seconds are a mean.
+    first, second = ranks[0]["metrics"], ranks[1]["metrics"]
+    assert [entry["credit/measured_rows"] for entry in first] == [7, 4, 7]
+    assert [entry["credit/regrouped"] for entry in first] == [1, 0, 1]
+    assert first[2]["credit/regrouped_heads"] == 0, "the policy did not change"
+    assert first[0]["credit/gamma_mean"] == pytest.approx(float(weighed.double().mean()))
+    for mine, theirs in zip(first, second, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(list(mine.values())), torch.tensor(list(theirs.values())), equal_nan=True
+        )
     alone = [classify_heads(part) for part in parts]
     assert not all(torch.equal(each.local_heads, heads.local_heads) for each in alone)
+    # Nobody trains by accident with heads of one's own, or waits for a process that makes no pass.
+    refused = ranks[0]["refused"]
+    assert "2 processes" in refused["group"]
+    assert set(refused) == ({"group", "root"} if kind == "sharded" else {"group"})

@@ -29,8 +29,11 @@ from attnprobe.rl.credit import (
     needs_of,
 )
 from attnprobe.rl.ppo import PPO, PPOConfig
+from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.rollout_credit import RolloutCredit
-from attnprobe.rl.scoring import Rollout, measure_rollout, score_rollout
+from attnprobe.rl.schedules import Ramp, decay, warmup
+from attnprobe.rl.scoring import measure_rollout, score_rollout
+from attnprobe.rl.weighed import WeighedRollout
 
 if TYPE_CHECKING:
     from attnprobe.rl.trl import CreditCallback, CreditHandle, CreditMixin, attach_credit
@@ -49,17 +52,21 @@ __all__ = [
     "GlobalAnchorCredit",
     "LocalChunkCredit",
     "PPOConfig",
+    "Ramp",
     "RandomCredit",
     "Rollout",
     "RolloutCredit",
+    "WeighedRollout",
     "apply_credit",
     "attach_credit",
     "credit_of",
     "credit_weights",
+    "decay",
     "gate_gradient",
     "measure_rollout",
     "needs_of",
     "score_rollout",
+    "warmup",
 ]
 
 _LAZY = {

@@ -1,64 +1,53 @@
 """RolloutCredit: the one mechanism that measures a rollout, groups heads, and asks a strategy for weights.
 
 Every trainer uses it: your own training loop and the reference PPO (ppo) use the class as it is, and
-`attach_credit` (trl) overrides the few methods in which a TRL trainer differs. For each rollout it decides
-which completions matter, measures the policy's attention over them, classifies heads when that is due,
-scores the tokens, and calls the strategy. What is left to others: the pieces (scoring, grouping, credit),
-and what is done with the weights (advantage).
+`attach_credit` (trl) and the engine for verl override the few methods in which these trainers differ. For
+each rollout it decides which completions matter, measures the policy's attention over them, or reads it from
+a pass of the trainer's own, classifies heads when that is due, scores the tokens, and calls the strategy.
+What is left to others: the pieces (scoring, watching, grouping, credit, schedules), several processes
+(processes), what is kept of a rollout (weighed), and what is done with the weights (advantage).
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import inspect
-import json
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.adapters.base import Layers
-from attnprobe.errors import ParameterError
+from attnprobe.adapters.wrappers import uncompiled
+from attnprobe.errors import ParameterError, ResultError, TrainerError
 from attnprobe.head_groups import GroupsLike
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import group_heads
 from attnprobe.metric_arguments import HorizonLike, check_horizon, check_window
+from attnprobe.probe import attach
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.rl.advantage import Signs, check_signs, credit_weights, is_weighted, spread_advantages
 from attnprobe.rl.credit import Credit, credit_of, needs_of
 from attnprobe.rl.grouping import Groups, HeadGrouping, choose_heads
-from attnprobe.rl.scoring import Rollout, bare_policy, measure_rollout, score_rollout
-from attnprobe.scores import TokenScores
+from attnprobe.rl.processes import Processes, is_sharded
+from attnprobe.rl.rollout import Rollout
+from attnprobe.rl.schedules import check_schedule, factor_at
+from attnprobe.rl.scoring import bare_policy, measure_rollout, score_rollout, scores_of_all
+from attnprobe.rl.settings import check_same_settings, digest, settings_of, told
+from attnprobe.rl.watching import RolloutProbe, Watched
+from attnprobe.rl.weighed import WeighedRollout, credit_metrics, heads_that_changed
 from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, brief, instance, whole_number
-
-
-@dataclass(frozen=True)
-class WeighedRollout:
-    """The weights of a rollout's tokens, and what they were computed from.
-
-    Attributes:
-        gamma: the weights as they are applied; 1 where `signs` leaves an advantage out.
-        matters: the tokens whose weight can matter: their advantage is not 0, and `signs` includes it.
-        measured: which completions were measured.
-        scores: the token scores of the measured completions; None if there are none.
-    """
-
-    gamma: Float[Tensor, "completion token"]
-    matters: Bool[Tensor, "completion token"]
-    measured: Bool[Tensor, " completion"]
-    scores: TokenScores | None
+from attnprobe.with_block import WithBlock
 
 
 class RolloutCredit:
     """Computes the weights of the tokens of a policy's rollouts.
 
-    A trainer that differs from a plain loop overrides `model`, `grouping`, `token_entropy`,
-    `sum_over_processes`, `precision` or `measures_all`; each says what it is for.
+    A trainer that differs from a plain loop overrides `policy`, `root`, `group`, `grouping`, `token_entropy`
+    or `precision`; each says what it is for.
 
     Args:
         policy: the model that wrote the rollouts; it may be wrapped by PEFT and `torch.compile`.
@@ -72,15 +61,23 @@ class RolloutCredit:
             only once.
         window: WAAD's window, in tokens.
         horizon: FAI's horizon `(low, high)`, in tokens.
-        batch_size: how many completions to measure at a time; default: as many as fit `measure`'s memory
-            budget.
+        batch_size, token_budget: how many completions, and how many tokens with their padding, to measure at
+            a time; default: as `measure` decides.
         signs: which advantages are weighted: "both" (v2 of the paper), "positive" (v1) or "negative".
+        schedule: a callable `step -> factor`, such as `warmup(100)`: gamma becomes
+            `1 + factor * (gamma - 1)`.
+        root: the module that the trainer calls, if the policy's parameters are sharded (FSDP, DeepSpeed): it
+            is run in whole passes, and every process makes the same number of them. With FSDP2, where the
+            policy was sharded in place, it is the policy itself.
+        group: the process group of `torch.distributed` that trains the policy, if there are several
+            processes: heads are classified on the rollouts of all of them. `weigh` is then called by all.
 
     Attributes:
         credit: the strategy.
         signs: which advantages are weighted.
         heads: the head groups that were given, if any.
         layers: the layers that are measured; empty if the strategy needs no attention.
+        last: the latest rollout with its weights, scores and metrics; None before the first.
 
     Raises:
         ParameterError: an invalid parameter.
@@ -98,36 +95,53 @@ class RolloutCredit:
         window: int = 10,
         horizon: HorizonLike = TRAINING_HORIZON,
         batch_size: IntLike | None = None,
+        token_budget: IntLike | None = None,
         signs: Signs = "both",
+        schedule: Callable[[int], float] | None = None,
+        root: Any = None,
+        group: Any = None,
     ) -> None:
         self.credit, self.signs = credit, check_signs(signs)
         self.needs = needs_of(credit)
         self.window, self.horizon = check_window(window), check_horizon(horizon)
         self.batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", minimum=1)
-        self._policy = bare_policy(policy)
+        self.token_budget = (
+            None if token_budget is None else whole_number(token_budget, "token_budget", minimum=1)
+        )
+        self.schedule = check_schedule(schedule)
+        if root is not None and not isinstance(root, torch.nn.Module):
+            raise ParameterError(f"root must be the module that the trainer calls; got {brief(root)}")
+        self._policy, self._root, self._group = bare_policy(policy), root, group
         self._grouping = HeadGrouping(reclassify_every)
         reads_attention = bool(self.needs & {"waad", "fai"})
         self.heads: Groups | None = None
         self.layers: tuple[int, ...] = ()
+        self.last: WeighedRollout | None = None
         if reads_attention:
             # Not the bare policy: an adapter refuses wrappers that do more than to change layers.
             self.layers, self.heads = choose_heads(policy, layers, heads)
 
     # ---- what a trainer may override ----------------------------------------------------------
 
-    def model(self) -> Any:
-        """Return what is measured: the policy, or an `Adapter` that runs it differently."""
+    @property
+    def policy(self) -> Any:
+        """The policy that is measured, without wrappers."""
         return self._policy
+
+    @property
+    def root(self) -> Any:
+        """The module to call in place of the policy, whose parameters are sharded; None if they are not."""
+        return self._root
+
+    @property
+    def group(self) -> Any:
+        """The process group whose processes train the policy; None for a single process."""
+        return self._group
 
     @property
     def grouping(self) -> HeadGrouping:
         """The head groups and when to classify heads again; it belongs in checkpoints."""
         return self._grouping
-
-    @property
-    def measures_all(self) -> bool:
-        """Whether to measure all completions, so that all processes make the same number of passes."""
-        return False
 
     def token_entropy(self, rollout: Rollout) -> Float[Tensor, "completion token"] | None:
         """Return the entropy of each token, if the strategy needs it and `weigh` is not given it."""
@@ -137,18 +151,6 @@ class RolloutCredit:
         """Return the context in which the policy is measured: that of a trainer's mixed precision, if any."""
         return nullcontext()
 
-    def sum_over_processes(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor, of the same shape everywhere, over all processes that train the policy.
-
-        By default these are the processes of `torch.distributed`, if it is initialised: heads are then
-        classified on the rollouts of all of them.
-        """
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            values = values.clone()
-            distributed.all_reduce(values)
-        return values
-
     # ---- one rollout --------------------------------------------------------------------------
 
     @property
@@ -156,79 +158,216 @@ class RolloutCredit:
         """The head groups in use: those given, or the latest of the run; None before the first."""
         return self.heads if self.heads is not None else self.grouping.groups
 
+    def regroups_at(self, step: IntLike) -> bool:
+        """Return whether heads will be classified at a step.
+
+        Raises:
+            ParameterError: a step that is not a whole number.
+        """
+        now = whole_number(step, "step")
+        return bool(self.layers) and self.heads is None and self.grouping.is_due(now)
+
     def weigh(
-        self, rollout: Rollout, advantages: ArrayLike, step: IntLike, *, entropy: ArrayLike | None = None
+        self,
+        rollout: Rollout,
+        advantages: ArrayLike | None,
+        step: IntLike,
+        *,
+        entropy: ArrayLike | None = None,
+        statistics: HeadStatistics | None = None,
     ) -> Float[Tensor, "completion token"]:
         """Return gamma as it is applied, `[completion, token]`; 1 where `signs` leaves an advantage out.
 
         Completions in which no weight can matter are not measured, and keep gamma 1: those whose advantages
-        are all 0 or left out.
+        are all 0 or left out. If there are several processes, all of them call this for each rollout.
 
         Args:
             rollout: the prompts, and what the policy wrote.
             advantages: `[completion]` or `[completion, token]`; they decide which completions are
-                measured and which tokens are weighted, and are not changed.
+                measured and which tokens are weighted, and are not changed. None: they are not known yet;
+                all completions are measured, and `signs` is left to `apply_credit`.
             step: the step of the run, which decides when heads are classified again.
             entropy: `[completion, token]`, of the distribution that each token was sampled from, in nats,
                 for strategies that need it.
+            statistics: those of the whole rollout, if they have been measured; span is needed at steps at
+                which `regroups_at` is true.
 
         Raises:
             BatchError: a rollout that the policy cannot read.
-            ParameterError: advantages or entropy of another shape, or a step that is not a whole number.
+            ParameterError: advantages or entropy of another shape, a step that is not a whole number, or
+                statistics that were measured otherwise.
             ResultError: scores or weights that are not finite, or entropy that is needed but not given.
+            TrainerError: several processes without `group`, or sharded parameters without `root`.
         """
-        return self.weigh_with_scores(rollout, advantages, step, entropy=entropy).gamma
+        return self.weigh_with_scores(rollout, advantages, step, entropy=entropy, statistics=statistics).gamma
 
     def weigh_with_scores(
-        self, rollout: Rollout, advantages: ArrayLike, step: IntLike, *, entropy: ArrayLike | None = None
+        self,
+        rollout: Rollout,
+        advantages: ArrayLike | None,
+        step: IntLike,
+        *,
+        entropy: ArrayLike | None = None,
+        statistics: HeadStatistics | None = None,
     ) -> WeighedRollout:
-        """Return gamma as `weigh` does, with the scores that it was computed from."""
+        """Return gamma as `weigh` does, with the scores that it was computed from, and metrics."""
+        started = time.perf_counter()
+        instance(rollout, Rollout, "rollout")
+        now, processes = whole_number(step, "step"), Processes(self.group)
+        own, factor = rollout.response_mask, factor_at(self.schedule, now)
+        spread = None if advantages is None else spread_advantages(advantages, own)
+        matters = own if spread is None else is_weighted(spread, self.signs) & (spread != 0)
+        # A factor of 0 leaves all weights 1.
+        matters = matters & (factor != 0)
+        needed = matters.any(-1)
+        regroups = self.regroups_at(now)
+        # A trainer's own pass for entropy cannot be evened out between processes: all make it over all rows.
+        in_step = self.root is not None and "entropy" in self.needs and entropy is None
+        measured = needed | (regroups or statistics is not None or in_step)
+        if self.layers and statistics is None:
+            statistics = self._measure(rollout, measured, processes, span=regroups)
+        elif self.layers:
+            self._check_statistics(statistics, rollout, span=regroups)
+        changed = self._classify(statistics, now, processes) if regroups else None
+        gamma, scores = torch.ones(own.shape, device=needed.device), None
+        groups = self.groups if self.layers else None
+        if bool(measured.any()):
+            part = rollout.select(measured)
+            part_entropy: ArrayLike | None = None
+            if entropy is not None:
+                whole = as_float_tensor(entropy, "entropy", tuple(own.shape), axes="completion, token")
+                part_entropy = whole[measured.to(whole.device)]
+            elif "entropy" in self.needs:
+                part_entropy = self.token_entropy(part)
+            found = score_rollout(None if groups is None else statistics, groups, part, entropy=part_entropy)
+            weights = credit_of(self.credit, found).to(gamma)
+            gamma[measured] = 1 + factor * (weights - 1) if factor != 1 else weights
+            gamma = torch.where(needed[:, None], gamma, 1.0)
+            scores = scores_of_all(found, measured)
+        shown = torch.ones_like(gamma) if spread is None else spread
+        signs: Signs = "both" if spread is None else self.signs
+        applied = credit_weights(shown, gamma, own, signs=signs)
+        weighed = WeighedRollout(rollout, applied, matters, measured, scores, groups)
+        metrics = credit_metrics(
+            weighed,
+            spread,
+            changed,
+            time.perf_counter() - started,
+            attention=bool(self.layers),
+            total=processes.sum,
+            processes=processes.count,
+        )
+        self.last = replace(weighed, metrics=metrics)
+        return self.last
+
+    def watching(self, model: Any, rollout: Rollout, step: IntLike) -> WithBlock[Watched]:
+        """Read the forward passes that the trainer runs over a rollout inside the block, instead of our own.
+
+        Most trainers compute log-probabilities of each rollout anyway. Micro-batches may be of any size and
+        order, padded or packed: completions are recognised by the ids of their prompts and their own. Code
+        that `torch.compile` has made is run uncompiled inside the block.
+
+        Args:
+            model: the model that the passes are run with, wrapped or not.
+            rollout: the prompts, and what the policy wrote.
+            step: the step of the run, which decides whether heads are classified.
+
+        Raises:
+            ParameterError: no rollout, or a step that is not a whole number.
+            UnsupportedModelError: a model whose attention cannot be read.
+            ResultError: in a pass, a completion that was already read.
+
+        >>> from attnprobe.rl import CoupledRhythmCredit
+        >>> from attnprobe.testing.tiny_models import tiny_model
+        >>> model = tiny_model("llama")
+        >>> credit = RolloutCredit(model, CoupledRhythmCredit(), horizon=(1, 4))
+        >>> ids, mask = torch.arange(1, 21).view(2, 10), torch.ones(2, 10, dtype=torch.bool)
+        >>> rollout = Rollout(ids[:, :3], mask[:, :3], ids[:, 3:], mask[:, 3:])
+        >>> with credit.watching(model, rollout, step=0) as watched, torch.no_grad():
+        ...     logits = model(input_ids=ids, attention_mask=mask).logits
+        >>> gamma = watched.weigh([1.0, -1.0])
+        >>> gamma.shape, bool((gamma > 1).any())
+        (torch.Size([2, 7]), True)
+        """
         instance(rollout, Rollout, "rollout")
         now = whole_number(step, "step")
-        spread = spread_advantages(advantages, rollout.response_mask)
-        matters = is_weighted(spread, self.signs) & (spread != 0)
-        needed = matters.any(-1)
-        regroups = bool(self.layers) and self.heads is None and self.grouping.is_due(now)
-        measured = torch.ones_like(needed) if regroups or self.measures_all else needed
-        gamma = torch.ones(spread.shape, device=needed.device)
-        if not bool(measured.any()):
-            return WeighedRollout(gamma, matters, measured, None)
-        part, statistics = rollout.select(measured), None
-        if self.layers:
-            with self.precision():
-                statistics = measure_rollout(
-                    self.model(),
-                    part,
-                    layers=self.layers,
-                    window=self.window,
-                    horizon=self.horizon,
-                    span=regroups,
-                    batch_size=self.batch_size,
-                )
-            if regroups:
-                self._classify(statistics, now)
-        groups = self.groups if self.layers else None
-        if entropy is not None:
-            whole = as_float_tensor(entropy, "entropy", tuple(spread.shape), axes="completion, token")
-            entropy = whole[measured.to(whole.device)]
-        elif "entropy" in self.needs:
-            entropy = self.token_entropy(part)
-        scores = score_rollout(None if groups is None else statistics, groups, part, entropy=entropy)
-        gamma[measured] = credit_of(self.credit, scores).to(gamma)
-        gamma = torch.where(needed[:, None], gamma, 1.0)
-        applied = credit_weights(spread, gamma, rollout.response_mask, signs=self.signs)
-        return WeighedRollout(applied, matters, measured, scores)
+        return WithBlock("watching", self._watching(model, rollout, now))
 
-    def _classify(self, statistics: HeadStatistics, step: int) -> None:
-        """Group heads by their mean span over the completions of all processes, and keep the groups."""
+    @contextmanager
+    def _watching(self, model: Any, rollout: Rollout, step: int) -> Iterator[Watched]:
+        if not self.layers:
+            yield Watched(rollout, step, self.weigh_with_scores, None)
+            return
+        probe = RolloutProbe(rollout, window=self.window, horizon=self.horizon, span=self.regroups_at(step))
+        with uncompiled(), attach(model, probe, layers=self.layers) as attached:
+            name = attached.adapter.model_name
+            yield Watched(rollout, step, self.weigh_with_scores, probe, name)
+
+    # ---- the parts ----------------------------------------------------------------------------
+
+    def _measure(
+        self, rollout: Rollout, measured: Tensor, processes: Processes, *, span: bool
+    ) -> HeadStatistics | None:
+        """Measure some of the completions, in as many passes as every other process if they are sharded."""
+        policy, root = self.policy, self.root
+        if root is None and isinstance(policy, torch.nn.Module) and is_sharded(policy):
+            raise TrainerError(
+                "the policy's parameters are sharded, and whole only in passes of the module that the "
+                "trainer calls: pass it as root= (with FSDP2, the policy itself)"
+            )
+        part = rollout.select(measured) if bool(measured.any()) else None
+        options: dict[str, Any] = {
+            "layers": self.layers,
+            "window": self.window,
+            "horizon": self.horizon,
+            "span": span,
+            "batch_size": self.batch_size,
+            "token_budget": self.token_budget,
+        }
+        with self.precision():
+            if root is not None:
+                # Here, since it loads transformers, which reading a policy of another kind does not need.
+                from attnprobe.rl.whole_pass import WholePassAdapter, measure_in_step
+
+                filler = rollout.select(torch.arange(len(measured)) == 0)
+                return measure_in_step(WholePassAdapter(policy, root), part, filler, processes, **options)
+            return None if part is None else measure_rollout(policy, part, **options)
+
+    def _check_statistics(self, statistics: Any, rollout: Rollout, *, span: bool) -> None:
+        """Check that statistics are of the rollout, and measured as this object would measure them."""
+        instance(statistics, HeadStatistics, "statistics", "measure_rollout() returns one")
+        for name, ours in (("layers", self.layers), ("window", self.window), ("horizon", self.horizon)):
+            theirs = getattr(statistics, name)
+            if theirs != ours:
+                raise ParameterError(f"the statistics have {name} {theirs}, but credit uses {ours}")
+        if statistics.waad.shape[0] != len(rollout.completion_ids):
+            raise ParameterError(
+                f"the statistics are of {statistics.waad.shape[0]} completions, but the rollout has "
+                f"{len(rollout.completion_ids)}"
+            )
+        if span and statistics.span is None:
+            raise ParameterError("heads are to be classified at this step, but the statistics have no span")
+
+    def _classify(self, statistics: HeadStatistics | None, step: int, processes: Processes) -> int | None:
+        """Group heads by their mean span over the completions of all processes, and keep the groups.
+
+        Returns in how many heads the grouping changed, as `heads_that_changed` does; None if there was
+        nothing to group heads by.
+        """
+        assert statistics is not None
         assert statistics.span is not None
         span = statistics.span.double()
         # Sums and counts rather than means: processes may have different numbers of completions.
-        total, count = self.sum_over_processes(torch.stack([span.nansum(0), (~span.isnan()).double().sum(0)]))
+        total, count = processes.sum(torch.stack([span.nansum(0), (~span.isnan()).double().sum(0)]))
         # Fully masked completions say nothing; the grouping stays due.
-        if bool((count > 0).any()):
-            groups = group_heads((total / count).to(statistics.span.dtype))
-            self.grouping.keep(replace(groups, layers=statistics.layers), step)
+        if not bool((count > 0).any()):
+            return None
+        before = self.grouping.groups
+        groups = replace(group_heads((total / count).to(statistics.span.dtype)), layers=statistics.layers)
+        self.grouping.keep(groups, step)
+        return heads_that_changed(before, groups)
+
+    # ---- checkpoints --------------------------------------------------------------------------
 
     def settings(self) -> dict[str, str]:
         """Return what the weights depend on, as text: strategy, parameters, signs, and what is measured.
@@ -241,45 +380,34 @@ class RolloutCredit:
         >>> settings["credit"], settings["credit.seed"], settings["layers"]
         ('RandomCredit', '3', '(1,)')
         """
-        kind = self.credit if inspect.isroutine(self.credit) else type(self.credit)
-        found = {"credit": kind.__qualname__, "signs": repr(self.signs)}
-        if dataclasses.is_dataclass(self.credit):
-            parameters = dataclasses.fields(self.credit)
-            found |= {f"credit.{each.name}": _told(getattr(self.credit, each.name)) for each in parameters}
+        found = settings_of(self.credit) | {"signs": repr(self.signs)}
         if self.layers:
             found |= {name: repr(getattr(self, name)) for name in ("layers", "window", "horizon")}
             found["reclassify_every"] = repr(self.grouping.reclassify_every)
-            found["heads"] = "classified by the run" if self.heads is None else _digest(self.heads)
+            found["heads"] = "classified by the run" if self.heads is None else digest(self.heads)
+        if self.schedule is not None:
+            found["schedule"] = told(self.schedule)
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint has to store, as plain JSON: the grouping of heads, and the settings."""
+        return {"grouping": self.grouping.attributes(), "settings": self.settings()}
 
-def _told(value: Any) -> str:
-    # The repr of a function is its address, which differs in the process that resumes.
-    return str(value.__qualname__) if inspect.isroutine(value) else repr(value)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` has returned, in a run with the same settings.
 
+        Raises:
+            ResultError: anything else, or a state of other settings; the message says which differ.
 
-def _digest(heads: Groups) -> str:
-    told = json.dumps([sorted(heads[group].heads) for group in ("local", "global")])
-    return f"given, {hashlib.blake2b(told.encode(), digest_size=6).hexdigest()}"
-
-
-def check_options(options: Any, taker: Callable[..., Any], name: str) -> dict[str, Any]:
-    """Return options as a dict, after checking that a function takes them as keyword arguments.
-
-    None stands for no options.
-
-    Raises:
-        ParameterError: anything but a mapping, or names that the function does not take.
-
-    >>> check_options({"window": 5}, RolloutCredit, "credit_options")
-    {'window': 5}
-    """
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping):
-        raise ParameterError(f"{name} must be a mapping from names to values; got {brief(options)}")
-    parameters = inspect.signature(taker).parameters.values()
-    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    if unknown := [option for option in options if option not in known]:
-        raise ParameterError(f"{name} can have {', '.join(known)}; got {', '.join(map(repr, unknown))}")
-    return dict(options)
+        >>> from attnprobe.rl import RandomCredit
+        >>> from attnprobe.testing.tiny_models import tiny_model
+        >>> credit = RolloutCredit(tiny_model("llama"), RandomCredit())
+        >>> credit.load_state_dict(credit.state_dict())
+        """
+        if not isinstance(state, Mapping) or not {"grouping", "settings"} <= set(state):
+            raise ResultError(
+                f"the state of credit must have grouping and settings, as state_dict() returns them; got "
+                f"{brief(state)}"
+            )
+        check_same_settings(state["settings"], self.settings())
+        self.grouping.restore(state["grouping"])

@@ -1,149 +1,34 @@
 """Token scores of a policy's own rollouts, aligned with its completions, for strategies to turn into weights.
 
-`Rollout` is what a trainer has after generating: prompts padded left, completions padded right.
-`measure_rollout` measures the policy's attention over it (in evaluation mode, without gradients, a few
-completions at a time), and `score_rollout` turns that into token scores. `RolloutCredit` calls both; your
-own training loop may call them directly. What is left to others: what is measured (measurement), the weights
-(credit), and when a trainer asks for them (rollout_credit).
+`measure_rollout` measures the policy's attention over a `Rollout` (in evaluation mode, without gradients, a
+few completions at a time), and `score_rollout` turns that into token scores. `RolloutCredit` calls both; your
+own training loop may call them directly. What is left to others: layouts (rollout), what is measured
+(measurement), the weights (credit), and when a trainer asks for them (rollout_credit).
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.adapters.base import Layers
-from attnprobe.batch import TokenBatch
-from attnprobe.errors import BatchError, ResultError
+from attnprobe.errors import ResultError
 from attnprobe.head_groups import GroupsLike
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import classify_heads
 from attnprobe.measurement import measure
 from attnprobe.metric_arguments import HorizonLike
 from attnprobe.reductions import TRAINING_HORIZON
+from attnprobe.rl.rollout import Rollout
 from attnprobe.scores import TokenScores, score_tokens
-from attnprobe.validation import ArrayLike, as_float_tensor, as_mask, as_tensor, finite, instance, truth
+from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, finite, instance, truth
 
 _AXES = "completion, token"
-
-
-@dataclass(frozen=True, init=False)
-class Rollout:
-    """Prompts with the completions that a policy sampled for them; lists and arrays become tensors.
-
-    Attributes:
-        prompt_ids, prompt_mask: padded left.
-        completion_ids, completion_mask: padded right; a completion may be fully masked, as trainers mask
-            truncated ones.
-        tool_mask: False where a tool wrote, True where the policy did; None if there are no tools.
-
-    Raises:
-        BatchError: ids that are negative or not whole numbers, shapes that do not match, or masks that hold
-            anything but 0 and 1.
-
-    >>> rollout = Rollout([[5, 6]], [[1, 1]], [[7, 8, 9]], [[1, 1, 1]], tool_mask=[[1, 0, 1]])
-    >>> rollout.response_mask
-    tensor([[ True, False,  True]])
-    """
-
-    prompt_ids: Int[Tensor, "completion prompt"]
-    prompt_mask: Bool[Tensor, "completion prompt"]
-    completion_ids: Int[Tensor, "completion token"]
-    completion_mask: Bool[Tensor, "completion token"]
-    tool_mask: Bool[Tensor, "completion token"] | None = None
-
-    def __init__(
-        self,
-        prompt_ids: ArrayLike,
-        prompt_mask: ArrayLike,
-        completion_ids: ArrayLike,
-        completion_mask: ArrayLike,
-        tool_mask: ArrayLike | None = None,
-    ) -> None:
-        prompts = _token_ids(prompt_ids, "prompt_ids")
-        completions = _token_ids(completion_ids, "completion_ids")
-        if prompts.shape[0] != completions.shape[0]:
-            raise BatchError(
-                f"there must be a prompt for each completion; got {prompts.shape[0]} prompts and "
-                f"{completions.shape[0]} completions"
-            )
-        if completions.numel() == 0:
-            raise BatchError(f"the completions {list(completions.shape)} have no tokens to be scored")
-        # A frozen dataclass with its own __init__, since it takes lists and arrays but stores tensors.
-        for name, value in (
-            ("prompt_ids", prompts),
-            ("prompt_mask", _mask_of(prompts, prompt_mask, "prompt_mask")),
-            ("completion_ids", completions),
-            ("completion_mask", _mask_of(completions, completion_mask, "completion_mask")),
-            ("tool_mask", None if tool_mask is None else _mask_of(completions, tool_mask, "tool_mask")),
-        ):
-            object.__setattr__(self, name, value)
-
-    @property
-    def response_mask(self) -> Bool[Tensor, "completion token"]:
-        """Which tokens the policy wrote itself and is trained on: neither padding nor tool output."""
-        return self.completion_mask if self.tool_mask is None else self.completion_mask & self.tool_mask
-
-    def select(self, completions: ArrayLike) -> Rollout:
-        """Return some of the completions, chosen by a mask `[completion]`; their width stays the same.
-
-        Raises:
-            BatchError: a mask of another length, or one that holds anything but 0 and 1.
-        """
-        chosen = as_mask(
-            completions,
-            "completions",
-            tuple(self.completion_ids.shape[:1]),
-            axes="completion",
-            device=self.completion_ids.device,
-            error=BatchError,
-        )
-        return Rollout(
-            self.prompt_ids[chosen],
-            self.prompt_mask[chosen],
-            self.completion_ids[chosen],
-            self.completion_mask[chosen],
-            None if self.tool_mask is None else self.tool_mask[chosen],
-        )
-
-    def batch(self) -> TokenBatch:
-        """Return prompts and completions as a batch whose response is what the policy wrote itself.
-
-        The policy reads what a tool wrote, but that does not count in FAI and span. A fully masked
-        completion is given one token, so that every process of a sharded run makes the same number of
-        forward passes.
-
-        Raises:
-            BatchError: prompts that are not padded on the left, or completions not padded on the right.
-        """
-        real, own = self.completion_mask.clone(), self.response_mask.clone()
-        for mask in (real, own):
-            mask[:, 0] |= ~mask.any(-1)
-        return TokenBatch.from_ids(
-            torch.cat([self.prompt_ids, self.completion_ids], dim=1),
-            torch.cat([self.prompt_mask, real], dim=1),
-            response_mask=torch.cat([torch.zeros_like(self.prompt_mask), own], dim=1),
-        )
-
-
-def _token_ids(value: Any, name: str) -> Int[Tensor, "completion token"]:
-    ids = as_tensor(value, name, BatchError)
-    if ids.ndim != 2:
-        raise BatchError(f"{name} must be [{_AXES}]; got {list(ids.shape)}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise BatchError(f"{name} must be whole numbers; got {str(ids.dtype).removeprefix('torch.')}")
-    if ids.numel() and int(ids.min()) < 0:
-        raise BatchError(f"{name} must not be negative, not even on padding; got {int(ids.min())}")
-    return ids
-
-
-def _mask_of(ids: Tensor, mask: Any, name: str) -> Bool[Tensor, "completion token"]:
-    return as_mask(mask, name, tuple(ids.shape), axes=_AXES, device=ids.device, error=BatchError)
 
 
 def measure_rollout(
@@ -154,7 +39,8 @@ def measure_rollout(
     window: int = 10,
     horizon: HorizonLike = TRAINING_HORIZON,
     span: bool = True,
-    batch_size: int | None = None,
+    batch_size: IntLike | None = None,
+    token_budget: IntLike | None = None,
 ) -> HeadStatistics:
     """Return the statistics of every head over a rollout; positions are those of the completions.
 
@@ -163,13 +49,13 @@ def measure_rollout(
         rollout: prompts and completions.
         layers, window, horizon: as for `measure`.
         span: whether to compute span, by which heads are classified; not needed if they already are.
-        batch_size: how many completions to run at a time; default: as many as fit `measure`'s memory
-            budget. Set it if all processes must make the same number of forward passes.
+        batch_size, token_budget: how many completions and tokens to run at a time, as for `measure`.
 
     Raises:
         BatchError: ids outside the vocabulary, masks that do not match, or sequences longer than the model's
             context.
-        ParameterError: an invalid `layers`, `window`, `horizon`, `span` or `batch_size`.
+        ParameterError: an invalid `layers`, `window`, `horizon`, `span`, `batch_size` or
+            `token_budget`.
         UnsupportedModelError: a model whose attention cannot be read.
         PatternError: attention that is not finite, as when the policy's weights are not.
     """
@@ -185,6 +71,7 @@ def measure_rollout(
         share_on=(),
         span_ignores=(),
         batch_size=batch_size,
+        token_budget=token_budget,
     )
     start = rollout.prompt_ids.shape[1]
     own = rollout.response_mask.to(statistics.waad.device)
@@ -245,6 +132,20 @@ def score_rollout(
         entropy=None if entropy is None else entropy.to(mask.device),
         response_mask=mask,
     )
+
+
+def scores_of_all(scores: TokenScores, measured: Bool[Tensor, " completion"]) -> TokenScores:
+    """Return the scores of all completions, of which some were measured; NaN for the others."""
+    if bool(measured.all()):
+        return scores
+    chosen = measured.to(scores.waad.device)
+    changed: dict[str, Any] = {}
+    for each, values in scores._tensors():
+        empty: Any = torch.nan if values.is_floating_point() else 0
+        whole = values.new_full((len(chosen), *values.shape[1:]), empty)
+        whole[chosen.to(values.device)] = values
+        changed[each.name] = whole
+    return replace(scores, **changed)
 
 
 def _own(values: Float[Tensor, "completion token"], mask: Tensor, name: str) -> Tensor:

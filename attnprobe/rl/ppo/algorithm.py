@@ -46,7 +46,8 @@ from attnprobe.rl.ppo.problems import (
 )
 from attnprobe.rl.ppo.run_folder import RunFolder, check_folder, finish_step_on_interrupt
 from attnprobe.rl.ppo.sampling import Episodes, log_probabilities, roll_out
-from attnprobe.rl.rollout_credit import RolloutCredit, check_options
+from attnprobe.rl.rollout_credit import RolloutCredit
+from attnprobe.rl.settings import check_options
 from attnprobe.validation import ArrayLike, instance, truth
 
 # ---- advantages -------------------------------------------------------------------------------
@@ -289,9 +290,11 @@ class PPO:
         if self.reference is not None:
             metrics["kl_to_reference"] = kl[mask]
         if self.credit is not None:
-            gamma = self.credit.weigh(episodes, advantages, self.step, entropy=episodes.entropy)
-            metrics["credit/gamma_mean"] = gamma[mask & (advantages != 0)]
-            advantages = apply_credit(advantages, gamma, mask)  # Eq. 13: all that credit does
+            weighed = self.credit.weigh_with_scores(episodes, advantages, self.step, entropy=episodes.entropy)
+            advantages = apply_credit(advantages, weighed.gamma, mask)  # Eq. 13: all that credit does
+            metrics |= {
+                name: torch.tensor(value, dtype=torch.float64) for name, value in weighed.metrics.items()
+            }
         metrics |= self._update(episodes, advantages, returns)
         self.step += 1
         means = {name: float(each.double().mean()) for name, each in metrics.items()}

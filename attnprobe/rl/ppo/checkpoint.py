@@ -23,7 +23,7 @@ def state_of(ppo: Any) -> dict[str, Any]:
         "reference": None if ppo.reference is None else ppo.reference.state_dict(),
         "optimizer": ppo.optimizer.state_dict(),
         "generator": ppo.generator.get_state(),
-        "grouping": None if ppo.credit is None else ppo.credit.grouping.attributes(),
+        "credit": None if ppo.credit is None else ppo.credit.state_dict(),
     }
 
 
@@ -51,4 +51,4 @@ def restore(ppo: Any, state: dict[str, Any]) -> None:
     if ppo.reference is not None:
         ppo.reference.load_state_dict(state["reference"])
     if ppo.credit is not None:
-        ppo.credit.grouping.restore(state["grouping"])
+        ppo.credit.load_state_dict(state["credit"])

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.rl.ppo.actor_critic import ActorCritic
-from attnprobe.rl.scoring import Rollout
+from attnprobe.rl.rollout import Rollout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,8 @@ ways into a loss (routes), and what goes into checkpoints (callback).
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import time
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,11 +21,10 @@ from attnprobe.errors import TrainerError
 from attnprobe.head_groups import GroupsLike
 from attnprobe.metric_arguments import HorizonLike
 from attnprobe.reductions import TRAINING_HORIZON
-from attnprobe.rhythm import find_peaks
 from attnprobe.rl.advantage import Signs
 from attnprobe.rl.credit import Credit
 from attnprobe.rl.grouping import Groups
-from attnprobe.rl.rollout_credit import WeighedRollout, check_options
+from attnprobe.rl.settings import check_options
 from attnprobe.rl.trl.callback import CreditCallback, callback_of
 from attnprobe.rl.trl.routes import ROUTES, Through, choose_route
 from attnprobe.rl.trl.trainer_credit import TrainerCredit
@@ -180,50 +175,12 @@ class CreditHandle:
 
     def _weigh(self, output: dict[str, Any]) -> Float[Tensor, "completion token"]:
         """Return the factor of each token's advantage, for what the trainer has just generated."""
-        started = time.perf_counter()
         trainer, credit = self._trainer, self._rollout_credit
         rollout = rollout_of(trainer, output, credit.needs)
         weighed = credit.weigh_with_scores(rollout, output["advantages"], trainer.state.global_step)
-        self._log(_Tally.of(weighed, bool(self.layers)), time.perf_counter() - started)
+        for name, value in weighed.metrics.items():
+            trainer._metrics["train"][name].append(value)
         return weighed.gamma
-
-    def _log(self, tally: _Tally, seconds: float) -> None:
-        """Add credit's metrics, over all processes, to the trainer's own log."""
-        accelerator = self._trainer.accelerator
-        counts = torch.tensor([*dataclasses.astuple(tally), seconds], device=accelerator.device)
-        total = self._rollout_credit.sum_over_processes(counts).tolist()
-        tally, seconds = _Tally(*total[:-1]), total[-1] / accelerator.num_processes
-        log = self._trainer._metrics["train"]
-        # Without tokens there is no mean: NaN, which the trainer leaves out of its averages.
-        share = 1 / tally.tokens if tally.tokens else math.nan
-        log["credit/gamma_mean"].append(tally.gamma * share)
-        log["credit/amplified_share"].append(tally.amplified * share)
-        log["credit/seconds"].append(seconds)
-        if self.layers:
-            log["credit/preplans_per_100_tokens"].append(100 * tally.preplans * share)
-            log["credit/anchors_per_100_tokens"].append(100 * tally.anchors * share)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tally:
-    """Sums over the tokens whose weights can matter, of one process or of all."""
-
-    tokens: float = 0.0
-    gamma: float = 0.0
-    amplified: float = 0.0
-    preplans: float = 0.0
-    anchors: float = 0.0
-
-    @staticmethod
-    def of(weighed: WeighedRollout, attention: bool) -> _Tally:
-        matters = weighed.matters.to(weighed.gamma.device)
-        weights = weighed.gamma[matters]
-        sums = [matters.sum(), weights.sum(), (weights > 1).sum()]
-        if attention and weighed.scores is not None:
-            of_measured = weighed.matters[weighed.measured].to(weighed.scores.waad.device)
-            for values in (weighed.scores.waad, weighed.scores.fai):
-                sums.append(find_peaks(values)[of_measured].sum())
-        return _Tally(*(float(value) for value in sums))
 
 
 class CreditMixin:

@@ -17,7 +17,8 @@ from torch import Tensor
 from attnprobe.adapters.base import evaluation_mode
 from attnprobe.adapters.versions import SUPPORTED, check_versions
 from attnprobe.errors import MissingDependencyError, TrainerError
-from attnprobe.rl.scoring import Rollout, bare_policy
+from attnprobe.rl.rollout import Rollout
+from attnprobe.rl.scoring import bare_policy
 
 HANDLE = "_attnprobe_credit"
 """The attribute of a trainer that holds its credit handle."""

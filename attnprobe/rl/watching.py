@@ -1,0 +1,235 @@
+"""Reading the log-probability pass that a trainer runs over its rollout anyway, in place of one of our own.
+
+`RolloutCredit.watching` opens a block, in which the trainer runs its pass: in micro-batches of any size and
+order, padded or packed. Sequences are recognised by their token ids, so nothing needs to be known of how the
+trainer sorts them. What is left to others: attaching (probe), the statistics of one pass (statistics_probe),
+and the weights (rollout_credit).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from attnprobe.adapters.base import Value
+from attnprobe.batch import TokenBatch
+from attnprobe.errors import ResultError
+from attnprobe.head_statistics import HeadStatistics
+from attnprobe.probe import Probe
+from attnprobe.rl.rollout import Rollout
+from attnprobe.rl.weighed import WeighedRollout
+from attnprobe.statistics_probe import HeadStatisticsProbe
+from attnprobe.validation import ArrayLike
+
+
+class RolloutProbe(Probe):
+    """Computes the statistics of a rollout's completions in whatever passes it is shown them.
+
+    Sequences that are not in the rollout, such as rows that a trainer adds to fill a batch, are left out.
+
+    Args:
+        rollout: the prompts, and what the policy wrote.
+        window: WAAD's window, in tokens.
+        horizon: FAI's horizon `(low, high)`, in tokens.
+        span: whether to compute span.
+
+    Raises:
+        ParameterError: an invalid window or horizon.
+    """
+
+    def __init__(self, rollout: Rollout, *, window: int, horizon: Any, span: bool) -> None:
+        self._rollout = rollout
+        self._inner = HeadStatisticsProbe(
+            window=window, horizon=horizon, span=span, entropy=False, share_on=(), span_ignores=()
+        )
+        self.sites = self._inner.sites
+        self._starts = rollout.prompt_mask.sum(-1).tolist()
+        self._own = [mask.cpu() for mask in rollout.per_completion(rollout.response_mask)]
+        # Equal sequences have equal statistics, but may differ in what a tool wrote: each is found once.
+        self._waiting: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        prompts = zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)
+        completions = rollout.per_completion(rollout.completion_ids)
+        for number, ((ids, mask), written) in enumerate(zip(prompts, completions, strict=True)):
+            if bool(self._own[number].any()):
+                self._waiting[(*ids[mask].tolist(), *written.tolist())].append(number)
+        self._found: dict[int, HeadStatistics] = {}
+        self._known = {ids: len(numbers) for ids, numbers in self._waiting.items()}
+        self._pass: list[tuple[int, int]] = []
+        self._batch: TokenBatch | None = None
+
+    def begin(self, batch: TokenBatch) -> None:
+        """Find the rollout's sequences in a pass that is about to start."""
+        self.abort()
+        sequences, layout = batch.sequences()
+        places = zip(layout.source.tolist(), layout.start.tolist(), layout.length.tolist(), strict=True)
+        own = torch.zeros(batch.input_ids.shape, dtype=torch.bool)
+        taken: dict[tuple[int, ...], int] = defaultdict(int)
+        for order, ((row, start, length), ids) in enumerate(
+            zip(places, sequences.input_ids.tolist(), strict=True)
+        ):
+            key = tuple(ids[:length])
+            if key not in self._known:
+                continue
+            if taken[key] == len(self._waiting[key]):
+                raise ResultError(
+                    f"the passes hold a sequence of {length} tokens more often than the rollout, which has "
+                    f"it {self._known[key]} times: open the block around one pass over the rollout only"
+                )
+            number = self._waiting[key][taken[key]]
+            taken[key] += 1
+            first = start + self._starts[number]
+            own[row, first : start + length] = self._own[number]
+            self._pass.append((number, order))
+        self._batch = replace(batch, response_mask=own.to(batch.input_ids.device))
+        self._inner.begin(self._batch)
+
+    def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
+        """Reduce one layer's attention."""
+        assert self._batch is not None
+        if self._pass:
+            self._inner.observe(site, layer, value, self._batch)
+
+    def end(self, batch: TokenBatch) -> None:
+        """Keep what the complete pass says of the rollout's completions."""
+        assert self._batch is not None
+        if self._pass:
+            self._inner.end(self._batch)
+            self._keep(self._inner.result(), batch)
+        self._inner.reset()
+        for numbers in self._waiting.values():
+            numbers[:] = [number for number in numbers if number not in self._found]
+        self.abort()
+
+    def abort(self) -> None:
+        """Forget the pass that is under way."""
+        self._pass, self._batch = [], None
+        self._inner.abort()
+
+    def _keep(self, statistics: HeadStatistics, batch: TokenBatch) -> None:
+        """Take the completions' columns out of the statistics of a pass, padded or packed."""
+        _, layout = batch.sequences()
+        ranks = _ranks_with_response(layout.source.tolist(), {order for _, order in self._pass})
+        for number, order in self._pass:
+            row, start = int(layout.source[order]), int(layout.start[order]) + self._starts[number]
+            columns = slice(start, int(layout.start[order]) + int(layout.length[order]))
+            span = statistics.span
+            if statistics.sequence_span is not None:
+                span = statistics.sequence_span[..., ranks[order]]
+            self._found[number] = HeadStatistics(
+                span=None if span is None else span[row : row + 1],
+                # Copies: a view would keep the whole micro-batch in memory.
+                waad=statistics.waad[row : row + 1, ..., columns].clone(),
+                fai=statistics.fai[row : row + 1, ..., columns].clone(),
+                entropy=None,
+                receiver_kurtosis=None,
+                response_mask=statistics.response_mask[row : row + 1, columns],
+                layers=statistics.layers,
+                window=statistics.window,
+                horizon=statistics.horizon,
+            )
+
+    def result(self, model_name: str) -> HeadStatistics:
+        """Return the statistics of the rollout's completions, as `measure_rollout` does.
+
+        Raises:
+            ResultError: some completions were in no pass.
+        """
+        missing = sorted(number for numbers in self._waiting.values() for number in numbers)
+        if missing:
+            raise ResultError(
+                f"{len(missing)} of {len(self._own)} completions were in no pass, the first of them number "
+                f"{missing[0]}: run the pass over the same prompts and completions inside the block"
+            )
+        rollout, found = self._rollout, self._found
+        if not found:
+            raise ResultError("no completion has a token that the policy wrote: there is nothing to read")
+        first = next(iter(found.values()))
+        rows, width = rollout.completion_ids.shape
+        own = rollout.response_mask.to(first.waad.device)
+        each = (first.waad.shape[1], first.waad.shape[2])
+        waad, fai = (first.waad.new_full((rows, *each, width), torch.nan) for _ in range(2))
+        span = None if first.span is None else first.span.new_full((rows, *each), torch.nan)
+        for number, part in found.items():
+            count = part.waad.shape[-1]
+            waad[number, ..., :count] = part.waad[0]
+            fai[number, ..., :count] = part.fai[0]
+            if span is not None:
+                assert part.span is not None
+                span[number] = part.span[0]
+        return replace(
+            first,
+            span=span,
+            waad=_own_only(waad, own),
+            fai=_own_only(fai, own),
+            response_mask=own,
+            input_ids=rollout.completion_ids.to(own.device),
+            model_name=model_name,
+        )
+
+
+class Watched:
+    """What `RolloutCredit.watching` gives: the weights of a rollout, once the trainer's pass has run.
+
+    Attributes:
+        rollout: the prompts, and what the policy wrote.
+        step: the step of the run.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        step: int,
+        weigh: Callable[..., WeighedRollout],
+        probe: RolloutProbe | None,
+        model_name: str = "",
+    ) -> None:
+        self.rollout, self.step = rollout, step
+        self._weigh, self._probe, self._model_name = weigh, probe, model_name
+
+    def statistics(self) -> HeadStatistics | None:
+        """Return the statistics of the rollout; None if the strategy needs no attention.
+
+        Raises:
+            ResultError: some completions were in no pass.
+        """
+        return None if self._probe is None else self._probe.result(self._model_name)
+
+    def weigh(
+        self, advantages: ArrayLike | None = None, *, entropy: ArrayLike | None = None
+    ) -> Float[Tensor, "completion token"]:
+        """Return gamma as `RolloutCredit.weigh` does; without advantages, as long as they are not known.
+
+        Raises:
+            ResultError: some completions were in no pass; and what `RolloutCredit.weigh` raises.
+        """
+        return self.weigh_with_scores(advantages, entropy=entropy).gamma
+
+    def weigh_with_scores(
+        self, advantages: ArrayLike | None = None, *, entropy: ArrayLike | None = None
+    ) -> WeighedRollout:
+        """Return gamma as `weigh` does, with the scores that it was computed from, and metrics."""
+        statistics = self.statistics()
+        return self._weigh(self.rollout, advantages, self.step, entropy=entropy, statistics=statistics)
+
+
+def _own_only(
+    values: Float[Tensor, "batch layer head token"], own: Bool[Tensor, "batch token"]
+) -> Float[Tensor, "batch layer head token"]:
+    return values.masked_fill(~own[:, None, None], torch.nan)
+
+
+def _ranks_with_response(sources: list[int], with_response: set[int]) -> dict[int, int]:
+    """Return the place of each sequence among those of its row that have a response."""
+    ranks: dict[int, int] = {}
+    counts: dict[int, int] = defaultdict(int)
+    for order, row in enumerate(sources):
+        if order in with_response:
+            ranks[order] = counts[row]
+            counts[row] += 1
+    return ranks
