@@ -309,7 +309,10 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path, as_users_call) -> No
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ({"credit": RandomCredit(amplification=5.0)}, "credit=CoupledRhythmCredit .not RandomCredit"),
+        (
+            {"credit": RandomCredit(amplification=5.0)},
+            r"has credit=CoupledRhythmCredit \(not RandomCredit\): use",
+        ),
         ({"credit": None}, "credit=CoupledRhythmCredit .not None"),
         ({"credit": lambda scores: scores.waad}, "credit=CoupledRhythmCredit .not .*<lambda>"),
         ({"credit": CoupledRhythmCredit(alpha=0.25)}, r"has credit\.alpha=0\.5 .not 0\.25"),
@@ -347,7 +350,7 @@ def test_the_message_says_in_what_a_model_differs(tmp_path, as_users_call) -> No
         (halved, rf"has {name} \(not bfloat16 \[99, 32\], not trained\): use"),
         (
             deeper,
-            r"config.num_hidden_layers=3 \(not 4\), .*layers\.3.*=none \(not .*, 3 more parameters that",
+            r"config.num_hidden_layers=3 \(not 4\), .*layers\.3.*=none \(not .*, 6 more parameters that",
         ),
     ):
         ppo = PPO(model, PROBLEMS, even_ids, PPOConfig(**SETTINGS), ends=ENDS, folder=tmp_path)

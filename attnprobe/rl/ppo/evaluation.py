@@ -90,13 +90,14 @@ def evaluation_of(evaluation: Any, reward: Reward, config: PPOConfig, policy: An
     if evaluation is None:
         return None
     given = evaluation if isinstance(evaluation, Evaluation) else Evaluation(evaluation)
+    new_tokens = given.max_new_tokens or config.max_new_tokens
     filled = replace(
         given,
         reward=reward if given.reward is None else given.reward,
-        max_new_tokens=given.max_new_tokens or config.max_new_tokens,
+        max_new_tokens=new_tokens,
         batch_size=given.batch_size or config.prompts_per_step * config.group_size,
     )
-    check_problems(filled.problems, filled.reward, filled.max_new_tokens, policy, kind="evaluation problem")
+    check_problems(filled.problems, filled.reward, new_tokens, policy, kind="evaluation problem")
     return filled
 
 

@@ -56,7 +56,7 @@ def identity_of(ppo: Any) -> Identity:
     }
 
 
-def differences(saved: Identity, ours: Identity, shown: int = 6) -> list[str]:
+def differences(saved: Identity, ours: Identity, shown: int = 3) -> list[str]:
     """Return how our identity differs from a saved one, as texts such as "epochs=2 (not 3)".
 
     Of the parameters that differ, only the first few are told: often all of them do.
@@ -71,9 +71,13 @@ def differences(saved: Identity, ours: Identity, shown: int = 6) -> list[str]:
         if section == "architecture":
             # Another version of transformers may know more settings of an architecture, or fewer.
             names = [name for name in names if name in left and name in right]
-        told += [f"{name}={left.get(name, 'none')} (not {right.get(name, 'none')})" for name in names[:shown]]
-        if len(names) > shown:
-            told.append(f"{len(names) - shown} more {section} that differ")
+        if "credit" in names:
+            # Another strategy has other parameters, which say no more than its name.
+            names = [name for name in names if not name.startswith("credit.")]
+        listed = names[:shown] if section == "parameters" else names
+        told += [f"{name}={left.get(name, 'none')} (not {right.get(name, 'none')})" for name in listed]
+        if len(names) > len(listed):
+            told.append(f"{len(names) - len(listed)} more {section} that differ")
     return told
 
 
