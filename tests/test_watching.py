@@ -111,6 +111,33 @@ def test_a_pass_that_does_not_fit_the_rollout_is_found_out() -> None:
     assert bool((watched.weigh() != 1).any()), "nothing is left of the pass that failed"
 
 
+def test_rows_of_filling_do_not_vote() -> None:
+    """A process that was given nothing else has no statistics, and the others do not wait for it."""
+    model, rollout = tiny_model("llama"), rollout_with_tools()
+    filling = [1, 0, 0, 0, 1]
+    own = [
+        mask * (not fill)
+        for mask, fill in zip(rollout.per_completion(rollout.response_mask), filling, strict=True)
+    ]
+    asked = [ids[mask] for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+    written = rollout.per_completion(rollout.completion_ids)
+    groups = []
+    for rows in (Rollout.from_lists(asked, written, own), rollout.select([0, 1, 1, 1, 0])):
+        credit = RolloutCredit(model, CoupledRhythmCredit(), horizon=HORIZON)
+        with credit.watching(model, rows, 0) as watched, torch.no_grad():
+            left_padded(model, sequences(rollout))
+        watched.weigh()
+        assert credit.last.metrics["credit/measured_rows"] == 3
+        groups.append(credit.grouping.saved_groups)
+    assert groups[0] == groups[1]
+    nothing = Rollout.from_lists(asked, written, [torch.zeros_like(each) for each in own])
+    credit = RolloutCredit(model, CoupledRhythmCredit(), horizon=HORIZON)
+    with credit.watching(model, nothing, 0) as watched, torch.no_grad():
+        left_padded(model, sequences(rollout))
+    assert bool((watched.weigh() == 1).all())
+    assert credit.grouping.is_due(0)
+
+
 def test_a_strategy_without_attention_watches_nothing() -> None:
     model, rollout = tiny_model("llama"), rollout_with_tools()
     credit = RolloutCredit(model, EntropyCredit(), horizon=HORIZON)

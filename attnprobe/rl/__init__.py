@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnprobe.rl.advantage import apply_credit, credit_weights, gate_gradient
 from attnprobe.rl.baselines import EntropyCredit, EntropySelection, RandomCredit
+from attnprobe.rl.canary import Verdict, honours_weights
 from attnprobe.rl.continuous import ContinuousCredit
 from attnprobe.rl.credit import (
     CoupledRhythmCredit,
@@ -56,6 +57,7 @@ __all__ = [
     "RandomCredit",
     "Rollout",
     "RolloutCredit",
+    "Verdict",
     "WeighedRollout",
     "apply_credit",
     "attach_credit",
@@ -63,6 +65,7 @@ __all__ = [
     "credit_weights",
     "decay",
     "gate_gradient",
+    "honours_weights",
     "measure_rollout",
     "needs_of",
     "score_rollout",

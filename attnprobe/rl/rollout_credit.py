@@ -296,12 +296,11 @@ class RolloutCredit:
     @contextmanager
     def _watching(self, model: Any, rollout: Rollout, step: int) -> Iterator[Watched]:
         if not self.layers:
-            yield Watched(rollout, step, self.weigh_with_scores, None)
+            yield Watched(rollout, step, self.weigh_with_scores)
             return
         probe = RolloutProbe(rollout, window=self.window, horizon=self.horizon, span=self.regroups_at(step))
         with uncompiled(), attach(model, probe, layers=self.layers) as attached:
-            name = attached.adapter.model_name
-            yield Watched(rollout, step, self.weigh_with_scores, probe, name)
+            yield Watched(rollout, step, self.weigh_with_scores, probe, attached)
 
     # ---- the parts ----------------------------------------------------------------------------
 

@@ -14,14 +14,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.adapters.base import Value
+from attnprobe.adapters.base import Adapter, Value
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ResultError
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.probe import Probe
+from attnprobe.probe import Attachment, Probe
 from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.weighed import WeighedRollout
 from attnprobe.statistics_probe import HeadStatisticsProbe
@@ -134,8 +134,10 @@ class RolloutProbe(Probe):
                 horizon=statistics.horizon,
             )
 
-    def result(self, model_name: str) -> HeadStatistics:
+    def result(self, adapter: Adapter, layers: tuple[int, ...]) -> HeadStatistics:
         """Return the statistics of the rollout's completions, as `measure_rollout` does.
+
+        They are NaN if the policy wrote nothing at all, as in a process that was given only rows of filling.
 
         Raises:
             ResultError: some completions were in no pass.
@@ -147,14 +149,13 @@ class RolloutProbe(Probe):
                 f"{missing[0]}: run the pass over the same prompts and completions inside the block"
             )
         rollout, found = self._rollout, self._found
-        if not found:
-            raise ResultError("no completion has a token that the policy wrote: there is nothing to read")
-        first = next(iter(found.values()))
         rows, width = rollout.completion_ids.shape
-        own = rollout.response_mask.to(first.waad.device)
-        each = (first.waad.shape[1], first.waad.shape[2])
-        waad, fai = (first.waad.new_full((rows, *each, width), torch.nan) for _ in range(2))
-        span = None if first.span is None else first.span.new_full((rows, *each), torch.nan)
+        known = next(iter(found.values())).waad if found else None
+        device = adapter.device if known is None else known.device
+        own = rollout.response_mask.to(device)
+        each = (len(layers), (adapter.head_count or 1) if known is None else known.shape[2])
+        waad, fai = (torch.full((rows, *each, width), torch.nan, device=device) for _ in range(2))
+        span = torch.full((rows, *each), torch.nan, device=device) if self._inner.span else None
         for number, part in found.items():
             count = part.waad.shape[-1]
             waad[number, ..., :count] = part.waad[0]
@@ -162,14 +163,18 @@ class RolloutProbe(Probe):
             if span is not None:
                 assert part.span is not None
                 span[number] = part.span[0]
-        return replace(
-            first,
+        return HeadStatistics(
             span=span,
-            waad=_own_only(waad, own),
-            fai=_own_only(fai, own),
+            waad=waad.masked_fill(~own[:, None, None], torch.nan),
+            fai=fai.masked_fill(~own[:, None, None], torch.nan),
+            entropy=None,
+            receiver_kurtosis=None,
             response_mask=own,
-            input_ids=rollout.completion_ids.to(own.device),
-            model_name=model_name,
+            layers=layers,
+            window=self._inner.window,
+            horizon=self._inner.horizon,
+            input_ids=rollout.completion_ids.to(device),
+            model_name=adapter.model_name,
         )
 
 
@@ -186,11 +191,11 @@ class Watched:
         rollout: Rollout,
         step: int,
         weigh: Callable[..., WeighedRollout],
-        probe: RolloutProbe | None,
-        model_name: str = "",
+        probe: RolloutProbe | None = None,
+        attached: Attachment | None = None,
     ) -> None:
         self.rollout, self.step = rollout, step
-        self._weigh, self._probe, self._model_name = weigh, probe, model_name
+        self._weigh, self._probe, self._attached = weigh, probe, attached
 
     def statistics(self) -> HeadStatistics | None:
         """Return the statistics of the rollout; None if the strategy needs no attention.
@@ -198,7 +203,9 @@ class Watched:
         Raises:
             ResultError: some completions were in no pass.
         """
-        return None if self._probe is None else self._probe.result(self._model_name)
+        if self._probe is None or self._attached is None:
+            return None
+        return self._probe.result(self._attached.adapter, self._attached.layers)
 
     def weigh(
         self, advantages: ArrayLike | None = None, *, entropy: ArrayLike | None = None
@@ -216,12 +223,6 @@ class Watched:
         """Return gamma as `weigh` does, with the scores that it was computed from, and metrics."""
         statistics = self.statistics()
         return self._weigh(self.rollout, advantages, self.step, entropy=entropy, statistics=statistics)
-
-
-def _own_only(
-    values: Float[Tensor, "batch layer head token"], own: Bool[Tensor, "batch token"]
-) -> Float[Tensor, "batch layer head token"]:
-    return values.masked_fill(~own[:, None, None], torch.nan)
 
 
 def _ranks_with_response(sources: list[int], with_response: set[int]) -> dict[int, int]:

@@ -38,7 +38,7 @@ class WeighedRollout:
             - "credit/amplified_share": share of them with a weight above 1;
             - "credit/applied_mean": mean weight of all tokens that the policy wrote;
             - "credit/advantage_change": by how much the weights change the mean advantage of these;
-            - "credit/measured_rows": how many completions were measured;
+            - "credit/measured_rows": how many completions were measured, of those that the policy wrote;
             - "credit/seconds": how long credit took, a mean over processes;
             - "credit/preplans_per_100_tokens", "credit/anchors_per_100_tokens": peaks of WAAD and FAI among
               tokens whose weight can matter;
@@ -94,7 +94,7 @@ def credit_metrics(
         "own": own.sum(),
         "applied": gamma[own].sum(),
         "change": change,
-        "rows": weighed.measured.sum(),
+        "rows": (weighed.measured.to(device) & own.any(-1)).sum(),
         "seconds": gamma.new_tensor(seconds),
         "scored": zero,
         "without_fai": zero,

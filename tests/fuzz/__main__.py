@@ -30,6 +30,7 @@ ALLOWED = {
     ("gate_gradient", "values"): {"nan", "infinite", "negative"},
     # None is the default.
     ("load_model", "source"): {"NoneType 'None'"},
+    ("RolloutCredit", "advantages"): {"NoneType 'None'"},
     ("HeadStatisticsProbe", "entropy"): {"NoneType 'None'"},
     ("TokenBatch.from_ids start", "response_start"): {"NoneType 'None'"},
     ("TokenBatch.from_text", "responses"): {"NoneType 'None'"},

@@ -26,9 +26,12 @@ from attnprobe.rl import (
     RolloutCredit,
     apply_credit,
     credit_weights,
+    decay,
     gate_gradient,
+    honours_weights,
     measure_rollout,
     score_rollout,
+    warmup,
 )
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 
@@ -97,10 +100,14 @@ def calls() -> list[Call]:
         "signs": "both",
     }
     credit_kinds = {"advantages": "advantages", "gamma": "weights", "mask": "mask", "signs": "word"}
+    positions = torch.arange(24).expand(3, 24)
     pairs = [(0, 1), (2, 3), (1, 0)]
 
     def logits() -> Any:
         return model(ids).logits
+
+    def reinforced(log_probs: Any, old_log_probs: Any, advantages: Any, mask: Any) -> Any:
+        return -(log_probs * advantages * mask).mean()
 
     def suppressing(**options: Any) -> Any:
         return entered(attnprobe.suppress_attention(model, **options), logits)
@@ -165,6 +172,7 @@ def calls() -> list[Call]:
                 "value_weighted": False,
                 "batch_size": 2,
                 "memory_budget": 10**6,
+                "token_budget": 64,
                 "progress": False,
             },
             {
@@ -183,6 +191,7 @@ def calls() -> list[Call]:
                 "value_weighted": "switch",
                 "batch_size": "optional count",
                 "memory_budget": "count",
+                "token_budget": "optional count",
                 "progress": "switch",
             },
         ),
@@ -447,6 +456,31 @@ def calls() -> list[Call]:
         ),
         Call("Rollout", lambda **parts: Rollout(**parts).response_mask, rollout, rollout_kinds),
         Call(
+            "Rollout.from_sequences",
+            lambda **parts: Rollout.from_sequences(**parts).response_mask,
+            {"input_ids": ids, "attention_mask": mask, "response_mask": response},
+            {"input_ids": "ids", "attention_mask": "mask", "response_mask": "mask"},
+        ),
+        Call(
+            "Rollout.from_packed",
+            lambda **parts: Rollout.from_packed(**parts).response_mask,
+            {"input_ids": ids, "position_ids": positions, "response_mask": response},
+            {"input_ids": "ids", "response_mask": "mask"},
+        ),
+        Call(
+            "honours_weights",
+            lambda loss: bool(honours_weights(loss)),
+            {"loss": reinforced},
+            {"loss": "credit"},
+        ),
+        Call("warmup", warmup, {"steps": 3}, {"steps": "count"}),
+        Call(
+            "decay",
+            decay,
+            {"steps": 3, "begin": 2, "to": 0.5},
+            {"steps": "count", "begin": "distance", "to": "nonnegative"},
+        ),
+        Call(
             "measure_rollout",
             measure_rollout,
             {
@@ -487,6 +521,8 @@ def calls() -> list[Call]:
                 "window": 4,
                 "horizon": horizon,
                 "batch_size": 2,
+                "token_budget": 40,
+                "schedule": decay(3),
             },
             {
                 "advantages": "advantages",
@@ -496,6 +532,8 @@ def calls() -> list[Call]:
                 "window": "count",
                 "horizon": "horizon",
                 "batch_size": "optional count",
+                "token_budget": "optional count",
+                "schedule": "schedule",
             },
         ),
         *(

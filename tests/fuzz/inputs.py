@@ -345,6 +345,7 @@ KINDS: dict[str, Kind] = {
         (*WORDS, *STRANGERS, *constants(None, 0, [], {}, 1.5), ("its class", type), ("a list", lambda v: [v]))
     ),
     "credit": Kind((*WORDS, *constants(None, 0, [], {}, 1.5), ("its class", type))),
+    "schedule": Kind((*WORDS, *constants(0, [], {}, 1.5), ("its class", type))),
     "columns": Kind(
         (
             *WORDS,
