@@ -4,10 +4,10 @@
     python examples/grpo_countdown.py --credit coupled --steps 20
     python examples/grpo_countdown.py --model Qwen/Qwen3-0.6B --steps 500 --completion-tokens 1024
 
-Countdown: combine all of the given numbers with + - * / to reach the target. The problems and their verifier
-are reasoning-gym's. `--model smollm2` is the SmolLM2-135M-Instruct that attnprobe's tests use; it learns the
-format long before the arithmetic. `--model tiny` is a random model of a few thousand parameters, to see the
-script run. Requirements: pip install 'attnprobe[trl,gguf]' reasoning-gym.
+The problems are reasoning-gym's, by way of shared.py beside this file. `--model smollm2` is the
+SmolLM2-135M-Instruct that attnprobe's tests use; it learns the format long before the arithmetic. `--model
+tiny` is a random model of a few thousand parameters, to see the script run. Requirements:
+pip install 'attnprobe[trl,gguf]' reasoning-gym.
 
 The log (`log.jsonl` in the output folder) has a line for each step: TRL's own metrics, and with credit
 those that start with `credit/`.
@@ -17,37 +17,17 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-import reasoning_gym
 import torch
-from datasets import Dataset
+from shared import STRATEGIES, LogFile, countdown
 from transformers import AutoModelForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from attnprobe.models import load_model
-from attnprobe.rl import (
-    CoupledRhythmCredit,
-    EntropyCredit,
-    GlobalAnchorCredit,
-    LocalChunkCredit,
-    RandomCredit,
-    attach_credit,
-)
+from attnprobe.rl import attach_credit
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
-
-STRATEGIES = {
-    "coupled": CoupledRhythmCredit,
-    "local": LocalChunkCredit,
-    "global": GlobalAnchorCredit,
-    "entropy": EntropyCredit,
-    "random": RandomCredit,
-}
-SYSTEM = "Think step by step. Then write the expression, and nothing else, between <answer> and </answer>."
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def arguments() -> argparse.Namespace:
@@ -82,40 +62,10 @@ def load_policy(name: str) -> tuple[Any, Any]:
     return model, loaded.tokenizer
 
 
-def countdown(size: int, seed: int) -> tuple[Dataset, Any]:
-    """Return problems as chat prompts, and the rewards that judge the completions."""
-    problems = reasoning_gym.create_dataset("countdown", size=size, seed=seed, min_numbers=3, max_numbers=4)
-    prompts = [
-        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": problem["question"]}]
-        for problem in problems
-    ]
-
-    def correct(completions: list[Any], problem: list[int], **_: Any) -> list[float]:
-        """Reward the right expression with 1, and any other that uses the numbers with a little."""
-        rewards = []
-        for completion, index in zip(completions, problem, strict=True):
-            found = ANSWER.search(completion[0]["content"])
-            answer = found.group(1).strip() if found else None
-            rewards.append(float(problems.score_answer(answer=answer, entry=problems[index])))
-        return rewards
-
-    def formatted(completions: list[Any], problem: list[int], **_: Any) -> list[float]:
-        """Reward partial success: a tenth for each of the two tags, and up to a tenth for the numbers."""
-        rewards = []
-        for completion, index in zip(completions, problem, strict=True):
-            text = completion[0]["content"]
-            tags = sum(text.count(tag) == 1 for tag in ("<answer>", "</answer>"))
-            given = {str(number) for number in problems[index]["metadata"]["numbers"]}
-            mentioned = len(given & set(re.findall(r"\d+", text))) / len(given)
-            rewards.append(0.1 * (tags + mentioned))
-        return rewards
-
-    return Dataset.from_dict({"prompt": prompts, "problem": list(range(size))}), [correct, formatted]
-
-
 def main() -> None:
     """Train, and print the first and last reward."""
     options = arguments()
+    log = options.output / "log.jsonl"
     set_seed(options.seed)
     model, tokenizer = load_policy(options.model)
     dataset, rewards = countdown(max(options.steps * options.batch_size, 64), options.seed)
@@ -139,15 +89,13 @@ def main() -> None:
             report_to=[],
             seed=options.seed,
         ),
+        callbacks=[LogFile(log)],
     )
     if options.credit != "none":
         strategy = STRATEGIES[options.credit]
         attach_credit(trainer, strategy(amplification=options.amplification, quantile=options.quantile))
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "reward" in entry]
-    log = options.output / "log.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("".join(json.dumps(entry) + "\n" for entry in steps))
     print(f"reward {steps[0]['reward']:.3f} in the first step, {steps[-1]['reward']:.3f} in the last: {log}")
 
 

@@ -19,11 +19,11 @@ from attnprobe.rl.ppo.algorithm import (
     generalized_advantages,
     group_advantages,
     policy_loss,
-    roll_out,
     token_rewards,
     value_loss,
     whiten,
 )
+from attnprobe.rl.ppo.sampling import Episodes, roll_out
 from attnprobe.testing.tiny_models import tiny_model
 
 
@@ -215,13 +215,20 @@ def test_the_value_loss_by_hand(value, expected) -> None:
 PROMPTS = [[5, 6, 7, 8, 9], [3], [11, 12, 13], [4, 4]]
 
 
+def rolled(ppo: PPO, prompts, **changes) -> Episodes:
+    """Sample as a step of training does."""
+    settings = {"max_new_tokens": ppo.config.max_new_tokens, "temperature": ppo.config.temperature}
+    given = {**settings, "ends": ppo.ends, "generator": ppo.generator, **changes}
+    return roll_out(ppo.model, prompts, **given)
+
+
 def sampled(family: str, temperature: float, ends: set[int], *, wrap=lambda model: model):
     settings = PPOConfig(max_new_tokens=12, temperature=temperature, minibatch_size=2)
     policy = wrap(tiny_model(family))
     ppo = PPO(policy, [{"prompt_ids": [1]}], lambda problems, completions: [0.0], settings, ends=ends)
     ppo.model.eval()
     torch.nn.init.normal_(ppo.model.value_head.weight, generator=torch.Generator().manual_seed(1))
-    return ppo, roll_out(ppo.model, PROMPTS, settings, ppo.ends, ppo.generator)
+    return ppo, rolled(ppo, PROMPTS)
 
 
 def with_adapters(model):
@@ -293,9 +300,8 @@ def test_a_completion_stops_at_its_end_token_which_belongs_to_it() -> None:
 def test_sampling_follows_the_policys_distribution() -> None:
     """4,000 first tokens of one prompt against the probabilities, by a chi-square of 98 degrees."""
     ppo, _ = sampled("llama", 2.0, set())
-    settings = PPOConfig(max_new_tokens=1, temperature=2.0)
-    prompts = [[5, 6, 7]] * 4000
-    episodes = roll_out(ppo.model, prompts, settings, set(), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    episodes = rolled(ppo, [[5, 6, 7]] * 4000, max_new_tokens=1, ends=set(), generator=generator)
     with torch.no_grad():
         expected = (ppo.model.policy(torch.tensor([[5, 6, 7]])).logits[0, -1] / 2).softmax(-1) * 4000
     found = torch.bincount(episodes.completion_ids[:, 0], minlength=99)
@@ -481,7 +487,8 @@ def test_what_is_ruled_out_leaves_the_entropy_finite() -> None:
         ({"minibatch_size": 1.5}, ["minibatch_size", "whole number", "1.5"]),
         ({"epochs": True}, ["epochs", "True"]),
         ({"max_new_tokens": "many"}, ["max_new_tokens", "'many'"]),
-        ({"temperature": 0.0}, ["temperature", "0.0"]),
+        ({"temperature": 0.0}, ["temperature", "above 0", "0.0", "Evaluation(temperature=0) is greedy"]),
+        ({"temperature": -1.0}, ["temperature", "-1.0"]),
         ({"clip_coef": math.nan}, ["clip_coef", "nan"]),
         ({"clip_coef_vf": None}, ["clip_coef_vf", "None"]),
         ({"kl_coef": -1.0}, ["kl_coef", "[0, ", "-1.0"]),
@@ -491,6 +498,7 @@ def test_what_is_ruled_out_leaves_the_entropy_finite() -> None:
         ({"estimator": "group", "group_size": 1}, ["group_size", "at least 2", "1"]),
         ({"target_kl": 0.0}, ["target_kl", "0.0"]),
         ({"learning_rate": math.inf}, ["learning_rate", "inf"]),
+        ({"learning_rate": -1e-6}, ["learning_rate", "[0, inf)", "-1e-06"]),
         ({"seed": 1.5}, ["seed", "1.5"]),
         ({"seed": -1}, ["seed", "at least 0", "-1"]),
         ({"whiten": "yes"}, ["whiten", "'yes'"]),

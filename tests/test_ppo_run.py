@@ -35,12 +35,14 @@ from attnprobe.rl import (
     Rollout,
     RolloutCredit,
     apply_credit,
+    decay,
+    warmup,
 )
 from attnprobe.rl.grouping import HeadGrouping
 from attnprobe.rl.ppo import algorithm
-from attnprobe.rl.ppo.algorithm import roll_out
 from attnprobe.rl.ppo.problems import judge
 from attnprobe.rl.ppo.run_folder import finish_step_on_interrupt
+from attnprobe.rl.ppo.sampling import roll_out
 from attnprobe.testing.tiny_models import tiny_model
 
 PROBLEMS = [{"prompt_ids": [number, *range(number % 4)], "number": number} for number in range(1, 11)]
@@ -76,10 +78,10 @@ def ppo_of(
     )
 
 
-def with_adapters(model):
+def with_adapters(model, **settings):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], **settings))
 
 
 def parameters(ppo: PPO) -> dict[str, torch.Tensor]:
@@ -188,6 +190,14 @@ def test_epochs_end_before_the_policy_has_moved_too_far() -> None:
     assert entry["policy_loss"] is entry["grad_norm"] is entry["value_loss"] is None
 
 
+def test_a_learning_rate_of_0_measures_and_changes_nothing() -> None:
+    ppo = ppo_of(learning_rate=0.0)
+    before = parameters(ppo)
+    history = ppo.train()
+    assert_same(parameters(ppo), before)
+    assert [entry["approx_kl"] < 1e-6 and entry["grad_norm"] > 0 for entry in history] == [True] * 3
+
+
 def test_problems_come_in_turn() -> None:
     """All of them before any comes again, whatever the size of a step."""
     seen: list[int] = []
@@ -224,7 +234,7 @@ def test_a_run_goes_on_where_it_is() -> None:
 @pytest.mark.parametrize("estimator", ["gae", "group"])
 def test_a_resumed_run_goes_on_identically(tmp_path, estimator, credit) -> None:
     settings = {"estimator": estimator, "kl_coef": 0.05, "credit": credit}
-    settings["credit_options"] = {"reclassify_every": 3}
+    settings["credit_options"] = {"reclassify_every": 3, "schedule": warmup(4)}
     whole = ppo_of(steps=5, folder=tmp_path / "whole", **settings)
     history = whole.train()
     ppo_of(steps=2, folder=tmp_path / "parts", **settings).train()
@@ -299,18 +309,22 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path, as_users_call) -> No
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        ({"credit": RandomCredit(amplification=5.0)}, "credit=CoupledRhythmCredit .not RandomCredit"),
+        (
+            {"credit": RandomCredit(amplification=5.0)},
+            r"has credit=CoupledRhythmCredit \(not RandomCredit\): use",
+        ),
         ({"credit": None}, "credit=CoupledRhythmCredit .not None"),
         ({"credit": lambda scores: scores.waad}, "credit=CoupledRhythmCredit .not .*<lambda>"),
         ({"credit": CoupledRhythmCredit(alpha=0.25)}, r"has credit\.alpha=0\.5 .not 0\.25"),
         ({"credit_options": {"horizon": (2, 4)}}, r"has horizon=\(1, 4\) .not \(2, 4\)"),
         ({"credit_options": {"layers": [1]}}, r"has layers=\(1, 2\) .not \(1,\)"),
         ({"credit_options": {"window": 5}}, "has window=10 .not 5"),
+        ({"credit_options": {"schedule": decay(9)}}, r"has schedule=none .not Ramp\(begin=0, end=9"),
         ({"credit_options": {"signs": "positive"}}, "has signs='both' .not 'positive'"),
         ({"credit_options": {"reclassify_every": None}}, "has reclassify_every=10 .not None"),
         ({"ends": {7}}, r"has ends=\[7, 14, 21\] .not \[7\]"),
         ({"model": "qwen3"}, "model=LlamaForCausalLM .*not Qwen3ForCausalLM"),
-        ({"model": {"intermediate_size": 80}}, "has parameters="),
+        ({"model": {"intermediate_size": 80}}, r"has config\.intermediate_size=48 .not 80"),
     ],
 )
 def test_a_run_is_not_resumed_as_another(other, told, tmp_path, as_users_call) -> None:
@@ -321,6 +335,71 @@ def test_a_run_is_not_resumed_as_another(other, told, tmp_path, as_users_call) -
     with pytest.raises(ResultError, match=told):
         ppo.train(resume=True)
     assert_same(parameters(ppo), before)
+
+
+def test_the_message_says_in_what_a_model_differs(tmp_path, as_users_call) -> None:
+    """What is trained, in what precision, and by which adapters: the shapes alone would let these pass."""
+    ppo_of(folder=tmp_path, steps=1).train()
+    frozen, halved = tiny_model("llama"), tiny_model("llama")
+    frozen.model.embed_tokens.requires_grad_(False)
+    halved.model.embed_tokens.requires_grad_(False).bfloat16()
+    deeper = tiny_model("llama", num_hidden_layers=4, layer_types=None)
+    name = r"policy\.model\.embed_tokens\.weight=float32 \[99, 32\], trained"
+    for model, told in (
+        (frozen, rf"has {name} \(not float32 \[99, 32\], not trained\): use"),
+        (halved, rf"has {name} \(not bfloat16 \[99, 32\], not trained\): use"),
+        (
+            deeper,
+            r"config.num_hidden_layers=3 \(not 4\), .*layers\.3.*=none \(not .*, 6 more parameters that",
+        ),
+    ):
+        ppo = PPO(model, PROBLEMS, even_ids, PPOConfig(**SETTINGS), ends=ENDS, folder=tmp_path)
+        with pytest.raises(ResultError, match=told):
+            ppo.train(resume=True)
+
+    adapted = tmp_path / "adapted"
+    for alpha, told in ((8, None), (16, r"has adapter default\.lora_alpha=8 \(not 16\): use")):
+        model = with_adapters(tiny_model("llama"), lora_alpha=alpha)
+        ppo = PPO(model, PROBLEMS, even_ids, PPOConfig(**SETTINGS), ends=ENDS, folder=adapted)
+        if told is None:
+            ppo.train()
+        else:
+            with pytest.raises(ResultError, match=told):
+                ppo.train(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("problems", "told"),
+    [
+        (PROBLEMS[:-1], r"number of problems=10 \(not 9\), problems' number=contents \w+ \(not"),
+        (PROBLEMS[::-1], r"has problems' number=contents .*, problems' prompt_ids=contents"),
+        ([{**problem, "number": 0} for problem in PROBLEMS], r"has problems' number=contents \w+ \(not \w+"),
+        ([{**problem, "hint": "even"} for problem in PROBLEMS], r"has problems' hint=none \(not contents"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_problems(problems, told, tmp_path, as_users_call) -> None:
+    """Fewer, in another order, with another entry, or with one more: the message says which."""
+    ppo_of(folder=tmp_path, steps=1).train()
+    ppo = PPO(tiny_model("llama"), problems, even_ids, PPOConfig(**SETTINGS), ends=ENDS, folder=tmp_path)
+    with pytest.raises(ResultError, match=told):
+        ppo.train(resume=True)
+
+
+def test_equal_problems_are_the_same_problems() -> None:
+    """In whatever form they come, in whatever process, and whatever a reward notes in them meanwhile."""
+
+    def problems(kind, order):
+        entries = {"prompt_ids": kind([1, 2]), "check": even_ids, "options": {"a": {1, 2}, "b": [None]}}
+        return [{name: entries[name] for name in order}, {"prompt_ids": kind([3]), "judge": object()}]
+
+    found = []
+    for kind, order in ((list, [0, 1, 2]), (np.array, [2, 1, 0]), (torch.tensor, [1, 0, 2])):
+        names = ["prompt_ids", "check", "options"]
+        given = problems(kind, [names[place] for place in order])
+        ppo = PPO(tiny_model("llama"), given, even_ids, PPOConfig(**SETTINGS), ends=ENDS)
+        given[0]["check"] = None
+        found.append(ppo.identity["problems"])
+    assert found[0] == found[1] == found[2]
 
 
 def test_heads_that_were_given_have_to_be_given_again(tmp_path, as_users_call) -> None:
@@ -341,6 +420,10 @@ def test_a_checkpoint_of_another_version(tmp_path, as_users_call) -> None:
     del state["identity"]
     torch.save(state, tmp_path / "checkpoint.pt")
     with pytest.raises(ResultError, match="no identity"):
+        ppo_of(folder=tmp_path).train(resume=True)
+    state["identity"] = {"settings": {}}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ResultError, match="no problems, architecture, parameters: another version"):
         ppo_of(folder=tmp_path).train(resume=True)
 
 
@@ -434,8 +517,12 @@ def test_an_amplification_of_1_changes_no_bit(estimator, strategy, signs) -> Non
         for credit in (None, strategy(amplification=1.0))
     )
     histories = [without_clock(ppo.train()) for ppo in (plain, credited)]
-    assert {entry.pop("credit/gamma_mean") for entry in histories[1]} == {1.0}
-    assert histories[0] == histories[1]
+    assert {entry["credit/gamma_mean"] for entry in histories[1]} == {1.0}
+    without_credit = [
+        {name: value for name, value in entry.items() if not name.startswith("credit/")}
+        for entry in histories[1]
+    ]
+    assert histories[0] == without_credit
     assert_same(parameters(plain), parameters(credited))
 
 
@@ -486,7 +573,9 @@ def test_completions_whose_weights_cannot_matter_are_not_measured(signs, counts)
         return torch.full(scores.waad.shape, 2.0)
 
     ppo = ppo_of()
-    episodes = roll_out(ppo.model, [[1, 2]] * 4, ppo.config, set(), ppo.generator)
+    episodes = roll_out(
+        ppo.model, [[1, 2]] * 4, max_new_tokens=8, temperature=1.0, ends=set(), generator=ppo.generator
+    )
     credit = RolloutCredit(ppo.model.policy, strategy, horizon=(1, 4), reclassify_every=None, signs=signs)
     advantages = torch.tensor([1.0, -1.0, 0.0, 2.0])
     weighted = {"both": advantages != 0, "positive": advantages > 0, "negative": advantages < 0}[signs]
@@ -573,19 +662,37 @@ def test_a_grouping_is_restored_from_what_it_kept_and_nothing_else(as_users_call
         _ = grouping.groups
 
 
-def test_the_gamma_that_is_logged_is_that_of_the_weights_that_were_applied(monkeypatch) -> None:
+@pytest.mark.parametrize("signs", ["both", "negative"])
+def test_what_is_logged_of_credit_is_what_was_applied(signs, monkeypatch, tmp_path) -> None:
+    """Seen from outside: in the advantages before and after. The rollout's other metrics are there too."""
     applied = []
 
     def keep(advantages, gamma, mask):
         weighted = apply_credit(advantages, gamma, mask)
-        counts = mask & (advantages != 0)
-        applied.append(float((weighted[counts] / advantages[counts]).double().mean()))
+        counts = mask & ((advantages < 0) if signs == "negative" else (advantages != 0))
+        weights = (weighted[counts] / advantages[counts]).double()
+        applied.append(
+            {
+                "credit/gamma_mean": float(weights.mean()),
+                "credit/amplified_share": float((weights > 1.001).double().mean()),
+                "credit/applied_mean": 1 + float((weights - 1).sum() / mask.sum()),
+                "credit/advantage_change": float((weighted - advantages)[mask].double().mean()),
+            }
+        )
         return weighted
 
     monkeypatch.setattr(algorithm, "apply_credit", keep)
-    history = ppo_of(credit=CoupledRhythmCredit(amplification=3.0)).train()
-    assert [entry["credit/gamma_mean"] for entry in history] == pytest.approx(applied, abs=1e-5)
-    assert max(applied) > 1.05
+    options = {"signs": signs, "reclassify_every": 2}
+    ppo = ppo_of(credit=CoupledRhythmCredit(amplification=3.0), credit_options=options, folder=tmp_path)
+    history = ppo.train()
+    for entry, seen in zip(history, applied, strict=True):
+        assert {name: entry[name] for name in seen} == pytest.approx(seen, abs=1e-5)
+    assert max(seen["credit/gamma_mean"] for seen in applied) > 1.05
+    assert [entry["credit/regrouped"] for entry in history] == [1.0, 0.0, 1.0]
+    assert [entry["credit/regrouped_heads"] is None for entry in history] == [True, True, False]
+    logged = {name: value for name, value in history[-1].items() if name.startswith("credit/")}
+    assert logged == ppo.credit.last.metrics
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == history[-1]
 
 
 # ---- bad input --------------------------------------------------------------------------------
@@ -602,6 +709,10 @@ def test_the_gamma_that_is_logged_is_that_of_the_weights_that_were_applied(monke
         (lambda problems, completions: {"reward": 1.0}, "reward"),
         (lambda problems, completions: torch.ones(8, dtype=torch.complex64), "complex64"),
         (lambda problems, completions: [math.nan] * 8, "8 of 8 are not, the first nan of completion 0"),
+        (lambda problems, completions: torch.ones(8, 1), r"\[8\]; got \[8, 1\]: flatten them"),
+        (lambda problems, completions: torch.ones(8, 2), r"\[8\]; got \[8, 2\]$"),
+        (lambda problems, completions: [[1.0], [1.0, 2.0]], r"got \[\[1.0\], \[1.0, 2.0\]\]"),
+        (lambda problems, completions: [1.0] * 7 + [1e39], "1 of 8 are not, the first inf of completion 7"),
     ],
 )
 def test_rewards_that_make_no_sense(reward, told, as_users_call) -> None:
@@ -635,7 +746,7 @@ def test_a_reward_may_be_a_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"problems": []}, "at least one problem"),
+        ({"problems": []}, "at least one problem; got none"),
         ({"problems": None}, "problems .*None"),
         ({"problems": "text"}, "problems .*'text'"),
         ({"problems": {"prompt_ids": [1]}}, "problems .*list of mappings"),
@@ -644,7 +755,12 @@ def test_a_reward_may_be_a_model() -> None:
         ({"problems": [{"prompt_ids": []}]}, "prompt_ids of problem 0 .*got none"),
         ({"problems": [{"prompt_ids": "text"}]}, "prompt_ids of problem 0 .*'text'"),
         ({"problems": [{"prompt_ids": [1.5]}]}, "prompt_ids of problem 0 .*1.5"),
-        ({"problems": [{"prompt_ids": [1]}, {"prompt_ids": [3, 500]}]}, "problem 1 .*0..98; got 500"),
+        (
+            {"problems": [{"prompt_ids": [1]}, {"prompt_ids": [3, 500]}]},
+            r"problem 1 .*vocabulary, 0\.\.98; got 500 at place 1",
+        ),
+        ({"problems": [{"prompt_ids": [-1]}]}, "prompt_ids of problem 0 .*got -1"),
+        ({"problems": [{"prompt_ids": torch.ones(1, 3).long()}]}, r"problem 0 .*tensor \[1, 3\]"),
         ({"problems": [{"prompt_ids": [1] * 200}]}, "200 tokens and 64 new ones exceed .* of 256"),
         ({"reward": None}, "reward .*None"),
         ({"config": {"steps": 3}}, "config must be a PPOConfig.*dict"),
@@ -711,7 +827,10 @@ def test_smollm2_takes_a_credited_step(smollm2) -> None:
         credit=CoupledRhythmCredit(),
         credit_options={"horizon": (4, 12)},
     )
-    episodes = roll_out(ppo.model, [p["prompt_ids"] for p in problems], settings, ppo.ends, ppo.generator)
+    prompts = [problem["prompt_ids"] for problem in problems]
+    episodes = roll_out(
+        ppo.model, prompts, max_new_tokens=24, temperature=0.8, ends=ppo.ends, generator=ppo.generator
+    )
     with torch.no_grad():
         again = ppo.evaluate(ppo.model, episodes)[1]
     mask = episodes.response_mask

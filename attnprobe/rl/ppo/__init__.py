@@ -2,20 +2,21 @@
 
 from attnprobe.rl.ppo.algorithm import (
     PPO,
-    Episodes,
     generalized_advantages,
     group_advantages,
     policy_loss,
-    roll_out,
     token_rewards,
     value_loss,
     whiten,
 )
 from attnprobe.rl.ppo.config import PPOConfig
+from attnprobe.rl.ppo.evaluation import Evaluation
+from attnprobe.rl.ppo.sampling import Episodes, roll_out
 
 __all__ = [
     "PPO",
     "Episodes",
+    "Evaluation",
     "PPOConfig",
     "generalized_advantages",
     "group_advantages",

@@ -8,8 +8,9 @@ Each step samples completions from the policy, rewards them, computes an advanta
 a few clipped gradient steps: the objective of Eq. 5 of arXiv 2510.13554v2, with the group-normalised
 advantages of its Eq. 6 as the alternative to a value head. Credit enters in one line: look for
 `apply_credit`. It is a reference: one device, one precision, no accelerate, no generation server. What is
-left to others: the settings (config), the value head (actor_critic), problems and rewards (problems), the
-weights of tokens (rollout_credit), files (run_folder), and what a checkpoint holds (checkpoint).
+left to others: the settings (config), the value head (actor_critic), sampling (sampling), problems and
+rewards (problems), the weights of tokens (rollout_credit), evaluation (evaluation), files (run_folder), and
+what a checkpoint holds (checkpoint).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,74 +26,29 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from attnprobe.errors import ResultError
+from attnprobe.errors import ParameterError, ResultError
 from attnprobe.progress import progress_bar
 from attnprobe.rl.advantage import apply_credit
 from attnprobe.rl.credit import Credit
 from attnprobe.rl.ppo.actor_critic import ActorCritic
 from attnprobe.rl.ppo.checkpoint import restore, state_of
 from attnprobe.rl.ppo.config import PPOConfig
-from attnprobe.rl.ppo.problems import Problem, Reward, check_ends, check_problems, judge, problems_of_step
+from attnprobe.rl.ppo.evaluation import Evaluation, evaluate, evaluation_of
+from attnprobe.rl.ppo.identity import identity_of
+from attnprobe.rl.ppo.problems import (
+    Problem,
+    Reward,
+    check_ends,
+    check_problems,
+    judge,
+    problems_of_step,
+    prompts_of,
+)
 from attnprobe.rl.ppo.run_folder import RunFolder, check_folder, finish_step_on_interrupt
-from attnprobe.rl.rollout import Rollout
+from attnprobe.rl.ppo.sampling import Episodes, log_probabilities, roll_out
 from attnprobe.rl.rollout_credit import RolloutCredit
 from attnprobe.rl.settings import check_options
 from attnprobe.validation import ArrayLike, instance, truth
-
-# ---- rollout ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Episodes(Rollout):
-    """A rollout with what was recorded while sampling; 0 after the end of a completion.
-
-    Attributes:
-        logprobs: the log-probability of each sampled token.
-        values: the value of the text before each token.
-        entropy: in nats, of the distribution that each token was sampled from.
-    """
-
-    logprobs: Float[Tensor, "completion token"]
-    values: Float[Tensor, "completion token"]
-    entropy: Float[Tensor, "completion token"]
-
-    def completions(self) -> list[list[int]]:
-        """Return the ids of each completion, its end token included."""
-        pairs = zip(self.completion_ids, self.response_mask, strict=True)
-        return [ids[mask].tolist() for ids, mask in pairs]
-
-
-@torch.no_grad()
-def roll_out(
-    model: ActorCritic,
-    prompts: list[list[int]],
-    config: PPOConfig,
-    ends: set[int],
-    generator: torch.Generator,
-) -> Episodes:
-    """Sample a completion for each prompt, all at once and with a key/value cache."""
-    device = generator.device
-    width = max(len(prompt) for prompt in prompts)
-    prompt_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    prompt_mask = torch.arange(width, device=device) >= width - lengths[:, None]
-    stop = torch.tensor(sorted(ends), device=device)
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    ids, mask, cache = prompt_ids, prompt_mask, None
-    sampled: list[tuple[Tensor, ...]] = []
-    while len(sampled) < config.max_new_tokens and bool(alive.any()):
-        logits, values, cache = model(ids, mask.long(), 1, cache, use_cache=True)
-        log_softmax = (logits[:, 0] / config.temperature).log_softmax(-1)
-        probs = log_softmax.exp()
-        ids = torch.multinomial(probs, 1, generator=generator).masked_fill(~alive[:, None], 0)
-        logprobs = log_softmax.gather(-1, ids)[:, 0]
-        known = torch.stack([logprobs, values[:, 0], torch.special.entr(probs).sum(-1)])
-        sampled.append((ids[:, 0], alive, *known.masked_fill(~alive, 0.0)))
-        mask = torch.cat([mask, alive[:, None]], dim=1)
-        alive = alive & ~torch.isin(ids[:, 0], stop)
-    ids, mask, logprobs, values, entropy = (torch.stack(column, 1) for column in zip(*sampled, strict=True))
-    return Episodes(prompt_ids, prompt_mask, ids, mask, logprobs=logprobs, values=values, entropy=entropy)
-
 
 # ---- advantages -------------------------------------------------------------------------------
 
@@ -226,6 +181,8 @@ class PPO:
         credit: a strategy of `attnprobe.rl`, or any callable `scores -> gamma`; None: no credit.
         credit_options: further arguments of `RolloutCredit`, by name, such as `signs` and `horizon`.
         ends: ids that end a completion; None: those of the policy's generation config.
+        evaluation: problems to evaluate the policy on while it is trained, greedily after every tenth step;
+            an `Evaluation` says otherwise. It changes nothing in the training.
         folder: where to write metrics and checkpoints; None: nothing is written.
 
     Attributes:
@@ -234,7 +191,8 @@ class PPO:
         history: the metrics of each step; None in place of numbers that are not finite.
 
     Raises:
-        ParameterError: no problems, invalid settings, or a policy with nothing to train.
+        ParameterError: no problems, prompts that the policy cannot read, invalid settings, or a policy with
+            nothing to train.
         UnsupportedModelError: a policy that has no cache to sample with or, with credit, one whose attention
             cannot be read.
 
@@ -257,6 +215,7 @@ class PPO:
         credit: Credit | None = None,
         credit_options: dict[str, Any] | None = None,
         ends: ArrayLike | set[int] | None = None,
+        evaluation: Evaluation | Sequence[Problem] | None = None,
         folder: str | Path | None = None,
     ) -> None:
         self.config = config = PPOConfig() if config is None else instance(config, PPOConfig, "config")
@@ -265,12 +224,15 @@ class PPO:
         self.problems, self.reward, self.folder = problems, reward, check_folder(folder)
         self.step, self.history = 0, list[dict[str, Any]]()
         self.ends = check_ends(ends, policy)
+        self.evaluation = evaluation_of(evaluation, reward, config, policy)
         self.reference = copy.deepcopy(self.model).eval() if config.kl_coef else None
         options = check_options(credit_options, RolloutCredit, "credit_options")
         self.credit = None if credit is None else RolloutCredit(policy, credit, **options)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=0.0)
         self.generator = torch.Generator(policy.device).manual_seed(config.seed)
+        # Now, not when a checkpoint is written: a reward may keep notes in the problems.
+        self.identity = identity_of(self)
 
     def train(self, *, resume: bool = False, progress: bool = False) -> list[dict[str, Any]]:
         """Run the remaining steps, and return the metrics of all steps.
@@ -280,7 +242,7 @@ class PPO:
         Raises:
             ParameterError: arguments that are not bools.
             ResultError: rewards or gradients that are not finite, a folder that cannot be used, or a
-                checkpoint of a run with different settings, credit, end tokens or model.
+                checkpoint of a run with different settings, credit, end tokens, problems or model.
             KeyboardInterrupt: after Ctrl-C.
         """
         run, last = RunFolder(self.folder, resume=truth(resume, "resume")), self.config.steps
@@ -300,13 +262,19 @@ class PPO:
         return self.history
 
     def train_step(self) -> dict[str, Any]:
-        """Sample, reward, compute advantages, update; return the metrics."""
+        """Sample, reward, compute advantages, update, and evaluate if that is due; return the metrics."""
         config, started = self.config, time.perf_counter()
         self.model.eval()
         asked = problems_of_step(self.problems, self.step, config.prompts_per_step, config.seed)
         problems = [problem for problem in asked for _ in range(config.group_size)]
-        prompts = [[int(token) for token in problem["prompt_ids"]] for problem in problems]
-        episodes = roll_out(self.model, prompts, config, self.ends, self.generator)
+        episodes = roll_out(
+            self.model,
+            prompts_of(problems),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            ends=self.ends,
+            generator=self.generator,
+        )
         sampled, mask, values = time.perf_counter(), episodes.response_mask, episodes.values
         rewards = judge(self.reward, problems, episodes.completions()).to(mask.device)
         kl = self._kl_to_reference(episodes)
@@ -322,17 +290,33 @@ class PPO:
         if self.reference is not None:
             metrics["kl_to_reference"] = kl[mask]
         if self.credit is not None:
-            gamma = self.credit.weigh(episodes, advantages, self.step, entropy=episodes.entropy)
-            metrics["credit/gamma_mean"] = gamma[mask & (advantages != 0)]
-            advantages = apply_credit(advantages, gamma, mask)  # Eq. 13: all that credit does
+            weighed = self.credit.weigh_with_scores(episodes, advantages, self.step, entropy=episodes.entropy)
+            advantages = apply_credit(advantages, weighed.gamma, mask)  # Eq. 13: all that credit does
+            metrics |= {
+                name: torch.tensor(value, dtype=torch.float64) for name, value in weighed.metrics.items()
+            }
         metrics |= self._update(episodes, advantages, returns)
         self.step += 1
         means = {name: float(each.double().mean()) for name, each in metrics.items()}
         entry: dict[str, Any] = {"step": self.step}
         entry |= {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
         entry |= {"seconds": time.perf_counter() - started, "rollout_seconds": sampled - started}
+        if self.evaluation is not None and self.step % self.evaluation.every == 0:
+            entry |= self.run_evaluation()
         self.history.append(entry)
         return entry
+
+    def run_evaluation(self) -> dict[str, float]:
+        """Return the metrics of the policy as it is on the problems of `evaluation`.
+
+        Raises:
+            ParameterError: there is no evaluation.
+            ResultError: rewards that are not finite.
+        """
+        if self.evaluation is None:
+            raise ParameterError("there is nothing to evaluate on: give PPO an evaluation")
+        self.model.eval()
+        return evaluate(self.evaluation, self.model, self.ends, self.generator.device)
 
     def evaluate(
         self, model: ActorCritic, episodes: Episodes, rows: Tensor | slice = slice(None)
@@ -342,7 +326,7 @@ class PPO:
         mask = torch.cat([episodes.prompt_mask, episodes.completion_mask], dim=1)[rows]
         count = episodes.completion_ids.shape[1]
         logits, values, _ = model(ids, mask.long(), count + 1)
-        log_softmax = (logits[:, :-1] / self.config.temperature).log_softmax(-1)
+        log_softmax = log_probabilities(logits[:, :-1], self.config.temperature)
         logprobs = log_softmax.gather(-1, ids[:, -count:, None])[..., 0]
         return log_softmax, logprobs, values[:, :-1]
 

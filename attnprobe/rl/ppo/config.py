@@ -16,7 +16,7 @@ Estimator = Literal["gae", "group"]
 
 _ABOVE_0, _FINITE, _SHARE = {"above": 0}, {"minimum": 0, "below": inf}, {"minimum": 0, "maximum": 1}
 _RANGES: dict[str, dict[str, Any]] = {
-    "temperature": {"above": 0, "below": inf},
+    "temperature": _FINITE,
     "gamma": _SHARE,
     "gae_lambda": _SHARE,
     "clip_coef": _ABOVE_0,
@@ -25,7 +25,7 @@ _RANGES: dict[str, dict[str, Any]] = {
     "ent_coef": _FINITE,
     "kl_coef": _FINITE,
     "target_kl": _ABOVE_0,
-    "learning_rate": {"above": 0, "below": inf},
+    "learning_rate": _FINITE,
     "max_grad_norm": _ABOVE_0,
 }
 
@@ -51,7 +51,7 @@ class PPOConfig:
     max_new_tokens: IntField = 64
     """The longest completion; one that is cut off there counts as finished."""
     temperature: FloatField = 1.0
-    """What logits are divided by, both in sampling and in the objective."""
+    """What logits are divided by, both in sampling and in the objective; above 0."""
     estimator: Estimator = "gae"
     """Advantages from a value head ("gae"), or from comparing the completions of a problem ("group")."""
     gamma: FloatField = 1.0
@@ -73,7 +73,7 @@ class PPOConfig:
     target_kl: FloatField | None = None
     """Stop the epochs over a rollout once the policy has moved this far, in nats per token; None: never."""
     learning_rate: FloatField = 1e-6
-    """The constant learning rate of AdamW, without weight decay."""
+    """The constant learning rate of AdamW, without weight decay; at 0, a run changes nothing."""
     max_grad_norm: FloatField = 1.0
     """The norm that gradients are clipped to; infinity: no clipping."""
     checkpoint_every: IntField = 50
@@ -89,6 +89,11 @@ class PPOConfig:
         for name, limits in _RANGES.items():
             if name != "target_kl" or self.target_kl is not None:
                 self._keep(name, real_number(getattr(self, name), name, **limits))
+        if self.temperature == 0:
+            raise ParameterError(
+                "temperature must be above 0 in training; got 0.0: all completions of a problem would be "
+                "equal, and no gradient would flow. Evaluation(temperature=0) is greedy"
+            )
         self._keep("seed", whole_number(self.seed, "seed"))
         self._keep("whiten", truth(self.whiten, "whiten"))
         choice(self.estimator, "estimator", get_args(Estimator))

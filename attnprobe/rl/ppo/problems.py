@@ -1,8 +1,8 @@
 """Problems: what a policy is asked, in which order, where its completions end, and how they are rewarded.
 
 `PPO` checks its arguments with `check_problems` and `check_ends`, asks `problems_of_step` for the problems
-of each step, and calls the user's reward through `judge`. What is left to others: sampling completions, and
-learning from the rewards (algorithm).
+of each step, and calls the user's reward through `judge`; so does an evaluation. What is left to others:
+sampling completions (sampling), and learning from the rewards (algorithm).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.models import end_tokens
-from attnprobe.validation import as_float_tensor, brief, whole_numbers
+from attnprobe.validation import as_float_tensor, as_tensor, brief, whole_numbers
 
 Problem = Mapping[str, Any]
 """A problem has `prompt_ids`, and whatever the reward needs to know."""
@@ -25,8 +25,17 @@ Reward = Callable[[list[Problem], list[list[int]]], Sequence[float]]
 """`(problems, completions) -> rewards`, all lists of equal length; a completion is a list of ids."""
 
 
-def check_problems(problems: Any, reward: Any, new_tokens: int, policy: Any) -> None:
-    """Check that a policy can be trained on these problems with this reward.
+def check_problems(
+    problems: Any, reward: Any, new_tokens: int, policy: Any, *, kind: str = "problem"
+) -> None:
+    """Check that a policy can be asked these problems and given this reward.
+
+    Args:
+        problems: what should be a list of mappings with `prompt_ids`.
+        reward: what should be a callable.
+        new_tokens: the longest completion, in tokens.
+        policy: the model.
+        kind: what messages call a problem.
 
     Raises:
         ParameterError: no problems, a reward that cannot be called, or prompts that are empty, outside the
@@ -37,16 +46,21 @@ def check_problems(problems: Any, reward: Any, new_tokens: int, policy: Any) -> 
             f"reward must be a callable (problems, completions) -> rewards; got {brief(reward)}"
         )
     if isinstance(problems, str | Mapping) or not hasattr(problems, "__getitem__"):
-        raise ParameterError(f"problems must be a list of mappings with prompt_ids; got {brief(problems)}")
+        raise ParameterError(f"{kind}s must be a list of mappings with prompt_ids; got {brief(problems)}")
     vocabulary = policy.get_input_embeddings().weight.shape[0]
     lengths = []
     for i, problem in enumerate(problems):
         if not isinstance(problem, Mapping) or "prompt_ids" not in problem:
-            raise ParameterError(f"problem {i} must be a mapping with prompt_ids; got {brief(problem)}")
-        name = f"prompt_ids of problem {i}"
-        lengths.append(len(whole_numbers(problem["prompt_ids"], name, maximum=vocabulary - 1)))
+            raise ParameterError(f"{kind} {i} must be a mapping with prompt_ids; got {brief(problem)}")
+        ids = whole_numbers(problem["prompt_ids"], f"prompt_ids of {kind} {i}")
+        if (largest := max(ids)) >= vocabulary:
+            raise ParameterError(
+                f"prompt_ids of {kind} {i} must be ids of the policy's vocabulary, 0..{vocabulary - 1}; got "
+                f"{largest} at place {ids.index(largest)}: use the policy's own tokenizer"
+            )
+        lengths.append(len(ids))
     if not lengths:
-        raise ParameterError("training needs at least one problem; got none")
+        raise ParameterError(f"PPO needs at least one {kind}; got none")
     context = getattr(policy.config, "max_position_embeddings", None)
     if context is not None and max(lengths) + new_tokens > context:
         raise ParameterError(
@@ -89,11 +103,20 @@ def problems_of_step(problems: Sequence[Problem], step: int, wanted: int, seed: 
     return chosen
 
 
+def prompts_of(problems: list[Problem]) -> list[list[int]]:
+    """Return the prompts of problems as lists of ids, whatever kind of numbers they are.
+
+    >>> prompts_of([{"prompt_ids": torch.tensor([1, 2])}, {"prompt_ids": range(3)}])
+    [[1, 2], [0, 1, 2]]
+    """
+    return [whole_numbers(problem["prompt_ids"], "prompt_ids") for problem in problems]
+
+
 @torch.no_grad()
 def judge(
-    reward: Reward, problems: list[Problem], completions: list[list[int]]
+    reward: Reward, problems: list[Problem], completions: list[list[int]], name: str = "the rewards"
 ) -> Float[Tensor, " completion"]:
-    """Return the rewards of completions, in float32.
+    """Return the rewards of completions, in float32; `name` is what messages call them.
 
     Raises:
         ParameterError: a reward that cannot be called.
@@ -106,13 +129,21 @@ def judge(
         raise ParameterError(
             f"reward must be a callable (problems, completions) -> rewards; got {brief(reward)}"
         )
-    name = "the rewards, one finite number for each completion,"
-    given = reward(problems, completions)
-    rewards = as_float_tensor(given, name, (len(completions),), axes="completion", error=ResultError)
+    count = len(completions)
+    given = as_tensor(reward(problems, completions), name, ResultError)
+    if given.shape != (count,):
+        # A reward model with a single output gives [n, 1].
+        hint = ": flatten them, with rewards.reshape(-1)" if given.ndim > 1 and given.numel() == count else ""
+        raise ResultError(
+            f"{name} must be one number for each completion, [completion] = [{count}]; got "
+            f"{list(given.shape)}{hint}"
+        )
+    # Before they are checked: a number may be finite in float64 only.
+    rewards = as_float_tensor(given, name, error=ResultError).detach().float()
     wrong = (~rewards.isfinite()).nonzero().flatten().tolist()
     if wrong:
         raise ResultError(
-            f"{name} must be finite; {len(wrong)} of {len(completions)} are not, the first "
+            f"{name} must be finite numbers; {len(wrong)} of {count} are not, the first "
             f"{float(rewards[wrong[0]])} of completion {wrong[0]}"
         )
-    return rewards.detach().float()
+    return rewards
