@@ -29,7 +29,7 @@ from attnprobe.rl.credit import (
     credit_of,
     needs_of,
 )
-from attnprobe.rl.ppo import PPO, PPOConfig
+from attnprobe.rl.ppo import PPO, Evaluation, PPOConfig
 from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.rollout_credit import RolloutCredit
 from attnprobe.rl.schedules import Ramp, decay, warmup
@@ -50,6 +50,7 @@ __all__ = [
     "CreditStrategy",
     "EntropyCredit",
     "EntropySelection",
+    "Evaluation",
     "GlobalAnchorCredit",
     "LocalChunkCredit",
     "PPOConfig",

@@ -259,9 +259,9 @@ class RolloutCredit:
             entropy = as_float_tensor(entropy, "entropy", tuple(own.shape), axes="completion, token")
         elif "entropy" in self.needs and bool(measured.any()):
             known = self.token_entropy(rollout.select(measured))
-            entropy = None if known is None else known.new_full(own.shape, torch.nan)
-            if entropy is not None:
-                entropy[measured.to(entropy.device)] = known
+            if known is not None:
+                entropy = known.new_full(own.shape, torch.nan)
+                entropy[measured.to(known.device)] = known
         scored = [
             (
                 chosen,

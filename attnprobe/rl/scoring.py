@@ -23,8 +23,8 @@ from attnprobe.head_groups import GroupsLike
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import classify_heads
 from attnprobe.measurement import measure
-from attnprobe.metric_arguments import Horizon, HorizonLike
-from attnprobe.reductions import TRAINING_HORIZON
+from attnprobe.metric_arguments import HorizonLike
+from attnprobe.reductions import TRAINING_HORIZON, Horizon
 from attnprobe.rl.grouping import Groups
 from attnprobe.rl.rollout import Rollout
 from attnprobe.scores import TokenScores, score_tokens
