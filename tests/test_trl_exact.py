@@ -7,6 +7,9 @@ not moved since it generated, and from the stock loss otherwise.
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
@@ -23,7 +26,7 @@ from attnprobe.rl import (
     attach_credit,
 )
 from attnprobe.testing.tiny_models import tiny_model
-from attnprobe.testing.tiny_trainers import tiny_trainer
+from attnprobe.testing.tiny_trainers import even_ids, tiny_trainer
 
 HORIZON = (1, 4)
 LORA = "lora"
@@ -41,9 +44,14 @@ def rollouts_with_tools(prompts, trainer):
     return {
         "prompt_ids": [[5, 6, 7]] * len(prompts),
         "completion_ids": ids,
-        "logprobs": [[-1.0] * len(row) for row in ids],
+        "logprobs": [[-math.log(300)] * len(row) for row in ids],
         "env_mask": [[1] * 3 + [0] * 2 + [1] * (len(row) - 5) for row in ids],
     }
+
+
+def short(completion_ids, **_):
+    """Reward short completions."""
+    return [-len(ids) / 10 for ids in completion_ids]
 
 
 LOSSES = [
@@ -56,6 +64,11 @@ SEQUENCES = [
     (GMPOTrainer, {}),
     (GRPOTrainer, {"loss_type": "grpo", "importance_sampling_level": "sequence"}),
 ]
+# Of these, the first two multiply each log-probability by its own advantage, whatever the ratio is of.
+OF_WHOLE_SEQUENCES = [
+    (GRPOTrainer, {"loss_type": loss, "importance_sampling_level": "sequence"})
+    for loss in ("cispo", "vespo", "bnpo", "dr_grpo", "dapo", "sapo", "luspo")
+]
 OPTIONS = [
     (GRPOTrainer, {"num_iterations": 2}),
     (GRPOTrainer, {"steps_per_generation": 4, "gradient_accumulation_steps": 2}),
@@ -65,7 +78,7 @@ OPTIONS = [
     (GRPOTrainer, {"delta": 4.0, "loss_type": "grpo"}),
     (GRPOTrainer, {"top_entropy_quantile": 0.5}),
     (GRPOTrainer, {"entropy_coef": 0.01}),
-    (GRPOTrainer, {"mask_truncated_completions": True, "max_completion_length": 60}),
+    (GRPOTrainer, {"mask_truncated_completions": True}),
     (GRPOTrainer, {"max_completion_length": 1}),
     (GRPOTrainer, {"temperature": 0.7}),
     (GRPOTrainer, {"bf16": True}),
@@ -74,6 +87,114 @@ OPTIONS = [
     (RLOOTrainer, {"num_iterations": 2, LORA: True}),
     (RLOOTrainer, {"gradient_checkpointing": True, "bf16": True}),
 ]
+# Further options that touch the objective; only their gradients are checked. VLLM has the trainer compute the
+# loss as with vLLM, whose log-probabilities are made up.
+VLLM, MOE, TWO_REWARDS = "vllm", "moe", "two_rewards"
+STILL = {"entropy_coef": 0.01, "entropy_coef_min": 0.01, "entropy_coef_max": 0.01, "entropy_coef_delta": 0.01}
+MORE_OPTIONS = [
+    (GRPOTrainer, {"off_policy_mask_threshold": 1e-4, "steps_per_generation": 2}),
+    (GRPOTrainer, {"off_policy_mask_threshold": 1e-4, "tools": True}),
+    (GRPOTrainer, {"use_adaptive_entropy": True, "entropy_target": 9.0, **STILL}),
+    (GRPOTrainer, {"top_entropy_quantile": 0.3, "entropy_coef": 0.01, "tools": True}),
+    (GRPOTrainer, {"beta": 0.1, "use_bias_correction_kl": True}),
+    (GRPOTrainer, {"beta": 0.1, "top_entropy_quantile": 0.3, "delta": 1.001, "loss_type": "bnpo"}),
+    (GRPOTrainer, {"epsilon": 0.001, "epsilon_high": 0.002, "num_iterations": 2}),
+    (GRPOTrainer, {"epsilon_high": 1.0005, "loss_type": "cispo"}),
+    (GRPOTrainer, {"sapo_temperature_neg": 2.0, "sapo_temperature_pos": 0.5, "loss_type": "sapo"}),
+    (GRPOTrainer, {"vespo_k_pos": 1.0, "vespo_lambda_pos": 2.0, "loss_type": "vespo"}),
+    (GRPOTrainer, {"vespo_k_neg": 1.0, "vespo_lambda_neg": 3.0, "loss_type": "vespo", "num_iterations": 2}),
+    (GRPOTrainer, {"scale_rewards": "none"}),
+    (GRPOTrainer, {"scale_rewards": "batch", "generation_batch_size": 8}),
+    (GRPOTrainer, {TWO_REWARDS: True, "reward_weights": [1.0, -0.3]}),
+    (GRPOTrainer, {TWO_REWARDS: True, "multi_objective_aggregation": "normalize_then_sum"}),
+    (GRPOTrainer, {"pad_to_multiple_of": 8, "num_generations": 4}),
+    (GRPOTrainer, {"disable_dropout": True, "top_p": 0.9, "top_k": 50, "min_p": 0.001}),
+    (GRPOTrainer, {"repetition_penalty": 1.2, "generation_kwargs": {"min_new_tokens": 5}}),
+    (GRPOTrainer, {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}),
+    (GRPOTrainer, {MOE: True, "router_aux_loss_coef": 0.1}),
+    *(
+        (GRPOTrainer, {VLLM: True, "vllm_importance_sampling_mode": mode, "loss_type": loss})
+        for mode, loss in [
+            ("sequence_mask", "dapo"),
+            ("token_truncate", "grpo"),
+            ("sequence_truncate", "vespo"),
+            ("token_mask", "vespo"),
+        ]
+    ),
+    (GRPOTrainer, {VLLM: True, "vllm_importance_sampling_clip_max": 1.05, "loss_type": "luspo"}),
+    (GRPOTrainer, {VLLM: True, "vllm_importance_sampling_clip_min": 1e-9, "off_policy_mask_threshold": 0.1}),
+    (GRPOTrainer, {VLLM: True, "vllm_importance_sampling_correction": False}),
+    (RLOOTrainer, {"normalize_advantages": True, "reward_clip_range": (0.4, 0.6)}),
+    (RLOOTrainer, {TWO_REWARDS: True, "reward_weights": [1.0, -0.3], "epsilon": 0.001, "epsilon_high": 0.5}),
+    (RLOOTrainer, {"mask_truncated_completions": True, "max_completion_length": 10}),
+    (RLOOTrainer, {"pad_to_multiple_of": 8, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.001}),
+    (RLOOTrainer, {"steps_per_generation": 2, "disable_dropout": True, "repetition_penalty": 1.2}),
+    (
+        RLOOTrainer,
+        {"generation_batch_size": 8, "num_generations": 4, "generation_kwargs": {"min_new_tokens": 5}},
+    ),
+    (RLOOTrainer, {MOE: True, "router_aux_loss_coef": 0.1}),
+]
+SEQUENCE_LEVEL = [*SEQUENCES, *OF_WHOLE_SEQUENCES]
+
+# Options without a case, and what they decide in place of the gradient of a token.
+NOT_OF_THE_OBJECTIVE = {
+    "how a model is loaded": ("model_init_kwargs", "trust_remote_code"),
+    "how data are read": ("remove_unused_columns", "shuffle_dataset", "chat_template_kwargs"),
+    "only the size of a step": ("learning_rate",),
+    "only evaluation": ("num_generations_eval",),
+    "how text is generated": (
+        "cache_implementation",
+        "ds3_gather_for_generation",
+        "max_tool_calling_iterations",
+        "use_transformers_continuous_batching",
+        "transformers_continuous_batching_config",
+        "use_transformers_paged",
+    ),
+    "with which server": (
+        "use_vllm",
+        "vllm_mode",
+        "vllm_model_impl",
+        "vllm_enable_sleep_mode",
+        "vllm_structured_outputs_regex",
+        "vllm_server_base_url",
+        "vllm_server_host",
+        "vllm_server_port",
+        "vllm_server_timeout",
+        "vllm_group_port",
+        "vllm_gpu_memory_utilization",
+        "vllm_max_model_length",
+        "vllm_tensor_parallel_size",
+    ),
+    "only the reference model": ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+    "only the log": (
+        "log_completions",
+        "log_multimodal",
+        "num_completions_to_print",
+        "log_unique_prompts",
+        "log_completions_hub_repo",
+    ),
+    "an older name of another option": ("vllm_importance_sampling_cap",),
+    # Of older versions.
+    "the precision of a layer": ("cast_lm_head_to_fp32",),
+    "how vLLM is used": ("vllm_guided_decoding_regex",),
+}
+
+
+@pytest.mark.parametrize("trainer_class", [GRPOTrainer, RLOOTrainer])
+def test_every_option_of_a_trainer_has_a_case_or_touches_no_gradient(trainer_class) -> None:
+    """A new version of trl brings new options: each needs a case above, or a place in the list."""
+    import trl
+    from transformers import TrainingArguments
+
+    config = getattr(trl, trainer_class.__name__.replace("Trainer", "Config"))
+    own = {field.name for field in dataclasses.fields(config)}
+    own -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    cases = [*LOSSES, *SEQUENCE_LEVEL, *OPTIONS, *MORE_OPTIONS]
+    tried = {name for base, options in cases if base is trainer_class for name in options}
+    listed = {name for names in NOT_OF_THE_OBJECTIVE.values() for name in names}
+    assert own - tried - listed == set()
+    assert tried & listed == set()
 
 
 def name_of(case) -> str:
@@ -84,13 +205,34 @@ def name_of(case) -> str:
 def make(case, folder, **more):
     trainer_class, config = case
     config = {**config, **more}
-    options = {"rollout_func": rollouts_with_tools} if config.pop("tools", False) else {}
+    vllm = config.pop(VLLM, False)
+    options = {"rollout_func": rollouts_with_tools} if config.pop("tools", False) or vllm else {}
     peft_config = None
     if config.pop(LORA, False):
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
-    return tiny_trainer(trainer_class, folder, options=options, peft_config=peft_config, **config)
+    if config.pop(TWO_REWARDS, False):
+        config["reward"] = [even_ids, short]
+    if config.pop(MOE, False):
+        config["model"] = tiny_model("mixtral", vocab_size=300)
+    trainer = tiny_trainer(trainer_class, folder, options=options, peft_config=peft_config, **config)
+    if vllm:
+        trainer.use_vllm, trainer._last_loaded_step = True, trainer.state.global_step
+    if "mask_truncated_completions" in config:
+        generate, end = trainer._generate_single_turn, trainer.processing_class.eos_token_id
+
+        def some_end(*given):
+            made = generate(*given)
+            rows, *others = made if trainer_class is GRPOTrainer else (made,)
+            rows = [[*row[:-1], end] if i % 3 else row for i, row in enumerate(rows)]
+            return (rows, *others) if others else rows
+
+        trainer._generate_single_turn = some_end
+    if "entropy_target" in config:
+        # The bonus is off until the first step has measured an entropy.
+        trainer._last_world_entropy = 0.0
+    return trainer
 
 
 def parameters(trainer):
@@ -198,7 +340,7 @@ def closed_form(case, trainer, inputs):
 @pytest.mark.parametrize(
     ("case", "signs"),
     [
-        *((case, "both") for case in [*LOSSES, *SEQUENCES, (GRPOTrainer, {"tools": True})]),
+        *((case, "both") for case in [*LOSSES, *SEQUENCE_LEVEL, (GRPOTrainer, {"tools": True})]),
         (LOSSES[1], "positive"),
         (LOSSES[0], "negative"),
         (SEQUENCES[0], "positive"),
@@ -226,7 +368,8 @@ def test_random_weights_change_the_gradient_as_the_closed_form_says(
     record_property("deviation", found)
     print(f"\ndeviation {name_of(case)} {handle.route} {found:.2e}")
     assert found < 1e-5
-    assert handle.route == ("advantages" if case in LOSSES or "tools" in case[1] else "gradient")
+    through_advantages = [*LOSSES, *OF_WHOLE_SEQUENCES[:2], (GRPOTrainer, {"tools": True})]
+    assert handle.route == ("advantages" if case in through_advantages else "gradient")
 
 
 @pytest.mark.parametrize("case", [LOSSES[0], SEQUENCES[0]], ids=name_of)
@@ -241,7 +384,7 @@ def test_entropy_selection_leaves_a_gradient_in_few_tokens(case, tmp_path) -> No
     assert deviation(credited, torch.autograd.grad(logps, weights, by_hand, allow_unused=True)) < 1e-5
 
 
-@pytest.mark.parametrize("case", LOSSES + SEQUENCES + OPTIONS[:-1], ids=name_of)
+@pytest.mark.parametrize("case", LOSSES + SEQUENCE_LEVEL + OPTIONS[:-1] + MORE_OPTIONS, ids=name_of)
 def test_weights_multiply_the_stock_gradient_of_each_token(case, tmp_path, record_property) -> None:
     """Also after the policy has moved, with ratios that are clipped, and beside a KL term."""
     if case[1].get("max_completion_length") == 1:
@@ -249,7 +392,7 @@ def test_weights_multiply_the_stock_gradient_of_each_token(case, tmp_path, recor
     trainer, handle, inputs = one_batch(case, tmp_path)
     generator = torch.Generator().manual_seed(3)
     # The ratio of whole sequences leaves its bounds much earlier than that of a token.
-    move = 1e-4 if case in SEQUENCES else 2e-3
+    move = 1e-4 if case in SEQUENCE_LEVEL or case[0] is RLOOTrainer else 2e-3
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:

@@ -8,6 +8,7 @@ trainer's loss (routes).
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from attnprobe.adapters.base import evaluation_mode
 from attnprobe.adapters.versions import SUPPORTED, check_versions
 from attnprobe.errors import MissingDependencyError, TrainerError
+from attnprobe.rl import processes
 from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.scoring import bare_policy
 
@@ -24,15 +26,47 @@ HANDLE = "_attnprobe_credit"
 """The attribute of a trainer that holds its credit handle."""
 
 _PARTS = (
+    "_buffered_inputs",
     "_generate_and_score_completions",
     "_get_per_token_logps_and_entropies",
+    "_logs",
     "_metrics",
     "accelerator",
     "callback_handler",
     "compute_loss",
-    "is_deepspeed_enabled",
-    "is_fsdp_enabled",
+    "log_completions",
+    "model_wrapped",
 )
+
+_PREFERENCES = "its loss compares whole completions, and has no advantage of a token to weight"
+_TEACHER = "it imitates a teacher's tokens, and has no advantages to weight"
+_ITS_OWN = "its advantages are made inside its own loop: weight them with attnprobe.rl.RolloutCredit there"
+_WHY_NOT = {
+    "A2POTrainer": "its loss fits the reward of whole completions, and has no advantage of a token to weight",
+    "AsyncGRPOTrainer": "completions come from a server, packed into trees of shared prefixes, which credit "
+    "cannot take apart",
+    "AsyncDistillationTrainer": _TEACHER,
+    "BCOTrainer": _PREFERENCES,
+    "CPOTrainer": _PREFERENCES,
+    "DPOTrainer": _PREFERENCES,
+    "DistillationTrainer": _TEACHER,
+    "GKDTrainer": _TEACHER,
+    "GOLDTrainer": _TEACHER,
+    "IWOPDTrainer": _ITS_OWN,
+    "KTOTrainer": _PREFERENCES,
+    "ORPOTrainer": _PREFERENCES,
+    "OnlineDPOTrainer": _PREFERENCES,
+    "PPOTrainer": _ITS_OWN,
+    "PRMTrainer": "it trains a reward model",
+    "RewardTrainer": "it trains a reward model",
+    "SDFTTrainer": _TEACHER,
+    "SDPOTrainer": "its log-probabilities are computed inside a distillation loss, where no weight can be "
+    "tried out",
+    "SFTTrainer": "it imitates given texts, and has no advantages to weight",
+    "SSDTrainer": "it imitates its own texts, and has no advantages to weight",
+    "TPOTrainer": _PREFERENCES,
+}
+"""Trainers of trl whose loss or data leave nothing to weight, for the message that refuses them."""
 
 
 def policy_of(trainer: Any) -> Any:
@@ -55,9 +89,11 @@ def check_trainer(trainer: Any) -> None:
 
     if not isinstance(trainer, (GRPOTrainer, RLOOTrainer)):
         kind = trainer if isinstance(trainer, type) else type(trainer)
+        why = next((_WHY_NOT[base.__name__] for base in kind.__mro__ if base.__name__ in _WHY_NOT), None)
         raise TrainerError(
             "credit can be attached to an instance of trl.GRPOTrainer or trl.RLOOTrainer, or of a subclass; "
             f"got {'the class' if kind is trainer else 'a'} {kind.__module__}.{kind.__qualname__}"
+            + ("" if why is None else f": {why}")
         )
     missing = [name for name in _PARTS if not hasattr(trainer, name)]
     if missing:
@@ -92,6 +128,23 @@ def rollout_of(trainer: Any, output: dict[str, Any], needs: frozenset[str]) -> R
     return Rollout(prompt_ids, prompt_mask, completion_ids, completion_mask, output.get("tool_mask"))
 
 
+def warn_of_length(policy: Any, rollout: Rollout, longest: int) -> int:
+    """Return the length of the longest sequence so far; warn once if it is beyond what the policy knows.
+
+    Rotary positions have no end, so that the policy goes on, and credit with it. Where positions are looked
+    up in a table, the trainer itself has failed before.
+    """
+    known = getattr(policy.config, "max_position_embeddings", None)
+    length = int((rollout.prompt_mask.sum(-1) + rollout.completion_mask.sum(-1)).max())
+    if isinstance(known, int) and longest <= known < length:
+        warnings.warn(
+            f"a prompt with its completion has {length} tokens, but the policy was trained for {known} "
+            "(max_position_embeddings): attention is measured there all the same, but may mean little",
+            stacklevel=2,
+        )
+    return max(longest, length)
+
+
 @torch.no_grad()
 def token_entropy(trainer: Any, rollout: Rollout, batch_size: int) -> Float[Tensor, "completion token"]:
     """Return the entropy of each token at the sampling temperature, by the trainer's own function."""
@@ -109,5 +162,8 @@ def token_entropy(trainer: Any, rollout: Rollout, batch_size: int) -> Float[Tens
 
 
 def is_sharded(trainer: Any) -> bool:
-    """Return whether the policy's parameters are sharded over the processes of a run."""
-    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    """Return whether the policy's parameters are sharded over processes: by FSDP, or by DeepSpeed ZeRO-3.
+
+    ZeRO-1 and ZeRO-2 shard gradients and the optimizer only: the policy is whole, and may be measured alone.
+    """
+    return any(processes.is_sharded(module) for module in (trainer.model, trainer.model_wrapped))
