@@ -27,6 +27,8 @@ from transformers import AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOConfig, GRPOTrainer
 
+from attnprobe import AttnprobeError
+from attnprobe.metric_arguments import check_horizon
 from attnprobe.rl import attach_credit
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 from attnprobe.testing.tiny_trainers import even_ids
@@ -76,7 +78,9 @@ def arguments() -> argparse.Namespace:
     training.add_argument("--temperature", type=float, default=1.0)
     training.add_argument("--eval-every", type=int, default=20, help="steps between evaluations; 0: none")
     training.add_argument("--eval-problems", type=int, default=128, help="problems that are not trained on")
-    training.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
+    training.add_argument(
+        "--save-every", type=int, default=50, help="steps between checkpoints; one is written at the end too"
+    )
     training.add_argument("--log-completions", action="store_true", help="show some completions of each step")
     training.add_argument("--report-to", nargs="*", default=[], help="trackers, such as wandb or tensorboard")
 
@@ -87,7 +91,16 @@ def arguments() -> argparse.Namespace:
 
     if parser.parse_known_args()[0].tiny:
         parser.set_defaults(**TINY)
-    return parser.parse_args()
+    options = parser.parse_args()
+    try:
+        options.horizon = check_horizon(options.horizon)
+        options.strategy = None
+        if options.credit != "none":
+            strategy = STRATEGIES[options.credit]
+            options.strategy = strategy(amplification=options.amplification, quantile=options.quantile)
+    except AttnprobeError as error:
+        parser.error(str(error))
+    return options
 
 
 def checkpoint_of(output: Path, resume: bool) -> str | None:
@@ -177,11 +190,11 @@ def main() -> None:
         peft_config=adapters(options.lora),
         callbacks=[LogFile(options.output / "log.jsonl")],
     )
-    if options.credit != "none":
+    if options.strategy is not None:
         attach_credit(
             trainer,
-            STRATEGIES[options.credit](amplification=options.amplification, quantile=options.quantile),
-            horizon=tuple(options.horizon),
+            options.strategy,
+            horizon=options.horizon,
             signs=options.signs,
             reclassify_every=options.reclassify_every,
         )

@@ -63,6 +63,29 @@ def whitened(log_probs, old, advantages, mask):
     return clipped(log_probs, old, (advantages - inside.mean()) / (inside.std() + 1e-6), mask)
 
 
+def normalised(log_probs, old, advantages, mask):
+    """As `whitened`, but 0 / 0 where all advantages are equal."""
+    return reinforce(log_probs, old, (advantages - advantages.mean()) / advantages.std(), mask)
+
+
+def normalised_with_kl(log_probs, old, advantages, mask):
+    return normalised(log_probs, old, advantages, mask) + 0.1 * reduced((log_probs - old).square(), mask)
+
+
+def in_half_precision(log_probs, old, advantages, mask):
+    half = log_probs.bfloat16() * advantages.bfloat16() * mask.bfloat16()
+    return -half.sum() / mask.bfloat16().sum()
+
+
+def one_is_enough(log_probs, old, advantages, mask):
+    assert bool((advantages == advantages[:, :1]).all()), "one advantage per completion"
+    return reinforce(log_probs, old, advantages, mask)
+
+
+def masks_in_place(log_probs, old, advantages, mask):
+    return -(log_probs.masked_fill_(mask == 0, 0.0) * advantages).sum()
+
+
 def signs_only(log_probs, old, advantages, mask):
     return clipped(log_probs, old, advantages.sign(), mask)
 
@@ -77,10 +100,16 @@ def signs_only(log_probs, old, advantages, mask):
         (one_for_each, False, True),
         (whitened, False, True),
         (signs_only, False, True),
+        (normalised, False, True),
+        (normalised_with_kl, False, False),
+        (in_half_precision, True, True),
+        (one_is_enough, False, True),
+        (masks_in_place, True, True),
     ],
 )
 def test_a_loss_is_tried_out(loss, advantages: bool, gradient: bool) -> None:
-    verdict = honours_weights(loss)
+    with torch.no_grad():
+        verdict = honours_weights(loss)
     assert bool(verdict) == (verdict.advantages is None) == advantages, verdict
     assert (verdict.gradient is None) == gradient, verdict
 
@@ -94,6 +123,8 @@ def test_a_loss_is_tried_out(loss, advantages: bool, gradient: bool) -> None:
         (lambda a, b, c, d: c.mean(), "does not depend on the log-probabilities"),
         (lambda a, b, c, d: a * c, r"scalar, not a float32 tensor \[3, 5\]"),
         (lambda a, b: a.mean(), "TypeError"),
+        (lambda a, b, c, d: (a * c * torch.rand(())).sum(), "between two equal calls"),
+        (lambda a, b, c, d: (a * c).sum() / 0, "it is -inf"),
     ],
 )
 def test_a_loss_that_cannot_be_tried_out(loss, told: str) -> None:
@@ -161,7 +192,15 @@ def test_a_run_goes_on_with_its_own_state_only() -> None:
         other = RolloutCredit(model, strategy, **{"horizon": HORIZON, **options})
         with pytest.raises(ResultError, match=differs):
             other.load_state_dict(state)
-    for damaged in (None, {}, {"grouping": {}, "settings": state["settings"]}, {**state, "settings": 3}):
+    for damaged in (
+        None,
+        {},
+        {"grouping": {}, "settings": state["settings"]},
+        {**state, "settings": 3},
+        {**state, "grouping": {**state["grouping"], "grouped_at": "x"}},
+        {**state, "grouping": {**state["grouping"], "grouped_at": -4}},
+        {**state, "grouping": {**state["grouping"], "saved_groups": 3}},
+    ):
         with pytest.raises(ResultError):
             again.load_state_dict(damaged)
 
@@ -171,6 +210,7 @@ def test_a_run_goes_on_with_its_own_state_only() -> None:
     ("options", "told"),
     [
         ({"schedule": 0.5}, "schedule must be a callable"),
+        ({"schedule": warmup}, "warmup returns one"),
         ({"root": "model"}, "root must be the module"),
         ({"token_budget": 0}, "token_budget"),
         ({"group": "world"}, "group must be a process group"),

@@ -109,6 +109,13 @@ def test_weights_go_back_into_the_layout_they_came_from() -> None:
     torch.testing.assert_close(back[0, 30:], gammas[0][1, :10])
 
 
+def test_padding_after_packed_sequences_is_none_of_them() -> None:
+    packed = {"position_ids": [[0, 1, 2, 0, 0]], "response_mask": [[0, 1, 1, 0, 0]]}
+    rollout = Rollout.from_packed([[1, 2, 3, 0, 0]], attention_mask=[[1, 1, 1, 0, 0]], **packed)
+    assert rows_of(rollout) == [([1], [2, 3], [True, True])]
+    assert rollout.scatter(torch.full((1, 2), 2.0)).tolist() == [[1, 2, 2, 1, 1]]
+
+
 def test_a_row_without_a_response_is_a_masked_completion() -> None:
     rollout = Rollout.from_sequences([[5, 6, 7], [5, 6, 7]], response_mask=[[0, 0, 1], [0, 0, 0]])
     assert rollout.response_mask.tolist() == [[True], [False]]

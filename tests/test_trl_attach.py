@@ -293,6 +293,33 @@ def test_a_resumed_run_goes_on_identically(trainer_class, restore, tmp_path) -> 
     assert not any(isinstance(c, CreditCallback) for c in resumed.callback_handler.callbacks)
 
 
+def test_a_run_that_had_no_credit_is_resumed_with_it(tmp_path) -> None:
+    """Its checkpoints know nothing of credit; those that follow do."""
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    tiny_trainer(GRPOTrainer, tmp_path, **config).train()
+    resumed = tiny_trainer(GRPOTrainer, tmp_path, **{**config, "max_steps": 4})
+    attach_credit(resumed, CoupledRhythmCredit(), horizon=(1, 4))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    saved = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
+    assert saved["stateful_callbacks"]["CreditCallback"]["attributes"]["saved_groups"] is not None
+
+
+def test_a_run_is_not_resumed_with_other_credit(tmp_path) -> None:
+    config = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    first = tiny_trainer(GRPOTrainer, tmp_path, **config)
+    attach_credit(first, CoupledRhythmCredit(), horizon=(1, 4))
+    first.train()
+    for strategy, options, differs in (
+        (CoupledRhythmCredit(amplification=3.0), {}, "credit.amplification 1.5 .now 3.0."),
+        (CoupledRhythmCredit(), {"layers": "all"}, "layers"),
+        (CoupledRhythmCredit(), {"signs": "positive"}, "signs"),
+    ):
+        resumed = tiny_trainer(GRPOTrainer, tmp_path, **{**config, "max_steps": 4})
+        attach_credit(resumed, strategy, **{"horizon": (1, 4), **options})
+        with pytest.raises(ResultError, match=differs):
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_a_damaged_grouping_in_a_checkpoint(tmp_path) -> None:
     config = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
     trainer = tiny_trainer(GRPOTrainer, tmp_path, **config)

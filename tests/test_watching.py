@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnprobe import ResultError
+from attnprobe import AttnprobeWarning, ResultError
 from attnprobe.rl import CoupledRhythmCredit, EntropyCredit, Rollout, RolloutCredit, credit_weights
 from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.tiny_models import tiny_model
@@ -146,6 +146,17 @@ def test_a_strategy_without_attention_watches_nothing() -> None:
     entropy = torch.rand(rollout.completion_ids.shape)
     gamma = watched.weigh([1.0] * 5, entropy=entropy)
     torch.testing.assert_close(gamma, credit.weigh(rollout, [1.0] * 5, 0, entropy=entropy))
+
+
+def test_what_is_drawn_at_random_is_told() -> None:
+    model, rollout = tiny_model("gpt2", attn_pdrop=0.1).train(), rollout_with_tools()
+    credit = RolloutCredit(model, CoupledRhythmCredit(), horizon=HORIZON)
+    with (
+        pytest.warns(AttnprobeWarning, match="at random"),
+        credit.watching(model, rollout, 0),
+        torch.no_grad(),
+    ):
+        left_padded(model, sequences(rollout))
 
 
 def test_gradients_and_training_mode_are_the_trainers_own() -> None:

@@ -194,7 +194,8 @@ class _GatedGradient(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, values: Tensor, weights: Tensor) -> Tensor:
         context.save_for_backward(weights)
-        return values.view_as(values)
+        # A copy: whoever changes a view in place, as losses do when they mask, gets an error.
+        return values.clone()
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -22,6 +22,9 @@ from attnprobe.validation import brief
 
 _TOLERANCE = 1e-4
 
+_ROUNDING = 1e-2
+"""What a loss in bfloat16 may round; a loss that does not honour weights is off by much more."""
+
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """A loss: `(log_probs, old_log_probs, advantages, mask) -> loss`, all `[completion, token]`, and a scalar."""
 
@@ -48,14 +51,15 @@ def honours_weights(loss: Loss) -> Verdict:
 
     The gradient of each log-probability must be multiplied by the token's weight, apart from what of it does
     not depend on the advantages (a KL or entropy term). The loss is called several times, with tensors of 3
-    completions and 5 tokens, one of which is padding; it must not change anything.
+    completions and 5 tokens in float32, one of which is padding; it must not change anything.
 
     Args:
         loss: `(log_probs, old_log_probs, advantages, mask) -> loss`. Advantages are `[completion, token]`;
             for a loss that fails on those, `[completion]`.
 
     Raises:
-        ParameterError: a loss that cannot be called, does not depend on advantages, or fails on all of these.
+        ParameterError: a loss that cannot be called, is not finite, does not depend on advantages, fails on
+            all of these, or differs between two equal calls.
 
     >>> def clipped(log_probs, old_log_probs, advantages, mask):
     ...     ratio = (log_probs - old_log_probs).exp()
@@ -90,70 +94,100 @@ class _Trial:
         # fail.
         shape = (3, 5)
         self._log_probs = -0.5 - torch.rand(shape, generator=generator)
+        self._moved = torch.rand(shape, generator=generator) - 0.5
         # Some ratios lie outside the usual clip range, on either side.
-        self._old = self._log_probs + 0.6 * (torch.rand(shape, generator=generator) - 0.5)
+        self._old = self._log_probs + 0.6 * self._moved
         self._mask = torch.ones(shape)
         self._mask[2, 4] = 0.0
-        self._by_completion = torch.tensor([1.0, -0.7, 0.4])
+        by_completion = torch.tensor([1.0, -0.7, 0.4])
         self._weights = 0.5 + torch.rand(shape, generator=generator)
         self._weights[:, 1] = 0.0  # as strategies that drop tokens give it
         self._weights = torch.where(self._mask.bool(), self._weights, 1.0)
-        spread = self._by_completion[:, None].expand(shape)
         self._spread_refused: str | None = None
+        self._advantages = by_completion[:, None].expand(shape)
         try:
-            self._run(spread)
-            self._advantages = spread
+            self._run(self._advantages)
         except _FailedError as error:
-            self._spread_refused = str(error)
-            self._advantages = self._by_completion
+            self._spread_refused, self._advantages = str(error), by_completion
         try:
+            self._without_fails = False
+            try:
+                self._run(torch.zeros_like(self._advantages))
+            except _FailedError:
+                # Advantages are normalised: 0 / 0. They are negated instead, within the clip range, where
+                # only what does not depend on them stays the same.
+                self._without_fails = True
+                self._old = self._log_probs + 0.1 * self._moved
             self._value, self._plain = self._run(self._advantages)
-            _, self._without = self._run(torch.zeros_like(self._advantages))
+            again, _ = self._run(self._advantages)
+            self._without = self._independent()
         except _FailedError as error:
             raise ParameterError(
                 f"the loss could not be tried out: {self._spread_refused or error}"
             ) from error
-        if not bool((self._plain != self._without).any()):
+        if differ(again, self._value):
+            raise ParameterError(
+                f"the loss differs between two equal calls, {float(self._value)} and {float(again)}: try it "
+                "out without what it draws at random or remembers"
+            )
+        if not differ(self._plain, self._without):
             raise ParameterError("the loss does not depend on the advantages: there is nothing to weight")
 
     def reason_against_advantages(self) -> str | None:
         """Return why weighted advantages are not honoured; None if they are."""
         if self._spread_refused is not None:
             return f"it takes one advantage for each completion ({self._spread_refused})"
-        _, weighted = self._run(self._advantages * self._weights)
+        try:
+            _, weighted = self._run(self._advantages * self._weights)
+        except _FailedError as error:
+            return f"it fails on weighted advantages ({error})"
         return self._wrong(weighted)
 
     def reason_against_gradient(self) -> str | None:
         """Return why weighting the gradient does not work; None if it does."""
-        value, weighted = self._run(self._advantages, gated=True)
+        try:
+            value, weighted = self._run(self._advantages, gated=True)
+            without = self._independent(gated=True)
+        except _FailedError as error:
+            return f"it fails on log-probabilities whose gradient is weighted ({error})"
         if differ(value, self._value):
             return "weighting the gradient changes the loss itself"
-        _, without = self._run(torch.zeros_like(self._advantages), gated=True)
-        if differ(without, self._without):
+        if differ(without, self._without, _ROUNDING):
             return "a term that does not depend on the advantages, such as a KL term, would be weighted too"
         return self._wrong(weighted)
 
+    def _independent(self, *, gated: bool = False) -> Tensor:
+        """Return the part of the gradient that does not depend on the advantages."""
+        if not self._without_fails:
+            return self._run(torch.zeros_like(self._advantages), gated=gated)[1]
+        signs = [self._run(sign * self._advantages, gated=gated)[1] for sign in (1.0, -1.0)]
+        return (signs[0] + signs[1]) / 2
+
     def _wrong(self, weighted: Tensor) -> str | None:
         expected = self._without + self._weights * (self._plain - self._without)
-        return (
-            "the gradient of a token is not multiplied by its weight" if differ(weighted, expected) else None
-        )
+        if differ(weighted, expected, _ROUNDING):
+            return "the gradient of a token is not multiplied by its weight"
+        return None
 
     def _run(self, advantages: Tensor, *, gated: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the loss, and its gradient with respect to the log-probabilities."""
-        leaf = self._log_probs.clone().requires_grad_()
-        shown = gate_gradient(leaf, self._weights) if gated else leaf.clone()
-        try:
-            value: Any = self._loss(shown, self._old.clone(), advantages.clone(), self._mask.clone())
-        except Exception as error:
-            raise _FailedError(f"{type(error).__name__}: {brief(str(error))}") from error
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise _FailedError(f"it must return a scalar, not {brief(value)}")
-        if not value.requires_grad:
-            raise _FailedError("it does not depend on the log-probabilities")
-        (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        """Return the loss, and its gradient with respect to the log-probabilities; both are finite."""
+        # Whoever tries out a loss may have switched gradients off.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = self._log_probs.clone().requires_grad_()
+            shown = gate_gradient(leaf, self._weights.clone()) if gated else leaf.clone()
+            try:
+                value: Any = self._loss(shown, self._old.clone(), advantages.clone(), self._mask.clone())
+            except Exception as error:
+                raise _FailedError(f"{type(error).__name__}: {brief(str(error))}") from error
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise _FailedError(f"it must return a scalar, not {brief(value)}")
+            gradient = None
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
         if gradient is None:
             raise _FailedError("it does not depend on the log-probabilities")
+        if not bool(value.isfinite().all() and gradient.isfinite().all()):
+            raise _FailedError(f"it is {float(value.detach())}, or its gradient is not finite")
         return value.detach().reshape(()), gradient
 
 
@@ -161,11 +195,13 @@ class _FailedError(Exception):
     """A loss that could not be run."""
 
 
-def differ(actual: Float[Tensor, "*any"], expected: Float[Tensor, "*any"]) -> bool:
+def differ(
+    actual: Float[Tensor, "*any"], expected: Float[Tensor, "*any"], tolerance: float = _TOLERANCE
+) -> bool:
     """Return whether gradients, or losses, differ by more than rounding.
 
     >>> differ(torch.ones(2), torch.ones(2) + 1e-6), differ(torch.ones(2), torch.ones(2) + 1e-3)
     (False, True)
     """
     scale = max(float(expected.abs().max()), 1e-6)
-    return not bool((actual - expected).abs().max() <= _TOLERANCE * scale)
+    return not bool((actual - expected).abs().max() <= tolerance * scale)

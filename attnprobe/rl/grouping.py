@@ -89,15 +89,19 @@ class HeadGrouping:
         """Restore what a checkpoint has stored.
 
         Raises:
-            ResultError: anything but what `attributes` returns.
+            ResultError: anything but what `attributes` returns, or groups that are damaged.
         """
         if not isinstance(attributes, Mapping) or not {"saved_groups", "grouped_at"} <= set(attributes):
             raise ResultError(
                 "a checkpoint's grouping of heads must have saved_groups and grouped_at, as attributes() "
                 f"returns them; got {brief(attributes)}"
             )
-        self.saved_groups = attributes["saved_groups"]
-        self.grouped_at = attributes["grouped_at"]
+        groups, grouped_at = attributes["saved_groups"], attributes["grouped_at"]
+        if groups is not None:
+            _from_json(groups)
+        if grouped_at is not None:
+            grouped_at = whole_number(grouped_at, "grouped_at of the checkpoint", error=ResultError)
+        self.saved_groups, self.grouped_at = groups, grouped_at
 
 
 Groups = HeadGroups | dict[Group, HeadSelection]

@@ -40,6 +40,10 @@ class Processes:
                     f"torch.distributed runs {running} processes, and credit must group heads over those "
                     "that train the policy: pass group=torch.distributed.group.WORLD, or the trainer's own"
                 )
+        elif group is distributed.GroupMember.NON_GROUP_MEMBER:
+            raise ParameterError(
+                "this process is not in the group that was given: all that train the policy are"
+            )
         elif not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
             raise ParameterError(
                 "group must be a process group of torch.distributed, such as torch.distributed.group.WORLD; "

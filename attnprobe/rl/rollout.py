@@ -121,7 +121,13 @@ class Rollout:
         return _assembled(ids, own, [row * width + column for row, column in enumerate(columns)])
 
     @staticmethod
-    def from_packed(input_ids: ArrayLike, position_ids: ArrayLike, *, response_mask: ArrayLike) -> Rollout:
+    def from_packed(
+        input_ids: ArrayLike,
+        position_ids: ArrayLike,
+        *,
+        response_mask: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+    ) -> Rollout:
         """Return the rollout of rows that pack several sequences each, one completion for each sequence.
 
         Completions are in the order in which their sequences stand in the rows. Prompts end as in
@@ -131,9 +137,12 @@ class Rollout:
             input_ids: `[row, position]`, or `[position]`.
             position_ids: `[row, position]`, or `[position]`; they start at 0 again in each sequence.
             response_mask: `[row, position]`, or `[position]`, 1 for tokens that the policy wrote.
+            attention_mask: `[row, position]`, or `[position]`, 0 for padding at the end of a row, which would
+                count as further sequences; None: there is none.
 
         Raises:
-            BatchError: shapes that do not match, or positions that do not start at 0.
+            BatchError: shapes that do not match, padding in the middle of a row or in the response, or
+                positions that do not start at 0.
 
         >>> rollout = Rollout.from_packed(
         ...     [[5, 6, 7, 3, 4]], [[0, 1, 2, 0, 1]], response_mask=[[0, 1, 1, 0, 1]]
@@ -144,12 +153,15 @@ class Rollout:
         ids = as_tensor(input_ids, "input_ids", BatchError)
         ids = _token_ids(ids[None] if ids.ndim == 1 else ids, "input_ids", "row, position")
         real = torch.ones_like(ids, dtype=torch.bool)
+        if attention_mask is not None:
+            real = _mask_of(ids, attention_mask, "attention_mask", "row, position")
+            check_padding(real)
         numbers = packed_segments(as_tensor(position_ids, "position_ids", BatchError), real)
         own = _response_of(ids, response_mask, real)
         # Numbers start at 0 in each row.
         numbers = numbers + (torch.arange(len(ids), device=ids.device) * ids.shape[1])[:, None]
-        _, counts = numbers.flatten().unique_consecutive(return_counts=True)
-        every = torch.arange(ids.numel(), device=ids.device)
+        _, counts = numbers[real].unique_consecutive(return_counts=True)
+        every = torch.arange(ids.numel(), device=ids.device)[real.flatten()]
         return _assembled(ids, own, list(every.split(counts.tolist())))
 
     @staticmethod

@@ -11,6 +11,7 @@ What is left to others: the pieces (scoring, watching, grouping, credit, schedul
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from attnprobe.adapters.base import Layers
 from attnprobe.adapters.wrappers import uncompiled
-from attnprobe.errors import ParameterError, ResultError, TrainerError
+from attnprobe.errors import AttnprobeWarning, ParameterError, ResultError, TrainerError
 from attnprobe.head_groups import GroupsLike
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.heads import group_heads
@@ -38,7 +39,7 @@ from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.schedules import check_schedule, factor_at
 from attnprobe.rl.scoring import bare_policy, check_given, scores_of_all, scores_of_part
 from attnprobe.rl.settings import check_same_settings, digest, settings_of, told
-from attnprobe.rl.watching import RolloutProbe, Watched
+from attnprobe.rl.watching import RolloutProbe, Watched, draws_at_random
 from attnprobe.rl.weighed import WeighedRollout, credit_metrics, heads_that_changed
 from attnprobe.scores import TokenScores
 from attnprobe.validation import ArrayLike, IntLike, as_float_tensor, brief, instance, whole_number
@@ -300,8 +301,11 @@ class RolloutCredit:
         """Read the forward passes that the trainer runs over a rollout inside the block, instead of our own.
 
         Most trainers compute log-probabilities of each rollout anyway. Micro-batches may be of any size and
-        order, padded or packed: completions are recognised by the ids of their prompts and their own. Code
-        that `torch.compile` has made is run uncompiled inside the block.
+        order, padded or packed: completions are recognised by the ids of their prompts and their own. So the
+        pass must hold whole sequences, and padding must be masked. A packed pass needs `use_cache=False`, no
+        mask, and positions that start anew. The policy should be in evaluation mode or without dropout, and
+        see the positions that it wrote with. Code that `torch.compile` has made is run uncompiled inside the
+        block.
 
         Args:
             model: the model that the passes are run with, wrapped or not.
@@ -343,6 +347,14 @@ class RolloutCredit:
             groups=None if regroups else self.groups,
         )
         with uncompiled(), attach(model, probe, layers=self.layers) as attached:
+            if any(map(draws_at_random, getattr(model, "modules", tuple)())):
+                warnings.warn(
+                    "the policy is in training mode and leaves something out at random (dropout): weights "
+                    "are of what this pass draws, and differ from pass to pass. Run it in evaluation mode, "
+                    "or set dropout to 0",
+                    AttnprobeWarning,
+                    stacklevel=4,
+                )
             yield Watched(rollout, step, self.weigh_with_scores, probe, attached)
 
     # ---- the parts ----------------------------------------------------------------------------
@@ -407,10 +419,14 @@ class RolloutCredit:
         >>> settings["credit"], settings["credit.seed"], settings["layers"]
         ('RandomCredit', '3', '(1,)')
         """
+        return self.settings_with(self.grouping)
+
+    def settings_with(self, grouping: HeadGrouping) -> dict[str, str]:
+        """Return the settings as they are with a grouping that a trainer will keep."""
         found = settings_of(self.credit) | {"signs": repr(self.signs)}
         if self.layers:
             found |= {name: repr(getattr(self, name)) for name in ("layers", "window", "horizon")}
-            found["reclassify_every"] = repr(self.grouping.reclassify_every)
+            found["reclassify_every"] = repr(grouping.reclassify_every)
             found["heads"] = "classified by the run" if self.heads is None else digest(self.heads)
         if self.schedule is not None:
             found["schedule"] = told(self.schedule)

@@ -83,26 +83,28 @@ def factor_at(schedule: Any, step: int) -> float:
     """Return a schedule's factor at a step, after checking it; 1 without a schedule.
 
     Raises:
-        ParameterError: a schedule that cannot be called, or that returns a number that is negative or not
-            finite.
+        ParameterError: a factor that is negative or not finite.
 
     >>> factor_at(None, 3), factor_at(lambda step: step / 10, 3)
     (1.0, 0.3)
     """
     if schedule is None:
         return 1.0
-    check_schedule(schedule)
     return real_number(schedule(step), f"the schedule's factor at step {step}", minimum=0, below=inf)
 
 
 def check_schedule(schedule: Any) -> Any:
-    """Return a schedule, or None, after checking that it can be called.
+    """Return a schedule, or None, after checking that it can be called, and gives a factor at step 0.
 
     Raises:
-        ParameterError: it cannot.
+        ParameterError: it cannot, or it gives none.
     """
-    if schedule is not None and (not callable(schedule) or isinstance(schedule, type)):
-        raise ParameterError(
-            f"schedule must be a callable `step -> factor`, such as warmup(100); got {brief(schedule)}"
-        )
+    if schedule is None:
+        return None
+    needed = "schedule must be a callable `step -> factor`, such as warmup(100)"
+    if not callable(schedule) or isinstance(schedule, type):
+        raise ParameterError(f"{needed}; got {brief(schedule)}")
+    if schedule in (warmup, decay):
+        raise ParameterError(f"{needed}; {schedule.__name__} returns one: call it")
+    factor_at(schedule, 0)
     return schedule

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnprobe.adapters.base import Adapter, Value
 from attnprobe.batch import TokenBatch
@@ -215,7 +215,8 @@ class RolloutProbe(Probe):
         if missing:
             raise ResultError(
                 f"{len(missing)} of {len(self._own)} completions were in no pass, the first of them number "
-                f"{missing[0]}: run the pass over the same prompts and completions inside the block"
+                f"{missing[0]}: run the pass inside the block, over whole sequences (prompt and completion "
+                "to its last token), with the attention mask that says what is padding"
             )
 
 
@@ -270,3 +271,20 @@ def _ranks_with_response(sources: list[int], with_response: set[int]) -> dict[in
             ranks[order] = counts[row]
             counts[row] += 1
     return ranks
+
+
+def draws_at_random(module: nn.Module) -> bool:
+    """Return whether a module leaves something out at random in its mode: dropout, or a router's jitter.
+
+    >>> draws_at_random(nn.Dropout(0.1)), draws_at_random(nn.Dropout(0.1).eval())
+    (True, False)
+    """
+    if not module.training:
+        return False
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any(
+        isinstance(value, float) and value > 0
+        for name, value in vars(module).items()
+        if "dropout" in name or "jitter" in name
+    )

@@ -227,6 +227,8 @@ class PPO:
         self.evaluation = evaluation_of(evaluation, reward, config, policy)
         self.reference = copy.deepcopy(self.model).eval() if config.kl_coef else None
         options = check_options(credit_options, RolloutCredit, "credit_options")
+        if options and credit is None:
+            raise ParameterError("credit_options say how credit is given, but there is no credit=")
         self.credit = None if credit is None else RolloutCredit(policy, credit, **options)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=0.0)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.adapters.base import Layers
-from attnprobe.errors import TrainerError
+from attnprobe.errors import ParameterError, TrainerError
 from attnprobe.head_groups import GroupsLike
 from attnprobe.metric_arguments import HorizonLike
 from attnprobe.reductions import TRAINING_HORIZON
@@ -107,6 +107,7 @@ def attach_credit(
         signs=signs,
         schedule=schedule,
     )
+    callback.settings = trainer_credit.settings_with(callback)
     handle = CreditHandle(trainer, trainer_credit, through)
     handle._install(callback)
     return handle
@@ -138,9 +139,13 @@ class CreditHandle:
 
     @property
     def groups(self) -> Groups | None:
-        """The head groups in use; None before the first rollout."""
-        callback = callback_of(self._trainer)
-        return self._rollout_credit.heads or (None if callback is None else callback.groups)
+        """The head groups in use, or those used last; None before the first rollout."""
+        callback, last = callback_of(self._trainer), self.last
+        if self._rollout_credit.heads is not None:
+            return self._rollout_credit.heads
+        if callback is None:
+            return None if last is None else last.groups
+        return callback.groups
 
     @property
     def last(self) -> WeighedRollout | None:
@@ -267,7 +272,7 @@ class CreditMixin:
         credit_handle: what `attach_credit` returned; None without credit.
 
     Raises:
-        ParameterError: options that `attach_credit` does not take.
+        ParameterError: options that `attach_credit` does not take, or options without credit.
     """
 
     credit_handle: CreditHandle | None = None
@@ -280,6 +285,8 @@ class CreditMixin:
         **kwargs: Any,
     ) -> None:
         options = check_options(credit_options, attach_credit, "credit_options")
+        if options and credit is None:
+            raise ParameterError("credit_options say how credit is given, but there is no credit=")
         super().__init__(*args, **kwargs)
         if credit is not None:
             self.credit_handle = attach_credit(self, credit, **options)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from attnprobe.rl.grouping import HeadGrouping
+from attnprobe.rl.settings import check_same_settings
 
 
 class CreditCallback(HeadGrouping, TrainerCallback, ExportableState):
@@ -23,23 +24,42 @@ class CreditCallback(HeadGrouping, TrainerCallback, ExportableState):
         reclassify_every: how many optimizer steps to wait before classifying heads again; None: they are
             classified only once.
 
+    Attributes:
+        settings: what the weights of the run depend on, as `RolloutCredit.settings` says it.
+
     Raises:
         ParameterError: a `reclassify_every` that is not a whole number of at least 1.
     """
 
+    settings: dict[str, str] | None = None
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Restore the grouping from the checkpoint that the run resumes from, if any."""
+        """Restore the grouping from the checkpoint that the run resumes from, if any.
+
+        Raises:
+            ResultError: a checkpoint of a run with other settings of credit; the message says which differ.
+        """
         if state.global_step == 0:
             # A new run: steps are counted from 0 again.
             if self.reclassify_every is not None:
                 self.grouped_at = None
             return
-        all_stored: Any = state.stateful_callbacks or {}
+        all_stored: Any = state.stateful_callbacks
         stored = all_stored.get(type(self).__name__)
-        if stored is not None:
-            self.restore(stored["attributes"])
+        if stored is None:
+            # The run that is resumed had no credit. The trainer expects an entry when it writes a checkpoint.
+            all_stored[type(self).__name__] = self.state()
+            return
+        attributes = stored["attributes"]
+        if attributes.get("settings") is not None and self.settings is not None:
+            check_same_settings(attributes["settings"], self.settings)
+        self.restore(attributes)
+
+    def attributes(self) -> dict[str, Any]:
+        """Return what a checkpoint has to store: the grouping, and the settings that belong to it."""
+        return super().attributes() | {"settings": self.settings}
 
     def state(self) -> dict[str, Any]:
         """Return what the trainer writes into its checkpoints."""

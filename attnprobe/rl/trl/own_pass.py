@@ -20,7 +20,7 @@ from attnprobe.adapters.positions import Regimes, context_length
 from attnprobe.rl.rollout import Rollout
 from attnprobe.rl.trl.routes import LOGPS, replaced
 from attnprobe.rl.trl.trainer_credit import TrainerCredit
-from attnprobe.rl.watching import Watched
+from attnprobe.rl.watching import Watched, draws_at_random
 
 _GENERATE_IDS = "_generate"
 
@@ -94,7 +94,7 @@ class OwnPass:
         if regimes.of_length(1) != regimes.of_length(1 << 40):
             return True
         modules = self._trainer.model_wrapped.modules()
-        return any(_draws(module) or _is_compiled(module) for module in modules)
+        return any(draws_at_random(module) or _is_compiled(module) for module in modules)
 
     def _rollout(self, ids: Tensor, mask: Tensor, count: int) -> Rollout:
         """Return the rollout that a pass is over."""
@@ -105,19 +105,6 @@ class OwnPass:
             for row, tool_mask in enumerate(self._tools):
                 tools[row, : len(tool_mask)] = torch.tensor(tool_mask).to(tools)
         return Rollout(ids[:, :-count], mask[:, :-count], written, mask[:, -count:], tools)
-
-
-def _draws(module: nn.Module) -> bool:
-    """Whether a module in training draws what it leaves out: our passes are in evaluation mode."""
-    if not module.training:
-        return False
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return any(
-        isinstance(value, float) and value > 0
-        for name, value in vars(module).items()
-        if "dropout" in name or "jitter" in name
-    )
 
 
 def _is_compiled(module: nn.Module) -> bool:
