@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-oldest test-newest fuzz families rhythm lint types format bench bench-quick build clean
+.PHONY: help install demo test test-fast test-oldest test-newest test-verl fuzz families rhythm lint types format bench bench-quick build clean
 
 help:  ## List what can be done
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,17 @@ test-newest:  ## Run all tests with the newest ones; both make a .venv of their 
 test-oldest test-newest: test-%:
 	@$(MAKE) --no-print-directory test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt
 
+test-verl: .venv-verl/.installed  ## Run the tests of verl, in a .venv of its own (about ten minutes)
+	@.venv-verl/bin/python -m pytest tests/verl --quiet
+
+.venv-verl/.installed: pyproject.toml constraints-verl.txt
+	@echo "==> making .venv-verl, since verl wants older versions of some libraries"
+	@$(PYTHON) -m venv .venv-verl
+	@.venv-verl/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	@.venv-verl/bin/python -m pip install --quiet --constraint constraints-verl.txt torch
+	@.venv-verl/bin/python -m pip install --quiet --constraint constraints-verl.txt --editable ".[verl]" --group test
+	@touch $@
+
 fuzz: install  ## Try malformed inputs at every public entry point (a few minutes)
 	@$(BIN)/python -m tests.fuzz
 
@@ -75,4 +86,4 @@ build: install  ## Build wheel and sdist into dist/
 	@$(BIN)/python -m build
 
 clean:  ## Remove everything that was made
-	rm -rf $(VENV) .venv-oldest .venv-newest dist build .mypy_cache .ruff_cache .hypothesis attnprobe-report.html
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-verl dist build .mypy_cache .ruff_cache .hypothesis attnprobe-report.html

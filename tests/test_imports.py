@@ -18,6 +18,8 @@ HEAVY = (
     "transformer_lens",
     "nnsight",
     "trl",
+    "verl",
+    "ray",
     "plotly",
     "matplotlib",
     "jinja2",
@@ -138,6 +140,8 @@ def forbidden_library(source: str, target: str) -> str | None:
     """Return why a module may not load a library of others when it is imported, None where it may."""
     if target in ("transformer_lens", "nnsight", "trl", "plotly", "matplotlib", "pandas"):
         return "backends, trainers, plotting and tables load when they are used"
+    if target in ("verl", "ray", "tensordict") and source != "attnprobe.rl.verl.engine":
+        return "verl loads its own engine when it is asked to"
     if target == "transformers" and not is_in(source, "adapters", "rl.trl", "testing"):
         return "only adapters, rl.trl and testing know transformers"
     return None
