@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class _WithoutDevice(TorchFunctionMode):
     """Does what Python cannot do with CUDA tensors where torch was built without CUDA.
 
-    Indexing, negation and copies go by operators. A question about values (is any of them not finite?) is answered with no.
+    Indexing, negation and copies go by operators. A question about values (is any of them not finite?) is
+    answered with no.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

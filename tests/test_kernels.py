@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from fake_gpu import fake_gpu
 
 import attnprobe.attention
 from attnprobe import FactoredAttention
 from attnprobe.attention import kernels
 from attnprobe.attention.kernels import HEARD, TABLE, Kernel, Question, Setting, chosen, product
 from attnprobe.attention.listening import HeardKernel, listen
+from tests.fake_gpu import fake_gpu
 
 aten = torch.ops.aten
 HALF, SINGLE = torch.bfloat16, torch.float32

@@ -26,16 +26,13 @@ from torch import Tensor
 
 from attnprobe.attention import fused_sums
 from attnprobe.attention.block_scores import BAND_QUERIES, LOG2_E, BlockScores
-from attnprobe.attention.kernels import Kernel, Question, product
+from attnprobe.attention.kernels import Kernel, Question, piece_bytes, product
 from attnprobe.attention.masks import CausalMask
 from attnprobe.attention.operator import Attention
 from attnprobe.attention.row_sums import sum_rows
 from attnprobe.attention.tiles import TILE_KEYS, TILE_QUERIES, Tile, plan_tiles, query_slices
 from attnprobe.errors import PatternError
 from attnprobe.validation import ArrayLike, as_tensor, brief
-
-# The largest size of the products of a band at a time; several copies of them are made.
-_BAND_BYTES = 4 * 2**20
 
 
 class FactoredAttention(Attention):
@@ -177,7 +174,8 @@ class FactoredAttention(Attention):
         if width < 1:
             return answer
         bytes_per_query = self.batch_size * self.head_count * (width + BAND_QUERIES) * self.dtype.itemsize
-        for queries in query_slices(self.query_count, bytes_per_query, _BAND_BYTES, BAND_QUERIES):
+        most_bytes = piece_bytes(self.device.type)
+        for queries in query_slices(self.query_count, bytes_per_query, most_bytes, BAND_QUERIES):
             score = self.scores.band(queries, width, start)
             answer[:, :, queries, :width] = score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
         return answer

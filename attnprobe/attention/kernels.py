@@ -194,6 +194,14 @@ def compiles(device: str) -> bool:
     return device == "cuda" and importlib.util.find_spec("triton") is not None
 
 
+def piece_bytes(device: str) -> int:
+    """Return how many bytes the products of a band may take at a time; several copies of them are made.
+
+    On a CPU they should stay in its cache. On a GPU each piece waits for a few dozen kernels to be started.
+    """
+    return 128 * 2**20 if device == "cuda" else 4 * 2**20
+
+
 def markdown() -> str:
     """Return the table in markdown."""
     lines = [
