@@ -16,10 +16,10 @@ Answers = dict[str, torch.Tensor]
 
 
 def fused_answers(attention: FactoredAttention, features: torch.Tensor, weights: torch.Tensor) -> Answers:
-    scores, sums, mass = attention.scores, attention.log_sum_exp(), attention.row_mass()
+    scores, sums = attention.scores, attention.log_sum_exp()
     return {
         "log-sum-exp": fused_sums.log_sum_exp(scores),
-        "attend": fused_sums.attended(scores, sums, mass, features),
+        "attend": fused_sums.attended(scores, sums, features),
         "receive": fused_sums.received(scores, sums, weights, 0, None),
         "receive within": fused_sums.received(scores, sums, weights, 3, 11),
     }
@@ -39,11 +39,10 @@ def dense_answers(inputs: CallInputs, features: torch.Tensor, weights: torch.Ten
 
 
 def questions(inputs: CallInputs, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features and weights of two columns: positive, with zeros, and features of both signs too."""
+    """Return features and weights of two columns, half of them zeros; none is negative."""
     generator = torch.Generator().manual_seed(3)
     batch, _, queries, _ = inputs.query.shape
-    features = torch.randn(batch, inputs.key.shape[2], 2, generator=generator).to(dtype)
-    features[..., 0] = features[..., 0].clamp(min=0.0)
+    features = torch.randn(batch, inputs.key.shape[2], 2, generator=generator).clamp(min=0.0).to(dtype)
     weights = torch.randn(batch, queries, 2, generator=generator).clamp(min=0.0).to(dtype)
     return features, weights
 

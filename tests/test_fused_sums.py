@@ -13,7 +13,6 @@ from torch.nn.attention import flex_attention
 from attnprobe import DenseAttention, FactoredAttention
 from attnprobe.attention import fused_sums
 from attnprobe.attention.masks import CausalMask
-from attnprobe.attention.operator import key_positions, past_first_features
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import CallInputs, call_inputs
 from tests.fused_calls import LONG, assert_same, dense_answers, fused_answers, long_call, questions
@@ -53,8 +52,8 @@ def test_several_blocks_in_float32(kind: str) -> None:
     assert_same(actual, dense_answers(inputs, features, weights), 1e-5)
 
 
-def test_distances_and_small_shares_keep_their_precision() -> None:
-    """A local head's distance, and what the first token leaves over, to 1e-5 of themselves."""
+def test_small_shares_and_distances_keep_their_precision() -> None:
+    """What a first token that takes nearly everything leaves over, and what a local head's distance is."""
     tokens = 1024
     position = torch.arange(tokens, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -65,25 +64,15 @@ def test_distances_and_small_shares_keep_their_precision() -> None:
     bias = torch.stack([near, first])[None]
     pattern = dense_pattern(query, key, bias=bias)
     attention = FactoredAttention(query, key, bias=bias)
-    device = key.device
-    features = torch.cat(
-        [
-            key_positions(tokens, torch.float32, device)[:, None],
-            past_first_features(tokens, torch.float32, device),
-        ],
-        dim=-1,
-    )
-    read = fused_sums.attended(
-        attention.scores, attention.log_sum_exp(), attention.row_mass(), features[None]
-    ).double()
-    back = (position[:, None] - position).double()
-    distance = (pattern[0, 0] * back).sum(-1)
-    found = features[:, 0] - read[0, 0, :, 0]
+    features = torch.stack([position, (position > 0).float()], dim=-1)
+    read = fused_sums.attended(attention.scores, attention.log_sum_exp(), features[None]).double()
+    distance = (pattern[0, 0] * (position[:, None] - position).double()).sum(-1)
     assert float(distance.max()) < 3
-    torch.testing.assert_close(found[1:], distance[1:], rtol=1e-5, atol=1e-4)
-    left = (pattern @ features[:, 1].double())[0, 1]
-    assert float(left[1:9].max()) < 1e-5
-    torch.testing.assert_close(read[0, 1, :, 1], left, rtol=1e-5, atol=0)
+    torch.testing.assert_close(position - read[0, 0, :, 0], distance, rtol=0, atol=2e-6 * tokens)
+    for column in range(2):
+        left = (pattern @ features[:, column].double())[0, 1]
+        assert float(left[1:9].max()) < 1e-4
+        torch.testing.assert_close(read[0, 1, :, column], left, rtol=1e-5, atol=0)
 
 
 # ---- which blocks are visited -----------------------------------------------------------------
@@ -157,7 +146,7 @@ def test_it_is_traced_whole_and_once_for_all_lengths() -> None:
             features, weights = questions(inputs, torch.float32)
             scores, sums = attention.scores, attention.log_sum_exp()
             dense = DenseAttention(dense_pattern(inputs.query, inputs.key, **options))
-            read = fused_sums.attended(scores, sums, attention.row_mass(), features)
+            read = fused_sums.attended(scores, sums, features)
             torch.testing.assert_close(read.double(), dense.attend(features.double()), rtol=1e-5, atol=1e-5)
             received = fused_sums.received(scores, sums, weights, *limits)
             expected = dense.receive(weights.double(), *limits)

@@ -119,6 +119,14 @@ class FactoredAttention(Attention):
         """Return the log of each row's softmax denominator, sinks included; 0 where nothing is seen."""
         return self._sums.log_sum_exp
 
+    def key_positions(self) -> Float[Tensor, " key"]:
+        """Return the position of each key: centred or, for a fused kernel, from 0 on.
+
+        That kernel sums what is not negative, and relatively to its size.
+        """
+        position = super().key_positions()
+        return position - position[0] if self.scores.kernel(Question.ATTEND) is Kernel.FUSED else position
+
     def mean_position(self) -> Float[Tensor, "batch head query"]:
         """Return what each query reads when the keys carry `key_positions`: known if a kernel computed it."""
         known = self._sums.mean_position
@@ -133,9 +141,9 @@ class FactoredAttention(Attention):
     def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`."""
         features = self._check_features(features, "key", self.key_count)
-        if self.scores.kernel(Question.ATTEND, features.shape[-1]) is Kernel.FUSED:
-            sums = self._sums
-            return fused_sums.attended(self.scores, sums.log_sum_exp, sums.mass, features)
+        fused = self.scores.kernel(Question.ATTEND, features.shape[-1]) is Kernel.FUSED
+        if fused and not bool((features < 0).any()):
+            return fused_sums.attended(self.scores, self._sums.log_sum_exp, features)
         shape = (self.batch_size, self.head_count, self.query_count, features.shape[-1])
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
         for tile, probability in self._tiles():

@@ -53,33 +53,21 @@ def log_sum_exp(scores: BlockScores) -> Float[Tensor, "batch head query"]:
 def attended(
     scores: BlockScores,
     log_sum_exp: Float[Tensor, "batch head query"],
-    mass: Float[Tensor, "batch head query"],
     features: Float[Tensor, "batch key feature"],
 ) -> Float[Tensor, "batch head query feature"]:
-    """Return `A @ features`; `log_sum_exp` and `mass` are those of `RowSums`.
-
-    A column without negative features is summed as it is, and keeps its relative precision however small it
-    is. Another one is subtracted from the largest feature up to the query's own key: for positions these
-    differences are the distances themselves, which stay precise where they are small.
-    """
-    queries, columns = scores.query.shape[2], features.shape[2]
-    change, heads = _of_scores(scores, columns)
-    largest = features.cummax(1).values[:, -queries:]  # [batch, query, feature]
-    signed = (features < 0).any(1, keepdim=True)  # [batch, 1, feature]
-    largest = largest.masked_fill(~signed, 0.0)
-    sign = torch.ones_like(features[:, :1]).masked_fill(signed, -1.0)
-    own, other = (sign * largest).contiguous(), (sign * features).contiguous()
+    """Return `A @ features`; no feature is negative, so that every sum keeps its relative precision."""
+    change, heads = _of_scores(scores, features.shape[2])
     column, head = heads.column, heads.head
+    # Of each key, not of each pair: the kernel's own logarithm would take longer than its products.
+    log_features = features.log().contiguous()
 
     @no_type_check
     def weighted(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        weight = other[b, k, column[h]] - own[b, q, column[h]]
-        return change(score, b, h, q, k) - log_sum_exp[b, head[h], q] + weight.clamp(min=0.0).log()
+        return change(score, b, h, q, k) - log_sum_exp[b, head[h], q] + log_features[b, k, column[h]]
 
-    some, full = visited_blocks(scores.mask, queries, scores.key.shape[2])
-    sums = _sums_over_keys(scores, columns, weighted, _block_mask(scores, heads, some, full)).exp()
-    sums = sums.transpose(2, 3)  # [batch, head, query, feature]
-    return mass[..., None] * largest[:, None] + sign[:, None] * sums
+    some, full = visited_blocks(scores.mask, scores.query.shape[2], scores.key.shape[2])
+    block_mask = _block_mask(scores, heads, some, full)
+    return _sums_over_keys(scores, features.shape[2], weighted, block_mask).exp().transpose(2, 3)
 
 
 def received(

@@ -108,7 +108,7 @@ _FUSED_QUERIES = 128
 _HALF = (torch.float16, torch.bfloat16)
 _NO_GPU_YET = "tests/gpu; no run on a GPU yet"
 _FAKE = f"operator and shapes with fake CUDA tensors; numbers: {_NO_GPU_YET}"
-_EAGER = f"numbers in eager mode on the CPU, tracing with aot_eager; compiled: {_NO_GPU_YET}"
+_EAGER = f"numbers in eager mode on the CPU, tracing with aot_eager; compiled code: {_NO_GPU_YET}"
 
 
 def _fuses(setting: Setting) -> bool:
