@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-oldest test-newest test-verl fuzz families rhythm lint types format bench bench-quick build clean
+.PHONY: help install demo test test-fast test-oldest test-newest test-verl fuzz families rhythm lint types format bench bench-quick test-gpu bench-gpu build clean
 
 help:  ## List what can be done
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ test-verl: .venv-verl/.installed  ## Run the tests of verl, in a .venv of its ow
 	@.venv-verl/bin/python -m pip install --quiet --constraint constraints-verl.txt --editable ".[verl]" --group test
 	@touch $@
 
+test-gpu: install  ## Run the tests that need a GPU (a few minutes, most of them for compiling)
+	@$(BIN)/python -m pytest --quiet -m gpu tests/gpu
+
 fuzz: install  ## Try malformed inputs at every public entry point (a few minutes)
 	@$(BIN)/python -m tests.fuzz
 
@@ -81,6 +84,9 @@ bench: install  ## Measure what reading costs, into benchmarks/results (about an
 
 bench-quick: install  ## A few of them, up to 2048 tokens and six layers (about a minute)
 	@$(BIN)/python -m benchmarks.cost --quick --output build/bench
+
+bench-gpu: install  ## Measure what reading costs on a GPU, into benchmarks/results (under nine minutes)
+	@$(BIN)/python -m benchmarks.gpu
 
 build: install  ## Build wheel and sdist into dist/
 	@$(BIN)/python -m build

@@ -18,7 +18,7 @@ from torch import Tensor
 from attnprobe import metrics
 from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers, Value
-from attnprobe.attention.kernels import carries_positions
+from attnprobe.attention.listening import carries_positions
 from attnprobe.attention.operator import Attention
 from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.batch_run import MEMORY_BUDGET, BatchRun

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward as 
 from attnprobe.adapters.attention_call import AttentionCall, MaskMemory, read_attention
 from attnprobe.adapters.forward_call import Columns
 from attnprobe.attention.factored import FactoredAttention
-from attnprobe.attention.kernels import listen
+from attnprobe.attention.listening import listen
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNELS = ("plain eager", "capped eager", "sink eager", "math", "sdpa", "flash")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
+from benchmarks import gpu
 from benchmarks.cost import ratios_to_plain
 from benchmarks.page import BEGIN, END, PAGE, markdown, replaced
 
@@ -57,3 +61,13 @@ def test_only_what_is_between_the_marks_changes() -> None:
 def test_a_page_without_marks_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="once each and in this order"):
         replaced(text, "new")
+
+
+def test_the_benchmark_for_gpus_runs(tmp_path: Path) -> None:
+    """On the CPU, with a tiny model: what it needs of a GPU is a device and its name."""
+    gpu.run(device="cpu", tokens="", rounds=0, small=True, seconds=600.0, output=tmp_path)
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["machine"]["device"].startswith("CPU")
+    assert [record["subject"] for record in found["records"]] == ["plain", *gpu.MEANINGS] * 2
+    page = (tmp_path / "gpu.md").read_text()
+    assert all(meaning in page for meaning in gpu.MEANINGS.values())

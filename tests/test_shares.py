@@ -31,7 +31,7 @@ from attnprobe import (
     measure,
     metrics,
 )
-from attnprobe.attention.kernels import carried_features, flash_attention
+from attnprobe.attention.listening import carried_features, flash_attention
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import CallInputs, call_inputs, patterns
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model

@@ -15,7 +15,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import attnprobe
 from attnprobe import metrics
 from attnprobe.adapters import adapter_for
-from attnprobe.attention.kernels import carries_positions
+from attnprobe.attention.listening import carries_positions
 from attnprobe.errors import AttnprobeError, IncompleteRunError, ParameterError, UnsupportedModelError
 from attnprobe.testing.model_state import assert_same_state, model_state
 from attnprobe.testing.tiny_models import FAMILIES, VOCABULARY, tiny_model

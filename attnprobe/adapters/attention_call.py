@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from attnprobe.adapters.forward_call import TAKES_PAIRS, Columns
 from attnprobe.attention.factored import FactoredAttention
-from attnprobe.attention.kernels import FlashResult
+from attnprobe.attention.listening import FlashResult
 from attnprobe.attention.masks import CausalMask, split_mask
 from attnprobe.errors import UnsupportedModelError
 

@@ -33,7 +33,7 @@ from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.adapters.value_removal import ValueRemoval, without_values
 from attnprobe.adapters.versions import check_versions
 from attnprobe.adapters.wrappers import compiled_again
-from attnprobe.attention.kernels import listen
+from attnprobe.attention.listening import listen
 from attnprobe.attention.masks import split_mask
 from attnprobe.errors import UnsupportedModelError
 

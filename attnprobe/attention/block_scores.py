@@ -16,6 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attnprobe.attention.kernels import Kernel, Question, Setting, chosen, compiles, product
 from attnprobe.attention.masks import CausalMask, split_mask
 from attnprobe.attention.operator import reduction_dtype
 from attnprobe.errors import PatternError
@@ -102,13 +103,20 @@ class BlockScores:
         """Whether scores are nothing but scaled products of query and key, the mask aside."""
         return self.softcap is None and self.bias is None
 
+    def kernel(self, question: Question, columns: int = 1) -> Kernel:
+        """Return the kernel that answers a question about these scores."""
+        device = self.query.device.type
+        plain = self.mask.plain and self.are_products and self.query.shape[2] == self.key.shape[2]
+        setting = Setting(device, self.query.dtype, self.query.shape[2], plain, columns, compiles(device))
+        return chosen(question, setting)
+
     def block(self, queries: slice | Tensor, keys: slice) -> Float[Tensor, "batch head query key"]:
         """Return the scores of one block, minus infinity where a key may not be seen."""
-        query, key = self.query[:, :, queries].to(self.dtype), self.key[:, :, keys].to(self.dtype)
+        query, key = self.query[:, :, queries], self.key[:, :, keys]
         # Queries that share a key head go into one product, so that keys are never expanded.
         query = rearrange(query, "b (k g) t d -> b k (g t) d", g=self.group_size)
-        product = query @ key.mT  # [batch, key_head, group * query, key]
-        score = rearrange(product, "b k (g t) s -> b (k g) t s", g=self.group_size)
+        products = product(query, key.mT, self.dtype)  # [batch, key_head, group * query, key]
+        score = rearrange(products, "b k (g t) s -> b (k g) t s", g=self.group_size)
         score = self._capped(score.mul_(self.scaling))
         if self.bias is not None:
             score = score + self.bias[:, :, queries, keys].to(self.dtype)
@@ -122,7 +130,7 @@ class BlockScores:
         """
         count, size = queries.stop - queries.start, BAND_QUERIES
         blocks = -(-count // size)
-        query = self.query[:, :, queries].to(self.dtype)
+        query = self.query[:, :, queries]
         query = torch.nn.functional.pad(query, (0, 0, 0, blocks * size - count))
         query = rearrange(query, "b (k g) (n r) d -> b k n (g r) d", g=self.group_size, r=size)
         # Query r of the first block meets its farthest key in column r.
@@ -130,12 +138,12 @@ class BlockScores:
         first = queries.start + offset - (start + width - 1)
         stop = first + blocks * size + width - 1
         inside = slice(min(max(first, 0), key_count), min(max(stop, 0), key_count))
-        key = self.key[:, :, inside].to(self.dtype)
+        key = self.key[:, :, inside]
         key = torch.nn.functional.pad(key, (0, 0, inside.start - first, stop - inside.stop))
         columns = size + width - 1
         near = key.unfold(2, columns, size)  # [batch, key_head, block, d, column]
         # [batch, key_head, block, group, query, column]
-        score = (query @ near).unflatten(3, (self.group_size, size))
+        score = product(query, near, self.dtype).unflatten(3, (self.group_size, size))
         strides = (*score.stride()[:4], columns + 1, 1)
         diagonal = score.as_strided((*score.shape[:5], width), strides)
         # A diagonal starts with the farthest key, a band with the nearest.
@@ -152,10 +160,12 @@ class BlockScores:
     def column(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
         """Return the scores of one key of each example, minus infinity where it may not be seen."""
         index = keys.clamp(min=0)[:, None, None, None]
-        key = self.key.gather(2, index.expand(-1, self.key.shape[1], 1, self.key.shape[3])).to(self.dtype)
-        query = rearrange(self.query.to(self.dtype), "b (k g) t d -> b k (g t) d", g=self.group_size)
+        key = self.key.gather(2, index.expand(-1, self.key.shape[1], 1, self.key.shape[3]))
+        query = rearrange(self.query, "b (k g) t d -> b k (g t) d", g=self.group_size)
         # [batch, key_head, group * query, d] @ [batch, key_head, d, 1]
-        score = rearrange((query @ key.mT)[..., 0], "b k (g t) -> b (k g) t", g=self.group_size)
+        score = rearrange(
+            product(query, key.mT, self.dtype)[..., 0], "b k (g t) -> b (k g) t", g=self.group_size
+        )
         score = self._capped(score.mul_(self.scaling))
         if self.bias is not None:
             bias = self.bias.expand(len(keys), -1, -1, -1)
@@ -176,9 +186,9 @@ class BlockScores:
         self, queries: slice, scaled_keys: Float[Tensor, "batch_head key d"]
     ) -> Float[Tensor, "batch head query key"]:
         """Return a block's scores for `exp2`, from `scaled_keys`, as if its queries saw all its keys."""
-        query = self.query[:, :, queries].to(self.dtype)
-        product = torch.bmm(query.flatten(0, 1), scaled_keys.mT)  # [batch * head, query, key]
-        return product.view(*query.shape[:3], -1)
+        query = self.query[:, :, queries]
+        products = product(query.flatten(0, 1), scaled_keys.mT, self.dtype)  # [batch * head, query, key]
+        return products.view(*query.shape[:3], -1)
 
     def _capped(self, score: Tensor) -> Tensor:
         if self.softcap is None:

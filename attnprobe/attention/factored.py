@@ -4,14 +4,15 @@ Adapters make a `FactoredAttention` from the query (after rotary), the key (not 
 and what the model does to the scores: scaling, soft cap, bias, mask, window, sinks. It answers the four
 questions of `attnprobe.attention.Attention` in memory linear in T:
 
-- `attend` and `receive` go through tiles of `exp(score - log_sum_exp)` that fit a processor's cache.
+- `attend` and `receive` go through tiles of `exp(score - log_sum_exp)` that fit a processor's cache or,
+  where the table of kernels says so, through a fused kernel.
 - `band` multiplies blocks of queries with the few keys near them, all blocks in one product.
 - `rows` computes the chosen rows.
 
 The sums of the rows are computed when it is made, and nothing is stored later: neither the answer nor the
 cost of a question depends on earlier questions. What is left to others: the scores of a block
-(block_scores), the sums (row_sums), which blocks to visit (tiles), and reading the inputs of a call
-(adapters).
+(block_scores), the sums (row_sums), which blocks to visit (tiles), the fused kernel (fused_sums), when it is
+used (kernels), and reading the inputs of a call (adapters).
 """
 
 from __future__ import annotations
@@ -23,16 +24,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attnprobe.attention import fused_sums
 from attnprobe.attention.block_scores import BAND_QUERIES, LOG2_E, BlockScores
+from attnprobe.attention.kernels import Kernel, Question, piece_bytes, product
 from attnprobe.attention.masks import CausalMask
 from attnprobe.attention.operator import Attention
 from attnprobe.attention.row_sums import sum_rows
 from attnprobe.attention.tiles import TILE_KEYS, TILE_QUERIES, Tile, plan_tiles, query_slices
 from attnprobe.errors import PatternError
 from attnprobe.validation import ArrayLike, as_tensor, brief
-
-# The largest size of the products of a band at a time; several copies of them are made.
-_BAND_BYTES = 4 * 2**20
 
 
 class FactoredAttention(Attention):
@@ -119,6 +119,14 @@ class FactoredAttention(Attention):
         """Return the log of each row's softmax denominator, sinks included; 0 where nothing is seen."""
         return self._sums.log_sum_exp
 
+    def key_positions(self) -> Float[Tensor, " key"]:
+        """Return the position of each key: centred or, for a fused kernel, from 0 on.
+
+        That kernel sums what is not negative, and relatively to its size.
+        """
+        position = super().key_positions()
+        return position - position[0] if self.scores.kernel(Question.ATTEND) is Kernel.FUSED else position
+
     def mean_position(self) -> Float[Tensor, "batch head query"]:
         """Return what each query reads when the keys carry `key_positions`: known if a kernel computed it."""
         known = self._sums.mean_position
@@ -133,10 +141,13 @@ class FactoredAttention(Attention):
     def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`."""
         features = self._check_features(features, "key", self.key_count)
+        fused = self.scores.kernel(Question.ATTEND, features.shape[-1]) is Kernel.FUSED
+        if fused and not bool((features < 0).any()):
+            return fused_sums.attended(self.scores, self._sums.log_sum_exp, features)
         shape = (self.batch_size, self.head_count, self.query_count, features.shape[-1])
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
         for tile, probability in self._tiles():
-            answer[:, :, tile.queries] += probability @ features[:, None, tile.keys]
+            answer[:, :, tile.queries] += product(probability, features[:, None, tile.keys], self.dtype)
         return answer
 
     def receive(
@@ -148,6 +159,9 @@ class FactoredAttention(Attention):
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
         start, stop = self._check_distances(start, stop)
         weights = self._check_features(weights, "query", self.query_count)
+        fused = self.scores.kernel(Question.RECEIVE, weights.shape[-1]) is Kernel.FUSED
+        if fused and not bool((weights < 0).any()):
+            return fused_sums.received(self.scores, self._sums.log_sum_exp, weights, start, stop)
         # Features before keys, so that a tile's part is added to contiguous memory.
         shape = (self.batch_size, self.head_count, weights.shape[-1], self.key_count)
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -155,7 +169,7 @@ class FactoredAttention(Attention):
         counted = (weights != 0).any(-1).any(0)
         for tile, probability in self._tiles(start, stop, counted):
             # [batch, 1, feature, query] @ [batch, head, query, key]
-            answer[..., tile.keys] += weights[:, None, tile.queries].mT @ probability
+            answer[..., tile.keys] += product(weights[:, None, tile.queries].mT, probability, self.dtype)
         return answer.mT.contiguous()
 
     def band(self, width: int, start: int = 0) -> Float[Tensor, "batch head query distance"]:
@@ -168,7 +182,8 @@ class FactoredAttention(Attention):
         if width < 1:
             return answer
         bytes_per_query = self.batch_size * self.head_count * (width + BAND_QUERIES) * self.dtype.itemsize
-        for queries in query_slices(self.query_count, bytes_per_query, _BAND_BYTES, BAND_QUERIES):
+        most_bytes = piece_bytes(self.device.type)
+        for queries in query_slices(self.query_count, bytes_per_query, most_bytes, BAND_QUERIES):
             score = self.scores.band(queries, width, start)
             answer[:, :, queries, :width] = score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
         return answer

@@ -1,179 +1,259 @@
-"""The flash kernel of scaled dot product attention, with what it computes along the way.
+"""Which kernel answers what, on which device: one table, and the products that depend on the device.
 
-A flash kernel knows the log-sum-exp of every row, but PyTorch's `scaled_dot_product_attention` discards it.
-Calling the kernel directly returns it at no cost, with bitwise the same output. Adapters open `listen` to do
-so inside a model's own attention function: whatever that function does around the call stays as it is.
+`row_sums`, `factored`, `block_scores` and `listening` ask `chosen` and do what it says. No other module of
+`attnprobe.attention` names a device, so that a new one is a few rows here. Each row also says what the kernel
+costs beyond the model's own pass and how it is tested: `markdown` shows the table, and docs/gpu.md holds it.
 
-The keys' positions can be attended to along the way, as a few more columns of the value, for a few percent
-of the time: then each query's mean position, and so its mean distance, is known too, with the first token and
-without it. The output may change in
-its last bits, so this is done only in attnprobe's own forward passes, while `carries_positions` is open:
-`measure` opens it if span is wanted.
-
-The alternative, a second pass for the statistics, would double the cost of attention. What is left to others:
-deciding when to listen (adapters), and what the log-sum-exp is for (row_sums).
+What is left to others: running the kernels (listening, fused_sums, row_sums, factored).
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.nn.attention import SDPBackend
-from torch.overrides import TorchFunctionMode
 
-from attnprobe.attention.operator import key_positions, past_first_features
-
-_carries_positions: ContextVar[bool] = ContextVar("attnprobe_carries_positions", default=False)
+aten = torch.ops.aten
 
 
-@contextmanager
-def carries_positions() -> Iterator[None]:
-    """Let the kernel attend to the keys' positions too, in our own passes, while the context is open.
+class Question(Enum):
+    """What a kernel is wanted for."""
 
-    This is a context and not an argument because a probe, an observer and a backend lie between `measure`,
-    which knows that distances will be needed, and the kernel, and none of them needs to know.
-    """
-    token = _carries_positions.set(True)
-    try:
-        yield
-    finally:
-        _carries_positions.reset(token)
+    POSITIONS = "positions along the way"
+    LOG_SUM_EXP = "log-sum-exp"
+    ATTEND = "attend"
+    RECEIVE = "receive"
+    PRODUCT = "band, rows, column, blocks and tiles"
+
+
+class Kernel(Enum):
+    """What answers a question."""
+
+    HEARD = "the model's own kernel, heard"
+    WIDER = "the model's call of flash attention, three columns wider"
+    FLASH = "flash attention over positions"
+    FUSED = "FlexAttention, compiled"
+    BLOCKS = "blocks of scores"
+    TILES = "tiles"
+    NONE = "none: left to attend"
+    HALF = "16-bit products, summed and kept in float32"
+    EXACT = "float32 products, TF32 switched off"
+    PLAIN = "products in float32 (float64 for float64)"
 
 
 @dataclass(frozen=True)
-class FlashResult:
-    """What the kernel returns.
+class Setting:
+    """What the choice of a kernel depends on.
 
     Attributes:
-        output: the attention's output.
-        log_sum_exp: of each row's scores, without sinks; meaningless where nothing is seen.
-        mean_position: what each query reads from `key_positions`; None if the keys did not carry them.
-        past_first: what each query reads from `past_first_features`; None likewise.
+        device: the type of the tensors' device.
+        dtype: their dtype.
+        query_count: how many queries there are.
+        plain: whether every query sees all keys up to its own, there are as many queries as keys, and scores
+            are nothing but scaled products.
+        columns: how many features are attended to, or weights received.
+        compiles: whether FlexAttention can be compiled for the device.
     """
 
-    output: Float[Tensor, "batch head query d"]
-    log_sum_exp: Float[Tensor, "batch head query"]
-    mean_position: Float[Tensor, "batch head query"] | None
-    past_first: Float[Tensor, "batch head query 2"] | None = None
+    device: str
+    dtype: torch.dtype
+    query_count: int = 0
+    plain: bool = False
+    columns: int = 1
+    compiles: bool = False
 
 
-def carried_features(count: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "key 3"]:
-    """Return what keys carry: their position and, of all but the first, 1 and the position again."""
-    position = key_positions(count, dtype, device)[:, None]
-    return torch.cat([position, past_first_features(count, dtype, device)], dim=-1)
+@dataclass(frozen=True)
+class Row:
+    """A row of the table.
 
-
-def flash_attention(
-    query: Float[Tensor, "batch head query d"],
-    key: Float[Tensor, "batch key_head key d"],
-    value: Float[Tensor, "batch key_head key d"],
-    *,
-    causal: bool,
-    mask: Tensor | None = None,
-    scaling: float | None = None,
-    positions: bool = False,
-) -> FlashResult:
-    """Run the CPU flash kernel, which itself maps query heads to key heads.
-
-    With `positions`, the keys' positions are attended to as further columns of the value (see
-    `carried_features`). The kernel needs query, key and value of the same width, so query and key get as many
-    columns of zeros.
-
-    >>> q = torch.zeros(1, 1, 2, 8)
-    >>> flash_attention(q, q, q, causal=True).log_sum_exp
-    tensor([[[0.0000, 0.6931]]])
-    """
-    width = query.shape[-1]
-    # The kernel would take its default from the widened query.
-    scale = width**-0.5 if scaling is None else scaling
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-    if positions:
-        columns = carried_features(key.shape[2], value.dtype, value.device)
-        query = torch.nn.functional.pad(query, (0, columns.shape[1]))
-        key = torch.nn.functional.pad(key, (0, columns.shape[1]))
-        # [batch, key_head, key, d + 3]
-        value = torch.cat([value, columns.expand(*value.shape[:2], -1, -1)], dim=-1)
-    output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=mask, scale=scale
-    )
-    if not positions:
-        return FlashResult(output, log_sum_exp, None)
-    return FlashResult(
-        output[..., :width], log_sum_exp, output[..., width], output[..., width + 1 : width + 3]
-    )
-
-
-class listen(TorchFunctionMode):  # noqa: N801
-    """A context in which a call of `scaled_dot_product_attention` is answered by `flash_attention`.
-
-    This happens only if PyTorch would choose this very kernel and no gradient is needed, so that the output
-    is bitwise the same. `result` is what the kernel returned; None if it was not used.
-
-    Args:
-        own_pass: whether the call is part of one of attnprobe's own forward passes. Only there do keys
-            carry positions, while `carries_positions` is open.
+    Attributes:
+        question: what is asked.
+        device: the type of device; `ANY` for every one that no row above names.
+        implementation: the model's attention implementation for which the row holds.
+        kernel: what answers.
+        operations: what it costs beyond the model's own pass, for `T` tokens and `H` heads of width `d`.
+        tested: how it is tested.
+        fits: whether the kernel can be used.
+        operator: for a kernel that is heard, the operator by which PyTorch calls it.
+        asks: for such an operator, whether it must be asked for the log-sum-exp.
     """
 
-    def __init__(self, *, own_pass: bool = False) -> None:
-        super().__init__()
-        self._positions = own_pass and _carries_positions.get()
-        self.result: FlashResult | None = None
-        self._calls = 0
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call every function as it is, except `scaled_dot_product_attention`."""
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self._calls += 1
-        if self._calls > 1:
-            # One log-sum-exp does not describe an attention function that makes two calls.
-            self.result = None
-            return func(*args, **kwargs)
-        self.result = _by_flash(self._positions, *args, **kwargs)
-        return func(*args, **kwargs) if self.result is None else self.result.output
+    question: Question
+    device: str
+    implementation: str
+    kernel: Kernel
+    operations: str
+    tested: str
+    fits: Callable[[Setting], bool] = lambda setting: True
+    operator: Any = None
+    asks: str = "never"
 
 
-def _by_flash(
-    positions: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> FlashResult | None:
-    """Answer a call of `scaled_dot_product_attention`; None if PyTorch would not choose this kernel."""
-    if query.device.type != "cpu" or dropout_p > 0 or query.shape[-1] != value.shape[-1]:
-        return None
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value)):
-        return None
-    if torch.is_autocast_enabled("cpu") and query.dtype != torch.get_autocast_dtype("cpu"):
-        # It would narrow the tensors on their way to the kernel, but not on ours.
-        return None
-    chosen = torch._fused_sdp_choice(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
-    if chosen != SDPBackend.FLASH_ATTENTION.value:
-        return None
+ANY = "any"
+
+FUSED_COLUMNS = 4
+"""FlexAttention answers for each column anew. Tiles multiply query and key once for all columns."""
+
+_FUSED_QUERIES = 128
+"""Fewer queries than a block of FlexAttention go by tiles: a step of generation compiles nothing."""
+
+_HALF = (torch.float16, torch.bfloat16)
+_NO_GPU_YET = "tests/gpu; no run on a GPU yet"
+_FAKE = f"operator and shapes with fake CUDA tensors; numbers: {_NO_GPU_YET}"
+_EAGER = f"numbers in eager mode on the CPU, tracing with aot_eager; compiled code: {_NO_GPU_YET}"
+
+
+def _fuses(setting: Setting) -> bool:
+    narrow = setting.dtype in (*_HALF, torch.float32)
+    wide_enough = setting.query_count >= _FUSED_QUERIES
+    return setting.compiles and narrow and wide_enough and setting.columns <= FUSED_COLUMNS
+
+
+TABLE = (
     # In a narrower dtype the positions would be rounded too much.
-    positions = positions and value.dtype in (torch.float32, torch.float64)
-    return flash_attention(
-        query, key, value, causal=is_causal, mask=attn_mask, scaling=scale, positions=positions
-    )
+    Row(
+        Question.POSITIONS, "cpu", "sdpa, in own passes", Kernel.WIDER, "2 T² · 3 H", "exactly",
+        lambda setting: setting.dtype in (torch.float32, torch.float64),
+    ),
+    Row(Question.POSITIONS, ANY, "any", Kernel.NONE, "those of attend", "exactly"),
+    Row(
+        Question.LOG_SUM_EXP, "cpu", "sdpa: flash", Kernel.HEARD, "0", "exactly",
+        operator=aten._scaled_dot_product_flash_attention_for_cpu.default,
+    ),
+    Row(
+        Question.LOG_SUM_EXP, "cuda", "sdpa: flash", Kernel.HEARD, "0", _FAKE,
+        operator=aten._scaled_dot_product_flash_attention.default,
+    ),
+    # The kernel is the same; only one more store depends on the question.
+    Row(
+        Question.LOG_SUM_EXP, "cuda", "sdpa: memory-efficient", Kernel.HEARD, "0", _FAKE,
+        operator=aten._scaled_dot_product_efficient_attention.default, asks="always",
+    ),
+    # cuDNN plans another graph if it is asked. Without proof that its output keeps every bit, it is asked
+    # only where the last bits may change; under gradients PyTorch asks itself.
+    Row(
+        Question.LOG_SUM_EXP, "cuda", "sdpa: cuDNN, under gradients or in own passes", Kernel.HEARD, "0",
+        _FAKE, operator=aten._scaled_dot_product_cudnn_attention.default, asks="in own passes",
+    ),
+    Row(
+        Question.LOG_SUM_EXP, "cpu", "any other, plainly causal", Kernel.FLASH, "2 T² d H", "exactly",
+        lambda setting: setting.plain,
+    ),
+    Row(Question.LOG_SUM_EXP, "cuda", "any other", Kernel.FUSED, "T² (d + 16) H", _EAGER, _fuses),
+    Row(Question.LOG_SUM_EXP, ANY, "any other", Kernel.BLOCKS, "2 T² d H", "exactly"),
+    Row(
+        Question.ATTEND, "cuda", f"any, up to {FUSED_COLUMNS} columns", Kernel.FUSED,
+        "T² (d + 16) H for each column", _EAGER, _fuses,
+    ),
+    Row(Question.ATTEND, ANY, "any", Kernel.TILES, "T² d H, and T² H for each column", "exactly"),
+    Row(
+        Question.RECEIVE, "cuda", f"any, up to {FUSED_COLUMNS} columns", Kernel.FUSED,
+        "T² (d + 16) H for each column", _EAGER, _fuses,
+    ),
+    Row(Question.RECEIVE, ANY, "any", Kernel.TILES, "T² d H, and T² H for each column", "exactly"),
+    Row(
+        Question.PRODUCT, "cuda", "any, in 16 bits", Kernel.HALF, "those of the question", _FAKE,
+        lambda setting: setting.dtype in _HALF,
+    ),
+    Row(Question.PRODUCT, "cuda", "any", Kernel.EXACT, "those of the question", _FAKE),
+    Row(Question.PRODUCT, ANY, "any", Kernel.PLAIN, "those of the question", "exactly"),
+)  # fmt: skip
+
+HEARD: dict[Any, Row] = {row.operator: row for row in TABLE if row.operator is not None}
+"""The rows of the kernels that can be heard, by the operator with which PyTorch calls them."""
+
+
+def chosen(question: Question, setting: Setting) -> Kernel:
+    """Return the kernel that answers a question: that of the first row that fits.
+
+    A kernel that is heard is never among them: it answers before anything is asked.
+
+    >>> chosen(Question.ATTEND, Setting("cpu", torch.float32, 2048)).value
+    'tiles'
+    >>> chosen(Question.ATTEND, Setting("cuda", torch.bfloat16, 2048, compiles=True)).value
+    'FlexAttention, compiled'
+    """
+    for row in TABLE:
+        known = row.question is question and row.device in (setting.device, ANY) and row.operator is None
+        if known and row.fits(setting):
+            return row.kernel
+    raise AssertionError(f"the table has no row for {question} on any device")
+
+
+@cache
+def compiles(device: str) -> bool:
+    """Return whether FlexAttention can be compiled for a type of device: not without Triton."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def piece_bytes(device: str) -> int:
+    """Return how many bytes the products of a band may take at a time; several copies of them are made.
+
+    On a CPU they should stay in its cache. On a GPU each piece waits for a few dozen kernels to be started.
+    """
+    return 128 * 2**20 if device == "cuda" else 4 * 2**20
+
+
+def markdown() -> str:
+    """Return the table in markdown."""
+    lines = [
+        "| question | device | implementation | kernel | extra operations | tested |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in TABLE:
+        asked = (row.question.value, row.device, row.implementation)
+        lines.append(f"| {' | '.join([*asked, row.kernel.value, row.operations, row.tested])} |")
+    return "\n".join(lines)
+
+
+# ---- products ---------------------------------------------------------------------------------
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `left @ right` in a dtype, exact up to the rounding of that dtype's sums.
+
+    `dtype` is float32 or float64. On GPUs, 16-bit factors are multiplied as they are, and their products
+    summed in float32: nothing is rounded that a conversion to float32 would keep. float32 factors are never
+    rounded to TF32, whatever the user allows for the model.
+
+    >>> product(torch.ones(1, 2, 3).bfloat16(), torch.ones(1, 3, 2).bfloat16(), torch.float32)[0, 0]
+    tensor([3., 3.])
+    """
+    factors = left.dtype if left.dtype == right.dtype else dtype
+    kernel = chosen(Question.PRODUCT, Setting(left.device.type, factors))
+    if kernel is Kernel.HALF:
+        flat = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=dtype)
+        products: Tensor = flat.unflatten(0, left.shape[:-2])
+        return products
+    if kernel is Kernel.EXACT:
+        with _without_tf32():
+            return left.to(dtype) @ right.to(dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Keep float32 factors as they are in the products of a GPU.
+
+    The setting belongs to the process, and no product takes one of its own. It is changed for as long as it
+    takes to start a kernel, in one place, and put back as it was: this setting of a single backend, and not
+    `torch.set_float32_matmul_precision`, which also changes those of others.
+    """
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    if before == "ieee":
+        yield
+        return
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before

@@ -106,7 +106,10 @@ class Attention(ABC):
         """Return the sum of each row: 1, less with an attention sink, 0 where nothing is seen."""
 
     def key_positions(self) -> Float[Tensor, " key"]:
-        """Return the position of each key, centred, since rounding errors grow with the size of a feature."""
+        """Return the position of each key, centred, since rounding errors grow with the size of a feature.
+
+        An implementation may count from another point: only differences between positions have a meaning.
+        """
         return key_positions(self.key_count, self.dtype, self.device)
 
     def mean_position(self) -> Float[Tensor, "batch head query"]:

@@ -1,9 +1,9 @@
 """What each row of an attention sums to: the log of the softmax's denominator, and the row's mass.
 
 `FactoredAttention` computes them once, when it is made. If the model's own kernel has returned each row's
-log-sum-exp, they are known already. Otherwise the CPU flash kernel gives them if it computes exactly this
-attention, together with what each query reads from the keys' positions; if not, they come from blocks of
-scores. What is left to others: the scores (block_scores), and listening to a model's kernel (kernels).
+log-sum-exp, they are known already. Otherwise the table says what computes them: flash attention together
+with what each query reads from the keys' positions, a fused kernel, or blocks of scores. What is left to
+others: the scores (block_scores), the table (kernels), and listening to a model's kernel (listening).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnprobe.attention import fused_sums
 from attnprobe.attention.block_scores import BlockScores
-from attnprobe.attention.kernels import FlashResult, carried_features, flash_attention
+from attnprobe.attention.kernels import Kernel, Question
+from attnprobe.attention.listening import FlashResult, carried_features, flash_attention
 from attnprobe.attention.tiles import query_slices
 from attnprobe.errors import PatternError
 
@@ -64,27 +66,20 @@ def sum_rows(
     head_count = scores.query.shape[1]
     if sinks is not None and sinks.shape != (head_count,):
         raise PatternError(f"expected one sink for each of {head_count} heads, got {list(sinks.shape)}")
-    if log_sum_exp is not None or _flash_computes(scores):
+    kernel = scores.kernel(Question.LOG_SUM_EXP) if log_sum_exp is None else Kernel.HEARD
+    if kernel is not Kernel.BLOCKS:
         # A kernel's maximum ignores NaN: a NaN score would come out as a finite number.
         for name, tensor in (("query", scores.query), ("key", scores.key)):
             _check_finite(tensor.sum(-1), f"the {name}", "token")
-    if log_sum_exp is None and _flash_computes(scores):
+    if kernel is Kernel.FLASH:
         result = _flash_over_positions(scores)
         log_sum_exp, mean_position = result.log_sum_exp, result.output[..., 0]
         past_first = result.output[..., 1:3]
+    elif kernel is Kernel.FUSED:
+        log_sum_exp = fused_sums.log_sum_exp(scores)
     elif log_sum_exp is None:
         log_sum_exp = _log_sum_exp_by_blocks(scores)
     return _with_sinks(scores, sinks, log_sum_exp, mean_position, past_first)
-
-
-def _flash_computes(scores: BlockScores) -> bool:
-    """Whether the CPU flash kernel computes exactly this attention."""
-    return (
-        scores.query.device.type == "cpu"
-        and scores.mask.plain
-        and scores.are_products
-        and scores.query.shape[2] == scores.key.shape[2]
-    )
 
 
 def _flash_over_positions(scores: BlockScores) -> FlashResult:
