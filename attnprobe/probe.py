@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnprobe.adapters import LAYER_SITES, SITES, Adapter, adapter_for
 from attnprobe.adapters.base import GrowingCache, Layers, Value, resolve_layers
+from attnprobe.attention.checks import judge_later
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import IncompleteRunError, InterventionError, ParameterError, UnsupportedModelError
 from attnprobe.segments import check_own_names, segment_names
@@ -372,5 +373,9 @@ def _check_replacement(probe: Probe, site: str, value: Value, given: Any) -> Non
             if name == "shape":
                 found, expected = list(found), list(expected)
             raise InterventionError(f"{who} {name} {found} for {site}, which has {name} {expected}")
-    if not bool(torch.isfinite(given.detach()).all()):
-        raise InterventionError(f"{who} NaN or infinity for {site}")
+
+    def judge(finite: list[float]) -> None:
+        if not finite[0]:
+            raise InterventionError(f"{who} NaN or infinity for {site}")
+
+    judge_later([torch.isfinite(given.detach()).all()], judge)

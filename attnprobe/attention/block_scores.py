@@ -78,7 +78,7 @@ class BlockScores:
             if mask_bias is not None:
                 bias = mask_bias if bias is None else bias + mask_bias
         elif mask is None:
-            mask = _causal_mask(query, key, window, key_mask)
+            mask = causal_mask(query, key, window, key_mask)
         elif mask.first.shape[1] != pairs[2] or mask.first.shape[0] not in (1, pairs[0]):
             raise PatternError(
                 f"the mask is [batch, query] = {list(mask.first.shape)}, but the query is {list(query.shape)}"
@@ -149,15 +149,27 @@ class BlockScores:
             band = band + part.gather(-1, index).to(self.dtype)
         return band.masked_fill_(~self.mask.diagonals(queries, keys), -torch.inf)
 
-    def column(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
-        """Return the scores of one key of each example, minus infinity where it may not be seen."""
-        index = keys.clamp(min=0)[:, None, None, None]
-        key = self.key.gather(2, index.expand(-1, self.key.shape[1], 1, self.key.shape[3])).to(self.dtype)
-        query = rearrange(self.query.to(self.dtype), "b (k g) t d -> b k (g t) d", g=self.group_size)
-        # [batch, key_head, group * query, d] @ [batch, key_head, d, 1]
-        score = rearrange((query @ key.mT)[..., 0], "b k (g t) -> b (k g) t", g=self.group_size)
-        score = self._capped(score.mul_(self.scaling))
-        if self.bias is not None:
+    def column(self, keys: Int[Tensor, " batch"] | int) -> Float[Tensor, "batch head query"]:
+        """Return the scores of one key of each example, minus infinity where it may not be seen.
+
+        A whole number is the key of all examples.
+        """
+        if isinstance(keys, int):
+            key = self.key[:, :, max(keys, 0)]  # [batch, key_head, d]
+        else:
+            index = keys.clamp(min=0)[:, None, None, None]
+            key = self.key.gather(2, index.expand(-1, self.key.shape[1], 1, self.key.shape[3]))[:, :, 0]
+        key = key.to(self.dtype) * self.scaling
+        if self.group_size > 1:
+            key = key.repeat_interleave(self.group_size, dim=1)
+        # [batch, head, query, d] @ [batch, head, d, 1]
+        score = self._capped((self.query.to(self.dtype) @ key[..., None])[..., 0])
+        if isinstance(keys, int):
+            if self.bias is not None:
+                score = score + self.bias[..., max(keys, 0)].to(self.dtype)
+            elif self.mask.plain and keys == 0:
+                return score  # Every query sees it.
+        elif self.bias is not None:
             bias = self.bias.expand(len(keys), -1, -1, -1)
             of_key = bias.gather(-1, index.expand(-1, bias.shape[1], bias.shape[2], 1))[..., 0]
             score = score + of_key.to(self.dtype)
@@ -208,8 +220,12 @@ def _check_pairs(tensor: Tensor, pairs: tuple[int, ...], name: str) -> None:
         )
 
 
-def _causal_mask(query: Tensor, key: Tensor, window: int | None, key_mask: Tensor | None) -> CausalMask:
-    """Return the causal mask with a window and padding."""
+def causal_mask(query: Tensor, key: Tensor, window: int | None, key_mask: Tensor | None) -> CausalMask:
+    """Return the causal mask of a call, with a window and padding.
+
+    Raises:
+        PatternError: an empty window, or a key mask of another shape.
+    """
     query_count, key_count = query.shape[2], key.shape[2]
     if window is not None and window < 1:
         raise PatternError(f"a sliding window must hold at least one key, got {window}")

@@ -179,7 +179,7 @@ class FactoredAttention(Attention):
         score = self.scores.block(queries, slice(0, self.key_count))
         return score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
 
-    def column(self, keys: ArrayLike) -> Float[Tensor, "batch head query"]:
+    def column(self, keys: ArrayLike | int) -> Float[Tensor, "batch head query"]:
         """Return `A[t, keys[b]]`."""
         score = self.scores.column(self._check_keys(keys))
         return score.sub_(self._sums.log_sum_exp).exp_()
@@ -191,7 +191,7 @@ class FactoredAttention(Attention):
 
         Blocks of queries without a counted one are left out.
         """
-        reaches = self.scores.mask.reaches(TILE_QUERIES, self.query_offset)
+        reaches = self.scores.mask.reaches(TILE_QUERIES)
         if counted is not None:
             inside = counted.tolist()
             reaches = [reach for reach in reaches if any(inside[reach.queries])]
