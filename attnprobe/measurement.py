@@ -129,6 +129,7 @@ def measure(
         raise ParameterError('value_weighted cannot go with receiver="sentence": pass receiver="token"')
     probe.asked.check_known(batch.segment_names, "batch.with_segments({})")
     run = BatchRun.prepare(adapter, batch, layers, batch_size, memory_budget, entropy, token_budget)
+    probe.right_padded = run.sequences.model_inputs is None
     sentences = None if options is None else sentence_ids(run.sequences, options.splitting)
     by_sentence = None
     if options is not None and sentences is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -239,12 +239,8 @@ class _Run:
             real = marked.pop(_REAL, batch.attention_mask)
             response = marked.pop(_RESPONSE, batch.response_mask) & real
             segments = torch.stack(list(marked.values()), dim=1) & real[:, None] if marked else None
-            batch = replace(
-                batch,
-                attention_mask=real,
-                response_mask=response,
-                segments=segments,
-                segment_names=tuple(marked),
+            batch = TokenBatch.of_pass(
+                batch.input_ids, real, response, batch.segment_ids, segments, tuple(marked)
             )
         self._batch = batch
         self._seen.clear()

@@ -110,9 +110,11 @@ def check_against_output(
             directions = _directions(rows, rounding, change, difference)
         numbers += [direction.found.abs().amax() for direction in directions]
         place = partial(_place, rows.queries, attention.query_count)
-        # Kept as they were given: the copies in float32 take twice the memory.
-        kept = replace(rows, key=attention.scores.key, value=call.value[:, :, : attention.key_count].detach())
-        kept = kept if directions else None
+        kept = None
+        if directions:
+            # As they were given: the copies in float32 take twice the memory.
+            value = call.value[:, :, : attention.key_count].detach()
+            kept = replace(rows, key=attention.scores.key, value=value)
 
         def judge(found: list[float]) -> None:
             excess, sums_excess, largest, *along = found
@@ -242,7 +244,8 @@ def _largest(
     batch, head, row, _ = (int(index) for index in worst)
     return (
         f"differs by {float(difference[worst].abs()):.3g} from what its query, key and mask give, where "
-        f"rounding to {_name(rounding.dtype)} explains {float(bound[worst]):.3g} (at {place(batch, head, row)})"
+        f"rounding to {_name(rounding.dtype)} explains {float(bound[worst]):.3g} (at "
+        f"{place(batch, head, row)})"
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from attnprobe.adapters.architecture import architecture_of, decoder_of, has_next_token_logits
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
+from attnprobe.adapters.forward_call import unpacked
 from attnprobe.adapters.forward_output import logits_of
 from attnprobe.adapters.interception import (
     calls_watched,
@@ -178,11 +179,13 @@ class TransformersAdapter(Adapter):
         # Right-padded sequences need no mask in a causal model: no real token can see the padding after it.
         # Positions are passed nevertheless, since some families would otherwise guess them.
         arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        positions = None
         if batch.model_inputs is not None:
             arguments |= pass_arguments(batch, self.model, self.full_name)
         elif "position_ids" in accepted:
             # For each row, since some families index them by row (Qwen4-Exp).
-            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            arguments["position_ids"] = positions
         keeps = "logits_to_keep" in accepted
         if keeps:
             # A tensor even for the last position: given a number, some families (Gemma 4) leave the other
@@ -190,6 +193,8 @@ class TransformersAdapter(Adapter):
             at = torch.tensor([ids.shape[1] - 1]) if logits_at is None else logits_at
             arguments["logits_to_keep"] = at.to(self.device)
         with ExitStack() as stack:
+            if positions is not None:
+                stack.enter_context(unpacked(positions))
             stack.enter_context(uncompiled())
             stack.enter_context(evaluation_mode(self._all_modules()))
             stack.enter_context(self._regimes.undisturbed())

@@ -22,7 +22,7 @@ Judge = Callable[[list[float]], None]
 """A function that is given the numbers of a check, and raises an error if they are wrong."""
 
 MOST_HELD = 256 * 2**20
-"""How many bytes checks may keep for their errors until the pass ends; with more, they are settled at once."""
+"""How many bytes checks may keep for their errors before the pass ends; with more, they are settled."""
 
 _gathering: ContextVar[GatheredChecks | None] = ContextVar("attnprobe_gathered_checks", default=None)
 

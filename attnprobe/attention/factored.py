@@ -16,11 +16,11 @@ cost of a question depends on earlier questions. What is left to others: the sco
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.attention.block_scores import BAND_QUERIES, LOG2_E, BlockScores
@@ -144,6 +144,8 @@ class FactoredAttention(Attention):
         weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
+        *,
+        counted: Sequence[bool] | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
         start, stop = self._check_distances(start, stop)
@@ -152,7 +154,7 @@ class FactoredAttention(Attention):
         shape = (self.batch_size, self.head_count, weights.shape[-1], self.key_count)
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
         # Queries of the prompt usually have no weight.
-        counted = (weights != 0).any(-1).any(0)
+        counted = (weights != 0).any(-1).any(0).tolist() if counted is None else counted
         for tile, probability in self._tiles(start, stop, counted):
             # [batch, 1, feature, query] @ [batch, head, query, key]
             answer[..., tile.keys] += weights[:, None, tile.queries].mT @ probability
@@ -185,7 +187,7 @@ class FactoredAttention(Attention):
         return score.sub_(self._sums.log_sum_exp).exp_()
 
     def _tiles(
-        self, start: int = 0, stop: int | None = None, counted: Bool[Tensor, " query"] | None = None
+        self, start: int = 0, stop: int | None = None, counted: Sequence[bool] | None = None
     ) -> Iterator[tuple[Tile, Float[Tensor, "batch head query key"]]]:
         """Yield the tiles that hold all pairs at these distances, with their part of `A`.
 
@@ -193,8 +195,7 @@ class FactoredAttention(Attention):
         """
         reaches = self.scores.mask.reaches(TILE_QUERIES)
         if counted is not None:
-            inside = counted.tolist()
-            reaches = [reach for reach in reaches if any(inside[reach.queries])]
+            reaches = [reach for reach in reaches if any(counted[reach.queries])]
         plan = plan_tiles(reaches, self.query_offset, start, stop)
         for number, tiles in groupby(plan, key=lambda tile: tile.key_block):
             block = slice(number * TILE_KEYS, min((number + 1) * TILE_KEYS, self.key_count))

@@ -179,7 +179,7 @@ class CausalMask:
         return (self.last < self.first)[:, None]
 
     def reaches(self, size: int) -> list[Reach]:
-        """Return which keys the queries see, in blocks of `size` queries; at least those, near a block's ends."""
+        """Return which keys the queries see, in blocks of `size`; near a block's ends, perhaps a few more."""
         count = self.first.shape[1]
         answer = []
         for begin in range(0, count, size):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -75,11 +76,14 @@ class Attention(ABC):
         weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
+        *,
+        counted: Sequence[bool] | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights`: what each key receives from the queries, weighted.
 
         Only pairs at a distance `start <= t - s < stop` count (`stop=None`: no limit). The limits are part
         of the question, since subtracting the near pairs from a sum over all of them would lose precision.
+        `counted` says which queries may have a weight, if the caller knows: otherwise the device is asked.
         """
 
     @abstractmethod
@@ -315,6 +319,8 @@ class DenseAttention(Attention):
         weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
+        *,
+        counted: Sequence[bool] | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
         start, stop = self._check_distances(start, stop)
