@@ -204,12 +204,16 @@ def received_by_key(
         return attention.receive(weights[..., None], start=low, stop=high + 1, counted=known)[..., 0]
     width = high - low + 1
     band = attention.band(width, low) if near is None else near[..., low : high + 1]
-    band = band * weights[:, None, :, None]
     # Key s receives band[t, j] from the query at s + low + j. These entries form a diagonal of the band,
     # which a stride of width + 1 follows. Zeros stand in for the queries before and after.
     first = low - attention.query_offset
     padding = max(0, -first)
-    padded = torch.nn.functional.pad(band, (0, 0, padding, low + width - 1)).contiguous()
+    # The products are written where they are needed: fresh memory costs more than they do.
+    padded = band.new_empty(*band.shape[:2], padding + attention.query_count + low + width - 1, width)
+    inside = slice(padding, padding + attention.query_count)
+    padded[:, :, : inside.start] = 0.0
+    padded[:, :, inside.stop :] = 0.0
+    torch.mul(band, weights[:, None, :, None], out=padded[:, :, inside])
     shape = (*band.shape[:2], attention.key_count, width)
     strides = (*padded.stride()[:3], width + 1)
     return padded.as_strided(shape, strides, (first + padding) * width).sum(-1)
