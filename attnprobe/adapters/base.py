@@ -172,8 +172,8 @@ class Adapter(ABC):
         Args:
             batch: the sequences.
             logits_at: the positions.
-            reduce: takes logits `[batch, position, vocabulary]` of some of the positions, and returns a number
-                for each.
+            reduce: takes logits `[batch, position, vocabulary]` of some of the positions, and returns a
+                number for each.
 
         Raises:
             UnsupportedModelError: a model without next-token logits.

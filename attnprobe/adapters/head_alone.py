@@ -3,8 +3,8 @@
 Logits are as wide as the vocabulary: those of a long response take more memory than all else in a pass. So
 `TransformersAdapter.reduced_logits` lets a pass compute the first of them, keeps what the base model gave,
 and runs the model's own forward for the others with a stand-in for the base model. The alternative, to call
-the head's matrix, was rejected: many families scale or cap logits behind it, each in its own way. What is left
-to others: the pass itself (transformers), and what is made of the logits (measurement).
+the head's matrix, was rejected: many families scale or cap logits behind it, each in its own way. What is
+left to others: the pass itself (transformers), and what is made of the logits (measurement).
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class HeadAlone:
             and "decoder" not in forward
             and type(head) is nn.Linear
             # Not sharded, quantised or kept elsewhere.
+            and isinstance(weight, Tensor)
             and type(weight) in (Tensor, nn.Parameter)
             and weight.shape == (head.out_features, head.in_features)
         )

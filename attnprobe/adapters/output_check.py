@@ -218,9 +218,13 @@ def _explained(direction: _Direction, rows: Rows, rounding: Rounding) -> str | N
         if rows.unseeing is not None:
             error.masked_fill_(rows.unseeing, 0.0)
         rounded.append(direction.along(error).nan_to_num())
-    usual = max(float(each.abs().max()) for each in rounded)
-    nearest = min(float((found - each).abs().max()) for each in rounded)
-    largest = float(found.abs().max())
+    usual, nearest, largest = torch.stack(
+        [
+            torch.stack([each.abs().amax() for each in rounded]).amax(),
+            torch.stack([(found - each).abs().amax() for each in rounded]).amin(),
+            found.abs().amax(),
+        ]
+    ).tolist()
     if nearest <= _SUSPICIOUS or largest <= direction.allowed * usual:
         return None
     head = int(found.abs().argmax())
