@@ -324,7 +324,7 @@ class _GroupMapProbe(Probe):
 
 
 def _run_for_entropy(
-    adapter: Adapter, part: TokenBatch, response_mask: Bool[Tensor, "batch token"], width: int
+    adapter: Adapter, part: TokenBatch, response_mask: Bool[Tensor, "batch part_token"], width: int
 ) -> Float[Tensor, "batch token"]:
     """Run the model and return the entropy of each response token, padded to the width with NaN.
 

@@ -61,12 +61,13 @@ class Probe:
 
         A returned tensor replaces the site's, in the model and for the probes after this one; it must have
         the same shape, dtype and device, and be finite. The tensor that is shown may be kept; changing it
-        in place is an error, since it would have no effect.
+        in place is an error, since it would have no effect. Checks of what is shown are judged when the pass
+        ends: use it for nothing lasting before `end` is called.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override observe")
 
     def end(self, batch: TokenBatch) -> None:
-        """Use what was seen: the forward pass is complete, and every layer was seen exactly once."""
+        """Use what was seen: the forward pass is complete and was checked; every layer was seen once."""
 
     def abort(self) -> None:
         """Forget what was seen: the forward pass has failed."""

@@ -117,15 +117,15 @@ class BlockScores:
     def band(self, queries: slice, width: int, start: int) -> Float[Tensor, "batch head query distance"]:
         """Return the scores of the keys `start, ..., start + width - 1` before each query.
 
-        This is one product: blocks of queries meet the keys near any of them, and the band is read from each
-        block along its diagonals, by a stride that is one larger than the block is wide.
+        This is one product: blocks of queries meet the keys near any of them, the nearest first, and the band
+        is read from each block along its diagonals, by a stride that is one smaller than the block is wide.
         """
         count, size = queries.stop - queries.start, BAND_QUERIES
         blocks = -(-count // size)
         query = self.query[:, :, queries].to(self.dtype)
         query = torch.nn.functional.pad(query, (0, 0, 0, blocks * size - count))
         query = rearrange(query, "b (k g) (n r) d -> b k n (g r) d", g=self.group_size, r=size)
-        # Query r of the first block meets its farthest key in column r.
+        # The first query of the first block meets its farthest key in the last column.
         key_count, offset = self.key.shape[2], self.key.shape[2] - self.query.shape[2]
         first = queries.start + offset - (start + width - 1)
         stop = first + blocks * size + width - 1
@@ -133,21 +133,29 @@ class BlockScores:
         key = self.key[:, :, inside].to(self.dtype)
         key = torch.nn.functional.pad(key, (0, 0, inside.start - first, stop - inside.stop))
         columns = size + width - 1
-        near = key.unfold(2, columns, size)  # [batch, key_head, block, d, column]
+        # Reversed here, where it must be copied anyway: a band is larger. [batch, key_head, block, d, column]
+        near = key.unfold(2, columns, size).flip(-1)
         # [batch, key_head, block, group, query, column]
         score = (query @ near).unflatten(3, (self.group_size, size))
-        strides = (*score.stride()[:4], columns + 1, 1)
-        diagonal = score.as_strided((*score.shape[:5], width), strides)
-        # A diagonal starts with the farthest key, a band with the nearest.
-        band = rearrange(diagonal.flip(-1), "b k n g r j -> b (k g) (n r) j")[:, :, :count]
+        strides = (*score.stride()[:4], columns - 1, 1)
+        # Query r of a block meets its nearest key in column size - 1 - r.
+        diagonal = score.as_strided((*score.shape[:5], width), strides, score.storage_offset() + size - 1)
+        band = rearrange(diagonal, "b k n g r j -> b (k g) (n r) j")[:, :, :count]
         band = self._capped(band.mul_(self.scaling))
+        if self.mask.plain and self.bias is None:
+            # Only the first queries have fewer keys before them than the band is wide.
+            count = min(count, max(0, start + width - 1 - offset - queries.start))
+            if count == 0:
+                return band
+            queries = slice(queries.start, queries.start + count)
         own = torch.arange(queries.start, queries.stop, device=self.key.device) + offset
         keys = own[:, None] - torch.arange(start, start + width, device=self.key.device)  # [query, distance]
         if self.bias is not None:
             part = self.bias[:, :, queries]
             index = keys.clamp(min=0).expand(*part.shape[:2], -1, -1)
             band = band + part.gather(-1, index).to(self.dtype)
-        return band.masked_fill_(~self.mask.diagonals(queries, keys), -torch.inf)
+        band[:, :, :count].masked_fill_(~self.mask.diagonals(queries, keys), -torch.inf)
+        return band
 
     def column(self, keys: Int[Tensor, " batch"] | int) -> Float[Tensor, "batch head query"]:
         """Return the scores of one key of each example, minus infinity where it may not be seen.

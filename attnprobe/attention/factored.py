@@ -164,13 +164,18 @@ class FactoredAttention(Attention):
         """Return `A[t, t - j]` for `start <= j < start + width`."""
         width, start = self._check_band(width, start)
         shape = (self.batch_size, self.head_count, self.query_count, width)
-        answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        wanted = width
         # At distances of `key_count` or more there is no key.
         width = min(width, self.key_count - start)
         if width < 1:
-            return answer
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
         bytes_per_query = self.batch_size * self.head_count * (width + BAND_QUERIES) * self.dtype.itemsize
-        for queries in query_slices(self.query_count, bytes_per_query, _BAND_BYTES, BAND_QUERIES):
+        pieces = query_slices(self.query_count, bytes_per_query, _BAND_BYTES, BAND_QUERIES)
+        if len(pieces) == 1 and width == wanted:
+            score = self.scores.band(pieces[0], width, start)
+            return score.sub_(self._sums.log_sum_exp[..., None]).exp_()
+        answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for queries in pieces:
             score = self.scores.band(queries, width, start)
             answer[:, :, queries, :width] = score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
         return answer
