@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, get_type_hints
 
 import torch
@@ -35,6 +36,11 @@ class TensorField:
 
 def tensor_fields(kind: Any) -> tuple[TensorField, ...]:
     """Return the tensor fields of a result class, according to their annotations."""
+    return _tensor_fields(kind)
+
+
+@lru_cache(maxsize=64)
+def _tensor_fields(kind: Any) -> tuple[TensorField, ...]:
     found = []
     for each in dataclasses.fields(kind):
         match = re.match(r"(Float|Int|Bool)\[Tensor, [\"']([^\"']*)[\"']\]( \| None)?$", str(each.type))

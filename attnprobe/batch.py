@@ -99,6 +99,35 @@ class TokenBatch(Result):
             inputs = as_model_inputs(self.model_inputs, tuple(self.input_ids.shape))
             object.__setattr__(self, "model_inputs", inputs)
 
+    @staticmethod
+    def of_pass(
+        input_ids: Int[Tensor, "batch token"],
+        attention_mask: Bool[Tensor, "batch token"],
+        response_mask: Bool[Tensor, "batch token"],
+        segment_ids: Int[Tensor, "batch token"] | None = None,
+        segments: Bool[Tensor, "batch segment token"] | None = None,
+        segment_names: tuple[str, ...] = (),
+    ) -> TokenBatch:
+        """Return the tokens of a forward pass that a model was given, without looking at their values.
+
+        To look, the processor would have to wait for the device. The model itself refuses ids that it does
+        not know, and the masks of a pass are made of each other.
+        """
+        batch = object.__new__(TokenBatch)
+        values = {
+            "input_ids": input_ids.long(),
+            "attention_mask": attention_mask,
+            "response_mask": response_mask,
+            "segment_ids": segment_ids,
+            "texts": None,
+            "model_inputs": None,
+            "segments": segments,
+            "segment_names": segment_names,
+        }
+        for name, value in values.items():
+            object.__setattr__(batch, name, value)
+        return batch
+
     @property
     def batch_size(self) -> int:
         """The number of examples."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe import metrics
@@ -129,6 +129,7 @@ def measure(
         raise ParameterError('value_weighted cannot go with receiver="sentence": pass receiver="token"')
     probe.asked.check_known(batch.segment_names, "batch.with_segments({})")
     run = BatchRun.prepare(adapter, batch, layers, batch_size, memory_budget, entropy, token_budget)
+    probe.right_padded = run.sequences.model_inputs is None
     sentences = None if options is None else sentence_ids(run.sequences, options.splitting)
     by_sentence = None
     if options is not None and sentences is not None:
@@ -154,7 +155,8 @@ def measure(
                 ),
             ):
                 if entropy:
-                    entropies.append(_run_for_entropy(run.adapter, part, run.width))
+                    marked = run.sequences.response_mask[members, : part.token_count]
+                    entropies.append(_run_for_entropy(run.adapter, part, marked, run.width))
                 else:
                     run.adapter.forward(part)
     order = run.order()
@@ -321,19 +323,21 @@ class _GroupMapProbe(Probe):
         }
 
 
-def _run_for_entropy(adapter: Adapter, part: TokenBatch, width: int) -> Float[Tensor, "batch token"]:
+def _run_for_entropy(
+    adapter: Adapter, part: TokenBatch, response_mask: Bool[Tensor, "batch part_token"], width: int
+) -> Float[Tensor, "batch token"]:
     """Run the model and return the entropy of each response token, padded to the width with NaN.
 
-    Only the logits that response tokens were sampled from are computed: those at the position before.
+    Only the logits that response tokens were sampled from are computed: those at the position before. The
+    response mask is the part's, where the caller's batch is: on the processor, the device need not be asked.
     """
     entropy = torch.full((part.batch_size, width), torch.nan, device=adapter.device)
-    before = part.response_mask[:, 1:].any(0).nonzero()[:, 0]
+    before = response_mask[:, 1:].any(0).nonzero()[:, 0]
     if len(before) == 0:
         adapter.forward(part)
         return entropy
-    logits = adapter.forward(part, logits_at=before)
-    assert logits is not None
-    entropy[:, before + 1] = metrics.distribution_entropy(logits).to(entropy.device)
+    found = adapter.reduced_logits(part, before, metrics.distribution_entropy)
+    entropy[:, before.to(entropy.device) + 1] = found.to(entropy.device)
     # A first token was not sampled: what stands before it is padding, if anything.
     follows = torch.nn.functional.pad(part.attention_mask[:, :-1], (1, 0))
     inside = torch.nn.functional.pad(part.response_mask & follows, (0, width - part.token_count))

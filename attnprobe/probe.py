@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnprobe.adapters import LAYER_SITES, SITES, Adapter, adapter_for
 from attnprobe.adapters.base import GrowingCache, Layers, Value, resolve_layers
+from attnprobe.attention.checks import judge_later
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import IncompleteRunError, InterventionError, ParameterError, UnsupportedModelError
 from attnprobe.segments import check_own_names, segment_names
@@ -60,12 +61,13 @@ class Probe:
 
         A returned tensor replaces the site's, in the model and for the probes after this one; it must have
         the same shape, dtype and device, and be finite. The tensor that is shown may be kept; changing it
-        in place is an error, since it would have no effect.
+        in place is an error, since it would have no effect. Checks of what is shown are judged when the pass
+        ends: use it for nothing lasting before `end` is called.
         """
         raise NotImplementedError(f"{type(self).__name__} does not override observe")
 
     def end(self, batch: TokenBatch) -> None:
-        """Use what was seen: the forward pass is complete, and every layer was seen exactly once."""
+        """Use what was seen: the forward pass is complete and was checked; every layer was seen once."""
 
     def abort(self) -> None:
         """Forget what was seen: the forward pass has failed."""
@@ -238,12 +240,8 @@ class _Run:
             real = marked.pop(_REAL, batch.attention_mask)
             response = marked.pop(_RESPONSE, batch.response_mask) & real
             segments = torch.stack(list(marked.values()), dim=1) & real[:, None] if marked else None
-            batch = replace(
-                batch,
-                attention_mask=real,
-                response_mask=response,
-                segments=segments,
-                segment_names=tuple(marked),
+            batch = TokenBatch.of_pass(
+                batch.input_ids, real, response, batch.segment_ids, segments, tuple(marked)
             )
         self._batch = batch
         self._seen.clear()
@@ -372,5 +370,9 @@ def _check_replacement(probe: Probe, site: str, value: Value, given: Any) -> Non
             if name == "shape":
                 found, expected = list(found), list(expected)
             raise InterventionError(f"{who} {name} {found} for {site}, which has {name} {expected}")
-    if not bool(torch.isfinite(given.detach()).all()):
-        raise InterventionError(f"{who} NaN or infinity for {site}")
+
+    def judge(finite: list[float]) -> None:
+        if not finite[0]:
+            raise InterventionError(f"{who} NaN or infinity for {site}")
+
+    judge_later([torch.isfinite(given.detach()).all()], judge)

@@ -6,6 +6,7 @@ up. What is left to others: the definitions, with ranges and examples (metrics).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,12 +44,14 @@ class MarkedKeys:
         single: whether a target marks at most one column of each example, for each target.
         ignored: the columns that a second span ignores; None if there is none.
         ignores_column_0: whether column 0 is all that is ignored, in every example.
+        at_column_0: whether a target marks column 0 alone, in every example, for each target.
     """
 
     shares: Bool[Tensor, "batch target column"] | None = None
     single: tuple[bool, ...] = ()
     ignored: Bool[Tensor, "batch column"] | None = None
     ignores_column_0: bool = False
+    at_column_0: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ def read_rows(attention: Attention, keys: MarkedKeys, *, span: bool) -> RowReads
         marked = keys.shares[..., columns].to(attention.device)
         features += [marked[:, number].to(attention.dtype) for number in many]
         for number, single in enumerate(keys.single):
+            if attention.key_start == 0 and keys.at_column_0[number : number + 1] == (True,):
+                shares.append(attention.column(0))
+                continue
             # The index of the marked key, or -1 if it is none of these.
             index = marked[:, number].byte().argmax(-1).masked_fill(~marked[:, number].any(-1), -1)
             shares.append(attention.column(index) if single else index)
@@ -184,23 +190,30 @@ def received_by_key(
     rows: Bool[Tensor, "batch query"],
     horizon: Horizon,
     near: Float[Tensor, "batch head query distance"] | None = None,
+    counted: Callable[[], Sequence[bool]] | None = None,
 ) -> Float[Tensor, "batch head key"]:
     """Return what each key receives from the marked rows within its horizon.
 
-    This is the numerator of Eq. 10 of arXiv 2510.13554v2. `near` is the band from distance 0, if known.
+    This is the numerator of Eq. 10 of arXiv 2510.13554v2. `near` is the band from distance 0, if known;
+    `counted` returns which rows are marked in some example, if the caller can tell.
     """
     low, high = _distances_within(attention, horizon)
     weights = rows.to(attention.dtype)
     if not _goes_by_band(attention, low, high):
-        return attention.receive(weights[..., None], start=low, stop=high + 1)[..., 0]
+        known = None if counted is None else counted()
+        return attention.receive(weights[..., None], start=low, stop=high + 1, counted=known)[..., 0]
     width = high - low + 1
     band = attention.band(width, low) if near is None else near[..., low : high + 1]
-    band = band * weights[:, None, :, None]
     # Key s receives band[t, j] from the query at s + low + j. These entries form a diagonal of the band,
     # which a stride of width + 1 follows. Zeros stand in for the queries before and after.
     first = low - attention.query_offset
     padding = max(0, -first)
-    padded = torch.nn.functional.pad(band, (0, 0, padding, low + width - 1)).contiguous()
+    # The products are written where they are needed: fresh memory costs more than they do.
+    padded = band.new_empty(*band.shape[:2], padding + attention.query_count + low + width - 1, width)
+    inside = slice(padding, padding + attention.query_count)
+    padded[:, :, : inside.start] = 0.0
+    padded[:, :, inside.stop :] = 0.0
+    torch.mul(band, weights[:, None, :, None], out=padded[:, :, inside])
     shape = (*band.shape[:2], attention.key_count, width)
     strides = (*padded.stride()[:3], width + 1)
     return padded.as_strided(shape, strides, (first + padding) * width).sum(-1)
@@ -252,7 +265,7 @@ class Selectivity(NamedTuple):
     @staticmethod
     def of(received: Float[Tensor, "*axes received"]) -> Selectivity:
         """Return both measures over the last axis."""
-        return Selectivity(kurtosis(received), gini(received))
+        return Selectivity(_kurtosis(received), _gini(received))
 
 
 def selectivity_of(
@@ -294,6 +307,10 @@ def kurtosis(values: ArrayLike) -> Float[Tensor, "*axes"]:
     values = as_tensor(values, "values")
     if not values.is_floating_point() or values.numel() == 0 or values.ndim == 0:
         raise ParameterError(f"values must be floating point [..., token]; got {brief(values)}")
+    return _kurtosis(values)
+
+
+def _kurtosis(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:
     wide = values.double()
     mean = wide.nanmean(-1, keepdim=True)
     deviation = wide - mean
@@ -329,6 +346,10 @@ def gini(values: ArrayLike) -> Float[Tensor, "*axes"]:
         raise ParameterError(
             f"a Gini coefficient is of shares, which are not negative; got {float(values.nan_to_num().min())}"
         )
+    return _gini(values)
+
+
+def _gini(values: Float[Tensor, "*axes token"]) -> Float[Tensor, "*axes"]:
     # NaN comes last, so that ranks are those among the defined values.
     ordered = values.double().sort(-1).values.nan_to_num()
     count = (~values.isnan()).sum(-1).double()

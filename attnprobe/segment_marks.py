@@ -74,8 +74,13 @@ class AskedSegments:
         for argument, names in self._by_argument.items():
             check_known(names, own, argument, hint)
 
-    def marks(self, batch: TokenBatch, before: SegmentMarks | None) -> SegmentMarks:
-        """Return the marks of a pass, behind those of the passes that it continues."""
+    def marks(
+        self, batch: TokenBatch, before: SegmentMarks | None, *, right_padded: bool = False
+    ) -> SegmentMarks:
+        """Return the marks of a pass, behind those of the passes that it continues.
+
+        `right_padded` says that every example is one sequence that begins in column 0, if the caller knows.
+        """
         if before is not None and len(before.real) != batch.batch_size:
             before = None  # Examples were repeated or left out, which `add_rows` will refuse.
         names = tuple(dict.fromkeys(name for part in self._by_argument.values() for name in part))
@@ -86,7 +91,7 @@ class AskedSegments:
         real = batch.attention_mask
         if before is not None:
             masks, real = torch.cat([before.masks, masks], dim=-1), torch.cat([before.real, real], dim=-1)
-        return SegmentMarks(self, names, masks, real)
+        return SegmentMarks(self, names, masks, real, right_padded and before is None)
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,14 @@ class SegmentMarks:
         names: their names, each once.
         masks: their columns.
         real: the columns that are no padding.
+        right_padded: whether it is known that every example is one sequence that begins in column 0.
     """
 
     asked: AskedSegments
     names: tuple[str, ...]
     masks: Bool[Tensor, "batch name column"]
     real: Bool[Tensor, "batch column"]
+    right_padded: bool = False
 
     def rows(self, name: str) -> Bool[Tensor, "batch column"]:
         """Return the columns of a segment."""
@@ -117,18 +124,26 @@ class SegmentMarks:
     @cached_property
     def keys(self) -> MarkedKeys:
         """The keys that rows are asked about, the same for all layers of a pass."""
-        shares, single, ignored = None, (), None
-        if self.asked.share_on:
-            shares = torch.stack([self.rows(name) for name in self.asked.share_on], dim=1)
-            single = tuple((shares.sum(-1).amax(0) <= 1).tolist())
-        if self.asked.span_ignores:
-            ignored = torch.stack([self.rows(name) for name in self.asked.span_ignores]).any(0)
-        column_0 = ignored is not None and bool((ignored[:, 0] & (ignored.sum(-1) == 1)).all())
-        return MarkedKeys(shares, single, ignored, column_0)
+        on, ignores = self.asked.share_on, self.asked.span_ignores
+        shares = torch.stack([self.rows(name) for name in on], dim=1) if on else None
+        ignored = torch.stack([self.rows(name) for name in ignores]).any(0) if ignores else None
+        if self.right_padded and {*on, *ignores} <= {"first"}:
+            return MarkedKeys(shares, (True,) * len(on), ignored, bool(ignores), (True,) * len(on))
+        if shares is None and ignored is None:
+            return MarkedKeys()
+        # One transfer for all that the processor has to know, before the first layer's work is done.
+        flags = []
+        for marked in (shares, None if ignored is None else ignored[:, None]):
+            if marked is not None:
+                count = marked.sum(-1)
+                flags += [(count <= 1).all(0), (marked[..., 0] & (count == 1)).all(0)]
+        known = torch.cat(flags).tolist()
+        single, at_0 = tuple(known[: len(on)]), tuple(known[len(on) : 2 * len(on)])
+        return MarkedKeys(shares, single, ignored, ignored is not None and known[-1], at_0)
 
     def without_last(self, count: int) -> SegmentMarks:
         """Return the marks without the last columns."""
-        return replace(self, masks=self.masks[..., :-count], real=self.real[:, :-count])
+        return replace(self, masks=self.masks[..., :-count], real=self.real[:, :-count], right_padded=False)
 
     def to(self, device: Any) -> SegmentMarks:
         """Return the marks on a device."""

@@ -12,6 +12,7 @@ taken back: what they added is kept apart, row by row, until the next step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe import reductions
+from attnprobe.attention.checks import judge_later
 from attnprobe.attention.operator import Attention
 from attnprobe.errors import PatternError
 from attnprobe.metric_arguments import check_mask
@@ -51,6 +53,32 @@ class LayerSums:
     shares: Float[Tensor, "batch head token target"] | None = None
     left: Float[Tensor, "batch head token 2"] | None = None
     value_norms: Float[Tensor, "batch head token"] | None = None
+
+    @staticmethod
+    def of_layers(layers: Sequence[LayerSums], device: torch.device) -> LayerSums:
+        """Return the sums of several layers, on a device, as those of one layer with the heads of all.
+
+        They cannot be continued.
+        """
+
+        def joined(name: str) -> Tensor | None:
+            parts = [getattr(layer, name) for layer in layers]
+            known = [part.to(device) for part in parts if part is not None]
+            return torch.cat(known, dim=1) if known else None
+
+        waad, received = joined("waad"), joined("received")
+        assert waad is not None
+        assert received is not None
+        return LayerSums(
+            joined("distance"),
+            waad,
+            received,
+            joined("received_far"),
+            None,
+            shares=joined("shares"),
+            left=joined("left"),
+            value_norms=joined("value_norms"),
+        )
 
     def without_last(self, count: int) -> LayerSums:
         """Return the sums without the last rows, of which there must be as many drafts."""
@@ -128,6 +156,21 @@ class _Drafts:
         return _Drafts(received, kept(self.received_far))
 
 
+class MarkedRows:
+    """Which rows of a pass are marked in some example, asked of the device once for all layers."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Tensor, list[bool]]] = []
+
+    def of(self, rows: Bool[Tensor, "batch pass_token"]) -> list[bool]:
+        """Return which rows a mask marks in some example."""
+        for mask, known in self._known:
+            if mask is rows:
+                return known
+        self._known.append((rows, rows.any(0).tolist()))
+        return self._known[-1][1]
+
+
 def add_rows(
     before: LayerSums | None,
     attention: Attention,
@@ -140,12 +183,13 @@ def add_rows(
     drafted: int = 0,
     influence_rows: Bool[Tensor, "batch pass_token"] | None = None,
     keys: MarkedKeys = MarkedKeys(),  # noqa: B008 (frozen)
+    marked: MarkedRows | None = None,
 ) -> LayerSums:
     """Return the sums with the rows of another pass added; the last `drafted` rows may be taken back.
 
     FAI's rows are `influence_rows`, or else those of the response; `keys` are columns of the whole sequence.
-    A layer may be given only the last tokens of a pass (Gemma 4 in the prefill of `generate`). Sums that
-    need a row which it did not compute are NaN.
+    `marked` remembers what is the same for all layers of the pass. A layer may be given only the last tokens
+    of a pass (Gemma 4 in the prefill of `generate`). Sums that need a row which it did not compute are NaN.
 
     Raises:
         PatternError: a pass that does not continue the one before.
@@ -154,6 +198,7 @@ def add_rows(
     start = columns - response_mask.shape[1]
     _check_continues(before, attention, start)
     missing = response_mask.shape[1] - attention.query_count
+    known_rows = MarkedRows() if marked is None else marked
     giving = response_mask if influence_rows is None else influence_rows
     # One band serves both WAAD and FAI.
     near = reductions.near_band(attention, window, horizon)
@@ -177,10 +222,12 @@ def add_rows(
         rows: Tensor, earlier: Tensor | None, within: Horizon, band: Tensor | None, unknown: Tensor | None
     ) -> tuple[Tensor, _Addends | None]:
         """Add what this pass's keys received to what the columns had received before; NaN where unknown."""
-        rows = check_mask(attention, rows[:, missing:])
+        every, rows = rows, check_mask(attention, rows[:, missing:])
         lasting = rows.clone()
         lasting[:, rows.shape[1] - drafted :] = False
-        now = reductions.received_by_key(attention, lasting, within, band)
+        now = reductions.received_by_key(
+            attention, lasting, within, band, lambda: known_rows.of(every)[missing:]
+        )
         total = now.new_zeros(*now.shape[:2], columns)
         if earlier is not None:
             total[..., : earlier.shape[-1]] = earlier
@@ -275,19 +322,25 @@ def _check_continues(before: LayerSums | None, attention: Attention, start: int)
     # Only columns that both have: a sliding cache has dropped the first ones.
     now = fingerprint[:, : start - attention.key_start]
     then = before.fingerprint[:, attention.key_start : start]
-    scale = float(then.abs().max()) if then.numel() else 1.0
-
-    def agree(ours: Tensor, theirs: Tensor) -> bool:
-        return bool(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * scale))
-
-    if then.numel() == 0 or agree(now, then):
+    if then.numel() == 0:
         return
-    if all(any(agree(ours, theirs) for theirs in then) for ours in now):
+    scale = then.abs().amax()
+
+    def agree(ours: Tensor, theirs: Tensor) -> Tensor:
+        return ((ours - theirs).abs() <= 1e-4 * scale + 1e-3 * theirs.abs()).all()
+
+    def judge(agreed: list[float]) -> None:
+        if agreed[0]:
+            return
+        if all(any(bool(agree(ours, theirs)) for theirs in then) for ours in now):
+            raise PatternError(
+                "the examples in the KV cache were reordered between two passes, as beam search does: what "
+                "was observed before belongs to other examples. Measure the finished sequences instead"
+            )
         raise PatternError(
-            "the examples in the KV cache were reordered between two passes, as beam search does: what was "
-            "observed before belongs to other examples. Measure the finished sequences instead"
+            "the keys in the KV cache are not those that were observed: they were changed between two "
+            "passes, as in a quantised cache, or belong to another sequence. Measure the finished sequences "
+            "instead"
         )
-    raise PatternError(
-        "the keys in the KV cache are not those that were observed: they were changed between two passes, as "
-        "in a quantised cache, or belong to another sequence. Measure the finished sequences instead"
-    )
+
+    judge_later([agree(now, then)], judge)

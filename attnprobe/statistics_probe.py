@@ -28,7 +28,7 @@ from attnprobe.probe import Probe
 from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.segment_marks import AskedSegments, SegmentMarks
 from attnprobe.segments import NamesLike
-from attnprobe.sequence_sums import LayerSums, add_rows
+from attnprobe.sequence_sums import LayerSums, MarkedRows, add_rows
 from attnprobe.validation import IntLike, truth
 
 # Of guesses in assisted decoding, which are usually fewer than twenty: each takes memory of its own.
@@ -100,11 +100,16 @@ class HeadStatisticsProbe(Probe):
         if self.value_weighted:
             self.sites |= {"value_norms"}
         self.optional_sites = logits
+        # Whether every example of every pass is one sequence that begins in column 0: `measure` knows, so the
+        # device need not be asked.
+        self.right_padded = False
         self._sequence = GrowingSequence()
         self._pass: dict[int, LayerSums] = {}
         self._norms: dict[int, Tensor] = {}
         self._continues = False
         self._marks: SegmentMarks | None = None
+        self._giving: Tensor | None = None
+        self._marked_rows = MarkedRows()
         self._cache: GrowingCache | None = None
         self._distribution_entropy: Tensor | None = None
         self._finished: list[_Finished] = []
@@ -134,7 +139,9 @@ class HeadStatisticsProbe(Probe):
         self._continues = value.key_start + value.key_count > batch.token_count
         before = self._sequence.layers.get(layer) if self._continues else None
         if self._marks is None:
-            self._marks = self.asked.marks(batch, self._sequence.marks if self._continues else None)
+            earlier = self._sequence.marks if self._continues else None
+            self._marks = self.asked.marks(batch, earlier, right_padded=self.right_padded)
+            self._giving = self._marks.influence_rows(batch.token_count)
         far = reductions.RECEIVER_HORIZON if self.receiver else None
         self._pass[layer] = add_rows(
             before,
@@ -145,8 +152,9 @@ class HeadStatisticsProbe(Probe):
             far,
             span=self.span,
             drafted=0 if self._cache is None else min(self._cache.drafted, _MOST_REMEMBERED),
-            influence_rows=self._marks.influence_rows(batch.token_count),
+            influence_rows=self._giving,
             keys=self._marks.keys,
+            marked=self._marked_rows,
         )
 
     def end(self, batch: TokenBatch) -> None:
@@ -165,7 +173,7 @@ class HeadStatisticsProbe(Probe):
     def abort(self) -> None:
         """Forget the pass that is under way; earlier ones are kept."""
         self._pass, self._continues, self._distribution_entropy, self._marks = {}, False, None, None
-        self._norms = {}
+        self._norms, self._giving, self._marked_rows = {}, None, MarkedRows()
 
     def result(self) -> HeadStatistics:
         """Return the statistics of all sequences so far, joined along the batch axis.
@@ -200,13 +208,12 @@ class HeadStatisticsProbe(Probe):
         assert sequence.marks is not None
         mask, segments = sequence.response_mask, sequence.segment_ids
         layers = sorted(sequence.layers)
-        reduced = [self._reduced(sequence.layers[layer], mask, segments, sequence.marks) for layer in layers]
-        heads = max(values["waad"].shape[1] for values in reduced)
+        heads = [sequence.layers[layer].waad.shape[1] for layer in layers]
+        # All layers go as one with many heads. They may lie on different devices.
+        sums = LayerSums.of_layers([sequence.layers[layer] for layer in layers], mask.device)
+        reduced = self._reduced(sums, heads, mask, segments, sequence.marks.to(mask.device))
         joined: dict[str, Any] = {"span": None, "receiver_kurtosis": None}
-        for name in reduced[0]:
-            # Layers may lie on different devices.
-            padded = [_pad_heads(values[name], heads).to(mask.device) for values in reduced]
-            joined[name] = torch.stack(padded, dim=1)
+        joined |= {name: _by_layer(values, heads) for name, values in reduced.items()}
         rows_left = joined.pop("rows_left", None)
         statistics = HeadStatistics(
             **joined,
@@ -227,11 +234,9 @@ class HeadStatisticsProbe(Probe):
         return [_Finished(statistics, None if rows_left is None else rows_left.nan_to_num().long())]
 
     def _reduced(
-        self, sums: LayerSums, mask: Tensor, segments: Tensor | None, marks: SegmentMarks
+        self, sums: LayerSums, heads: list[int], mask: Tensor, segments: Tensor | None, marks: SegmentMarks
     ) -> dict[str, Tensor]:
-        """Return a layer's statistics from its sums."""
-        device = sums.waad.device
-        mask, marks = mask.to(device), marks.to(device)
+        """Return the statistics of all layers from their sums, with the heads of all layers on one axis."""
         giving = marks.rows(self.asked.influence_rows)
         reduced = {
             "waad": sums.waad.masked_fill(~mask[:, None], torch.nan),
@@ -239,7 +244,7 @@ class HeadStatisticsProbe(Probe):
                 _weighted(sums.received, sums.value_norms), mask, self.horizon, segments, giving
             ),
         }
-        members = None if segments is None else _sequences_with_response(mask, segments.to(device))
+        members = None if segments is None else _sequences_with_response(mask, segments.to(mask.device))
         if sums.distance is not None:
             reduced["span"] = reductions.mean_over_rows(sums.distance, mask)
             if members is not None:
@@ -260,8 +265,13 @@ class HeadStatisticsProbe(Probe):
                 reduced["sequence_shares"] = torch.stack(parts, dim=-1)
         if sums.received_far is not None:
             received = _weighted(sums.received_far, sums.value_norms)
-            selectivity = reductions.selectivity_of(received, mask, segment_ids=segments)
-            reduced["receiver_kurtosis"], reduced["receiver_gini"] = selectivity
+            # Layer by layer: it takes several copies in float64.
+            by_layer = [
+                reductions.selectivity_of(of_layer, mask, segment_ids=segments)
+                for of_layer in received.split(heads, dim=1)
+            ]
+            reduced["receiver_kurtosis"] = torch.cat([each.kurtosis for each in by_layer], dim=1)
+            reduced["receiver_gini"] = torch.cat([each.gini for each in by_layer], dim=1)
         return reduced
 
 
@@ -312,10 +322,15 @@ def _sequences_with_response(
     return members
 
 
-def _pad_heads(values: Tensor, heads: int) -> Tensor:
-    """Pad the head axis with NaN, for models whose layers differ in their number of heads."""
-    missing = heads - values.shape[1]
-    if missing == 0:
-        return values
-    padding = values.new_full((values.shape[0], missing, *values.shape[2:]), torch.nan)
-    return torch.cat([values, padding], dim=1)
+def _by_layer(values: Tensor, heads: list[int]) -> Tensor:
+    """Return values with an axis for layers before that for heads; NaN for heads that a layer lacks."""
+    most = max(heads)
+    if min(heads) < most:
+        parts = values.split(heads, dim=1)
+        behind = [0, 0] * (values.ndim - 2)
+        padded = [
+            torch.nn.functional.pad(part, (*behind, 0, most - part.shape[1]), value=torch.nan)
+            for part in parts
+        ]
+        values = torch.cat(padded, dim=1)
+    return values.reshape(len(values), len(heads), most, *values.shape[2:])

@@ -16,7 +16,7 @@ class _WithoutDevice(TorchFunctionMode):
     """Does what Python cannot do with CUDA tensors where torch was built without CUDA.
 
     Indexing, negation and copies go by operators. A question about values (is any of them not finite?) is
-    answered with no.
+    answered with no, and numbers that are fetched are 0.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -31,6 +31,8 @@ class _WithoutDevice(TorchFunctionMode):
             return torch.clone(*args, memory_format=torch.contiguous_format)
         if func is torch.Tensor.__bool__:
             return False
+        if func is torch.Tensor.item:
+            return 0.0 if args[0].is_floating_point() else 0
         return func(*args, **(kwargs or {}))
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnprobe
 from attnprobe import DenseAttention, FactoredAttention, reductions
+from attnprobe.adapters import output_check
+from attnprobe.adapters import transformers as transformers_adapter
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -36,6 +40,46 @@ class Operations(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
         return answer
+
+
+WAITS = {
+    "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "masked_select", "bincount",
+    "_unique", "_unique2", "unique_dim", "unique_consecutive", "repeat_interleave.Tensor",
+}  # fmt: skip
+
+
+class Waits(Operations):
+    """Counts what makes the processor wait for an accelerator: a number that it asks for, or a shape."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        chosen = name.partition(".")[0] in ("index", "index_put", "index_put_")
+        masks = [index for index in args[1] if index is not None] if chosen else []
+        if name in WAITS or any(index.dtype == torch.bool for index in masks):
+            self.waits += 1
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+class Lists(TorchFunctionMode):
+    """Counts transfers that, on the CPU, run no kernel."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy):
+            self.waits.waits += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits_in(call: Callable[[], object]) -> int:
+    call()
+    with Waits() as waits, Lists(waits):
+        call()
+    return waits.waits
 
 
 def batch_of(tokens: int, batch: int = 1) -> attnprobe.TokenBatch:
@@ -127,6 +171,85 @@ def test_receiver_statistics_cost_one_product_more() -> None:
     product = LAYERS * HEADS * tokens * tokens * WIDTH
     columns = LAYERS * HEADS * tokens * tokens
     assert far - near <= (product + columns) * 1.15
+
+
+# ---- waiting for the device ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation", "settings"),
+    [
+        ("llama", "sdpa", {}),
+        ("llama", "eager", {"horizon": (10, None), "receiver": True}),
+        ("gemma2", "eager", {"share_on": ("prompt", "first"), "influence_rows": "prompt"}),
+        ("mistral", "sdpa", {"span_ignores": ("prompt",), "entropy": True}),
+        ("gpt_oss", "eager", {}),
+        ("bloom", "eager", {}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_layer_waits_for_the_device(
+    family: str,
+    implementation: str,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the processor asks a device for does not grow with the layers: twice as many, no wait more."""
+    # In 16 bits, rows that look suspicious are computed again when the pass ends: a transfer for each layer.
+    monkeypatch.setattr(output_check, "_SUSPICIOUS", float("inf"))
+    found = []
+    for layers in (4, 8):
+        model = tiny_model(family, implementation=implementation, num_hidden_layers=layers).to(dtype)
+        plain_waits = waits_in(plain(model, 48))
+        options = {"entropy": False, **settings}
+        found.append(
+            waits_in(lambda m=model, o=options: attnprobe.measure(m, batch_of(48, 2), **o)) - plain_waits
+        )
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("right_padded", "most"), [(True, 1), (False, 2)])
+def test_a_pass_waits_once(right_padded: bool, most: int) -> None:
+    """At its end, for all checks; a pass of the user's also at its start, for what is in column 0."""
+    model, ids, probe = long_model(), batch_of(48).input_ids, attnprobe.HeadStatisticsProbe(entropy=False)
+    probe.right_padded = right_padded
+
+    def call() -> object:
+        return model(ids, use_cache=False, logits_to_keep=1)
+
+    with torch.no_grad():
+        before = waits_in(call)
+        with attnprobe.attach(model, probe):
+            assert waits_in(call) - before == most
+
+
+def test_waiting_is_seen() -> None:
+    """A count that sees nothing allows everything."""
+    numbers = torch.arange(3)
+    for ask in (
+        lambda: int(numbers[0]), lambda: bool((numbers > 1).any()), lambda: numbers.tolist(),
+        lambda: numbers[numbers > 1], lambda: numbers.nonzero(), lambda: torch.equal(numbers, numbers + 1),
+    ):  # fmt: skip
+        assert waits_in(ask) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_logits_of_a_long_response_are_never_there_at_once(family: str) -> None:
+    """Entropy takes a few positions at a time, through the model's own head: gemma2 caps its logits."""
+    vocabulary, tokens = 16000, 400
+    model = tiny_model(family, vocab_size=vocabulary, max_position_embeddings=512, num_hidden_layers=2)
+    batch, parts = batch_of(tokens), repr(model)
+    with Operations() as operations:
+        whole = attnprobe.measure(model, batch)
+    assert operations.largest >= 300 * vocabulary * 4
+    with patch.object(transformers_adapter, "LOGITS_AT_ONCE", 80 * vocabulary), Operations() as operations:
+        chunked = attnprobe.measure(model, batch)
+    assert operations.largest <= 80 * vocabulary * 4
+    for name in ("span", "waad", "fai", "entropy"):
+        torch.testing.assert_close(getattr(chunked, name), getattr(whole, name), equal_nan=True)
+    assert repr(model) == parts
+    assert torch.equal(attnprobe.measure(model, batch).entropy.nan_to_num(), whole.entropy.nan_to_num())
 
 
 # ---- windows and horizons beyond the text -------------------------------------------------------

@@ -165,6 +165,54 @@ def test_a_falsified_model_is_refused(name: str, dtype: torch.dtype) -> None:
         read()
 
 
+def test_a_refused_pass_leaves_no_number() -> None:
+    """The checks are judged when the pass ends: until then nothing is handed out, and then it is dropped."""
+    model, seen = tiny_model("llama"), []
+    refused = r"layer 1 of .* attnprobe does not know"
+    ids = torch.randint(3, 99, (2, 60), generator=torch.Generator().manual_seed(0))
+    batch = attnprobe.TokenBatch.from_ids(ids, response_start=10)
+    expected = attnprobe.measure(model, batch)
+
+    class Later(attnprobe.Probe):
+        sites = frozenset({"layer_output"})
+
+        def observe(self, site, layer, value, batch):
+            seen.append(layer)
+
+        def end(self, batch):
+            seen.append("end")
+
+        def abort(self):
+            seen.append("abort")
+
+    probe = attnprobe.HeadStatisticsProbe(entropy=False)
+    only_layer_1 = lambda module, given: {  # noqa: E731
+        "scaling": given["scaling"] * (2 if module.layer_idx == 1 else 1)
+    }
+    model.set_attn_implementation(registered("falsified", only_layer_1))
+    with torch.no_grad(), attnprobe.attach(model, probe, Later()):
+        with pytest.raises(IncompleteRunError, match=refused):
+            model(ids)
+        assert seen == [0, 1, 2, "abort"]
+        with pytest.raises(attnprobe.ResultError, match="no complete forward pass"):
+            probe.result()
+        # An error of another kind in a later layer does not hide it.
+        nan = lambda module, args: (args[0] * torch.nan, *args[1:])  # noqa: E731
+        with (
+            model.model.layers[2].register_forward_pre_hook(nan),
+            pytest.raises(IncompleteRunError, match=refused),
+        ):
+            model(ids)
+        model.set_attn_implementation("sdpa")
+        model(ids)
+    model.set_attn_implementation("falsified")
+    with pytest.raises(IncompleteRunError, match=refused):
+        attnprobe.measure(model, batch, entropy=False)
+    found = probe.result()
+    assert torch.equal(found.span.isnan(), expected.span.isnan())
+    assert len(found.span) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("layers", [[0], [5], [3, 10, 20]])

@@ -55,7 +55,7 @@ def test_every_visible_pair_is_covered_once(drawn, sizes, start: int, length: in
     stop = None if length is None else start + length
     covered = torch.zeros(seen.shape, dtype=torch.long)
     with patch.object(tiles, "TILE_KEYS", sizes[1]):
-        plan = plan_tiles(mask.reaches(sizes[0], offset), offset, start, stop)
+        plan = plan_tiles(mask.reaches(sizes[0]), offset, start, stop)
         for tile in plan:
             assert tile.key_block == tile.keys.start // sizes[1] == (tile.keys.stop - 1) // sizes[1]
             part = torch.ones(covered[:, tile.queries, tile.keys].shape, dtype=torch.long)
@@ -75,8 +75,8 @@ def test_every_visible_pair_is_covered_once(drawn, sizes, start: int, length: in
 def test_nothing_far_from_the_question_is_visited() -> None:
     """A window, or near distances, meet the tiles along the diagonal only, and most need no mask."""
     size, keys = tiles.TILE_QUERIES, 8192
-    plain = CausalMask.causal(keys, keys, None, torch.device("cpu")).reaches(size, 0)
-    windowed = CausalMask.causal(keys, keys, 256, torch.device("cpu")).reaches(size, 0)
+    plain = CausalMask.causal(keys, keys, None, torch.device("cpu")).reaches(size)
+    windowed = CausalMask.causal(keys, keys, 256, torch.device("cpu")).reaches(size)
     every = plan_tiles(plain, 0)
     assert not any(tile.needs_mask for tile in every)
     near = plan_tiles(plain, 0, 0, 256)

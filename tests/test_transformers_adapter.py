@@ -441,8 +441,8 @@ def test_an_error_at_the_end_of_a_pass_that_ends_early_comes_through() -> None:
     assert_same_state(before, model_state(model))
 
 
-def test_a_probe_sees_only_what_was_checked() -> None:
-    """An attention that was read otherwise than the model computed it is shown to nobody."""
+def test_no_pass_is_complete_before_it_was_checked() -> None:
+    """If an attention was read otherwise than the model computed it, probes are told to forget the pass."""
     model = tiny_model("llama")
     told = Told()
 
@@ -454,7 +454,7 @@ def test_a_probe_sees_only_what_was_checked() -> None:
     model.set_attn_implementation("halved")
     with torch.no_grad(), attnprobe.attach(model, told), pytest.raises(IncompleteRunError, match="layer 0"):
         model(torch.tensor([[1, 2, 3, 4, 5]]))
-    assert told.events == ["begin", "abort"]
+    assert told.events == ["begin", "layer 0", "layer 1", "layer 2", "abort"]
 
 
 def test_the_base_model_can_be_called_alone() -> None:

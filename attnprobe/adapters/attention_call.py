@@ -8,6 +8,7 @@ own output (output_check).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from attnprobe.adapters.forward_call import TAKES_PAIRS, Columns
+from attnprobe.attention.block_scores import causal_mask
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.attention.listening import FlashResult
 from attnprobe.attention.masks import CausalMask, split_mask
@@ -39,19 +41,60 @@ class AttentionCall:
     flash: FlashResult | None = None
 
 
+_KINDS = 3
+"""How many masks of a pass are remembered: some models alternate between layers with and without a window."""
+
+
 class MaskMemory:
-    """Remembers what the last mask says, since all layers of a kind share one mask in a forward pass."""
+    """Remembers what the last masks say, since all layers of a kind share one mask in a forward pass.
+
+    What has been read from a mask decides what is computed next, so reading it makes the processor wait for
+    the device: once for each kind of layer, not in each layer.
+    """
 
     def __init__(self) -> None:
-        self._known: tuple[Any, int, CausalMask, Tensor | None] | None = None
+        self._known: list[tuple[Any, Hashable, tuple[CausalMask, Tensor | None]]] = []
 
     def read(self, mask: Tensor | BlockMask, key_count: int) -> tuple[CausalMask, Tensor | None]:
         """Return which keys a mask lets each query see, and what it adds to the scores."""
-        if self._known is None or self._known[0] is not mask or self._known[1] != key_count:
+
+        def split() -> tuple[CausalMask, Tensor | None]:
             pairs = mask[..., :key_count] if isinstance(mask, Tensor) else _pairs_of(mask, key_count)
             seen, bias = split_mask(pairs)
-            self._known = (mask, key_count, CausalMask.from_mask(seen), bias)
-        return self._known[2:]
+            return CausalMask.from_mask(seen), bias
+
+        return self._remembered(mask, key_count, split)
+
+    def of_padding(
+        self, mask: Tensor | None, query: Tensor, key: Tensor, end: int, window: int | None
+    ) -> CausalMask:
+        """Return the causal mask of a call whose own mask says only which columns up to `end` are padding."""
+        key_count = key.shape[2]
+
+        def combined() -> tuple[CausalMask, None]:
+            kept = None if mask is None else mask[:, :end][:, -key_count:].bool()
+            return causal_mask(query, key, window, kept), None
+
+        shapes = (len(key), query.shape[2], key_count, end, window, query.device)
+        return self._remembered(mask, shapes, combined)[0]
+
+    def of_segments(self, segment_ids: Tensor, query: Tensor, window: int | None) -> CausalMask:
+        """Return the causal mask of packed rows."""
+
+        def separated() -> tuple[CausalMask, None]:
+            return CausalMask.from_segments(segment_ids.to(query.device), window), None
+
+        return self._remembered(segment_ids, (window, query.device), separated)[0]
+
+    def _remembered(
+        self, source: Any, settings: Hashable, read: Callable[[], tuple[CausalMask, Tensor | None]]
+    ) -> tuple[CausalMask, Tensor | None]:
+        for known_source, known_settings, known in self._known:
+            if known_source is source and known_settings == settings:
+                return known
+        found = read()
+        self._known = [*self._known[1 - _KINDS :], (source, settings, found)]
+        return found
 
 
 def _pairs_of(mask: BlockMask, key_count: int) -> Bool[Tensor, "batch head query key"]:
@@ -87,13 +130,12 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
     bias = options.get("position_bias")
     # PyTorch's attention has no soft cap: older versions of transformers let Gemma 2 use it all the same.
     softcap = options.get("softcap") if call.implementation != "sdpa" else None
-    causal_mask = key_mask = None
     if isinstance(mask, BlockMask) or (isinstance(mask, Tensor) and mask.ndim == 4):
-        causal_mask, mask_bias = masks.read(mask, key_count)
+        seen, mask_bias = masks.read(mask, key_count)
         if mask_bias is not None:
             bias = mask_bias if bias is None else bias + mask_bias
     elif isinstance(mask, Tensor) and mask.ndim == 2:
-        key_mask = mask[:, :end][:, -key_count:].bool()
+        seen = masks.of_padding(mask, query, key, end, window)
     elif mask is not None:
         raise UnsupportedModelError(
             f"cannot read a mask of type {type(mask).__name__}: use the sdpa or eager implementation"
@@ -104,7 +146,9 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
             raise UnsupportedModelError(
                 f"{kind} continues a cache with packed rows: run each sequence as an example of its own"
             )
-        causal_mask = CausalMask.from_segments(columns.segment_ids.to(query.device), window)
+        seen = masks.of_segments(columns.segment_ids, query, window)
+    else:
+        seen = masks.of_padding(None, query, key, end, window)
     log_sum_exp = mean_position = past_first = None
     if call.flash is not None:
         # The heads of a single query may have been laid out as queries: their order is the same.
@@ -117,9 +161,7 @@ def read_attention(call: AttentionCall, masks: MaskMemory, columns: Columns) -> 
         query,
         key,
         scaling=options.get("scaling"),
-        mask=causal_mask,
-        key_mask=key_mask,
-        window=window,
+        mask=seen,
         softcap=softcap,
         sinks=options.get("s_aux"),
         bias=bias,

@@ -161,6 +161,27 @@ class Adapter(ABC):
             UnsupportedModelError: `logits_at` for a model without next-token logits.
         """
 
+    def reduced_logits(
+        self, batch: TokenBatch, logits_at: Int[Tensor, " position"], reduce: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch position"]:
+        """Run the model as `forward` does, and return what `reduce` makes of the logits at `logits_at`.
+
+        An adapter may compute and reduce the logits of a few positions at a time, since those of all of them
+        may not fit in memory.
+
+        Args:
+            batch: the sequences.
+            logits_at: the positions.
+            reduce: takes logits `[batch, position, vocabulary]` of some of the positions, and returns a
+                number for each.
+
+        Raises:
+            UnsupportedModelError: a model without next-token logits.
+        """
+        logits = self.forward(batch, logits_at=logits_at)
+        assert logits is not None
+        return reduce(logits)
+
     def check_next_token_logits(self, purpose: str, otherwise: str = "") -> None:
         """Check that the model predicts the next token, which something needs.
 

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from attnprobe.adapters.attention_call import AttentionCall
-from attnprobe.attention.block_scores import BlockScores
 from attnprobe.attention.factored import FactoredAttention
 
 _ROWS = {False: 4, True: 8}
@@ -29,7 +28,9 @@ class Rows:
     """
 
     queries: slice | Tensor
-    scores: BlockScores
+    scaling: float
+    softcap: float | None
+    bias: Float[Tensor, "#batch #head row key"] | None
     query: Float[Tensor, "batch head row d"]
     key: Float[Tensor, "batch key_head key d"]
     value: Float[Tensor, "batch value_head key value_d"]
@@ -38,7 +39,8 @@ class Rows:
     log_sum_exp: Float[Tensor, "batch head row 1"]
     probability: Float[Tensor, "batch head row key"]
     output: Float[Tensor, "batch head row value_d"]
-    seeing: Bool[Tensor, "batch head row 1"]
+    unseeing: Bool[Tensor, "batch head row 1"] | None
+    """Which rows see nothing; None if there are none."""
 
     @staticmethod
     def of_call(attention: FactoredAttention, call: AttentionCall, number: int) -> Rows:
@@ -46,24 +48,27 @@ class Rows:
         scores = attention.scores
         queries = _chosen_queries(attention, _ROWS[call.query.dtype.itemsize == 2], number)
         score = scores.block(queries, slice(0, attention.key_count))
-        top = score.amax(-1, keepdim=True)
-        seeing = top > -torch.inf
+        log_sum_exp, probability = score.logsumexp(-1, keepdim=True), score.softmax(-1)
+        unseeing = None
+        if not (scores.mask.plain and scores.are_products):
+            unseeing = log_sum_exp == -torch.inf
+            log_sum_exp.masked_fill_(unseeing, 0.0)
+            probability.masked_fill_(unseeing, 0.0)
         sinks = call.options.get("s_aux")
         if sinks is not None:
             sinks = sinks.detach().to(score.dtype)[:, None, None]
-            top = torch.maximum(top, sinks)
-        top = top.masked_fill_(~seeing, 0.0)
-        probability = (score - top).exp_()
-        total = probability.sum(-1, keepdim=True)
-        if sinks is not None:
-            total += (sinks - top).exp_()
-        total.masked_fill_(~seeing, 1.0)
-        probability /= total
-        log_sum_exp = total.log_().add_(top)
+            total = torch.logaddexp(log_sum_exp, sinks)
+            probability *= (log_sum_exp - total).exp_()
+            log_sum_exp = total
         value = call.value[:, :, : attention.key_count].detach().to(score.dtype)
+        bias = scores.bias
+        if bias is not None:
+            bias = bias[:, :, queries, : attention.key_count].to(score.dtype)
         return Rows(
             queries,
-            scores,
+            scores.scaling,
+            scores.softcap,
+            bias,
             scores.query[:, :, queries].to(score.dtype),
             scores.key.to(score.dtype),
             value,
@@ -72,14 +77,8 @@ class Rows:
             log_sum_exp,
             probability,
             mixed(probability, value),
-            seeing,
+            unseeing,
         )
-
-    @property
-    def bias(self) -> Float[Tensor, "#batch #head row key"] | None:
-        """What is added to the scores."""
-        bias = self.scores.bias
-        return None if bias is None else bias[:, :, self.queries, : self.score.shape[-1]].to(self.score.dtype)
 
 
 def _chosen_queries(attention: FactoredAttention, count: int, number: int) -> slice | Tensor:

@@ -9,7 +9,9 @@ happens in the pass (reading), and the attention calls in it (attention_call).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -114,7 +116,7 @@ def tokens_of(given: dict[str, Any], implementation: str) -> tuple[TokenBatch, C
         real = mask[:, : cached + ids.shape[1]][:, -ids.shape[1] :].to(ids.device) != 0
     segments = _segments(given, ids, real, implementation)
     columns = Columns(cached, ids.shape[1], cache is not None, segments)
-    return TokenBatch(ids, real, real, segments), columns
+    return TokenBatch.of_pass(ids, real, real, segments), columns
 
 
 def _cache_in(given: dict[str, Any]) -> Any:
@@ -138,6 +140,19 @@ def cache_of(given: dict[str, Any], columns: Columns) -> GrowingCache | None:
     return GrowingCache(min(kept, columns.count) - 1, lambda: int(cache.get_seq_length()))
 
 
+_unpacked: ContextVar[Tensor | None] = ContextVar("attnprobe_unpacked_positions", default=None)
+
+
+@contextmanager
+def unpacked(position_ids: Tensor) -> Iterator[None]:
+    """Say of the positions of our own pass that none restarts, so that the device need not be asked."""
+    token = _unpacked.set(position_ids)
+    try:
+        yield
+    finally:
+        _unpacked.reset(token)
+
+
 def _segments(
     given: dict[str, Any], ids: Tensor, real: Tensor, implementation: str
 ) -> Int[Tensor, "batch token"] | None:
@@ -148,6 +163,8 @@ def _segments(
         column = torch.arange(ids.shape[1], device=ids.device)
         return torch.bucketize(column, bounds[1:].to(column), right=True).expand(ids.shape)
     positions, mask = given.get("position_ids"), given.get("attention_mask")
+    if positions is not None and positions is _unpacked.get():
+        return None
     # Mask functions look at positions only if no mask was given; kernels, if it leaves out no token.
     unmasked = mask is None or (by_kernel and isinstance(mask, Tensor) and bool(real.all()))
     if not unmasked or not isinstance(positions, Tensor) or positions.ndim != 2:

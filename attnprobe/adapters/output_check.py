@@ -17,13 +17,18 @@ rounding can do to them (rounding), and what happens after an error (reading).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from attnprobe.adapters.attention_call import AttentionCall
+from attnprobe.adapters.attention_call import AttentionCall, without_autocast
 from attnprobe.adapters.checked_rows import Rows, mixed
 from attnprobe.adapters.rounding import SINGLE, Rounding, probability_change, rounded_outputs
+from attnprobe.attention.checks import judge_later
 from attnprobe.attention.factored import FactoredAttention
 from attnprobe.errors import IncompleteRunError
 
@@ -79,120 +84,184 @@ def check_against_output(
         IncompleteRunError: they do not.
     """
     assert call.output is not None
-    with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(call.query.device):
         rounding = Rounding.of_call(call)
         rows = Rows.of_call(attention, call, number)
         actual = call.output.detach()[:, rows.queries].transpose(1, 2).to(rows.output.dtype)
+        refused = partial(_unknown, where, sorted(call.options))
         if actual.shape != rows.output.shape:
-            raise _unknown(
-                where,
-                call,
-                f"is {list(call.output.shape)}, which does not fit values of {list(call.value.shape)}",
+            raise refused(
+                f"is {list(call.output.shape)}, which does not fit values of {list(call.value.shape)}"
             )
         change, growth = probability_change(rows, rounding)
-        bound = mixed(change, rows.value.abs()) + rounding.unit * rows.output.abs() + rounding.smallest
+        bound = mixed(change, rows.value.abs())
+        bound += (rounding.unit * rows.output.abs()).add_(rounding.smallest)
         # Where nothing is seen, implementations disagree: NaN, zeros, or a mean of all values.
-        mute = ~rows.seeing | (growth > _UNDECIDED)
+        mute = growth > _UNDECIDED
+        if rows.unseeing is not None:
+            mute |= rows.unseeing
         difference = (actual - rows.output).masked_fill_(mute, 0.0)
         sums = (attention.log_sum_exp()[:, :, rows.queries, None] - rows.log_sum_exp).masked_fill_(mute, 0.0)
-        sums_bound = growth.log() + rounding.exponential + 4 * SINGLE * (1.0 + rows.log_sum_exp.abs())
-        excess, sums_excess = torch.stack(
-            [(difference.abs() / bound).amax(), (sums.abs() / sums_bound).amax()]
-        ).tolist()
-        if not excess <= 1.0:
-            raise _unknown(where, call, _largest(difference, bound, rows, rounding))
-        if not sums_excess <= 1.0:
-            raise _unknown(
-                where,
-                call,
-                f"comes with log-sum-exps that differ by {float(sums.abs().max()):.3g} from those of its "
-                f"query, key and mask ({sums_excess:.3g} times what rounding explains)",
-            )
+        sums_bound = growth.log_().add_(rows.log_sum_exp.abs(), alpha=4 * SINGLE)
+        sums_bound += rounding.exponential + 4 * SINGLE
+        numbers = [(difference.abs() / bound).amax(), (sums.abs() / sums_bound).amax(), sums.abs().amax()]
+        directions: list[_Direction] = []
         if rounding.dtype.itemsize == 2:
-            _check_direction(rows, rounding, change, difference, call, where)
+            directions = _directions(rows, rounding, change, difference)
+        numbers += [direction.found.abs().amax() for direction in directions]
+        place = partial(_place, rows.queries, attention.query_count)
+        kept = None
+        if directions:
+            # As they were given: the copies in float32 take twice the memory.
+            value = call.value[:, :, : attention.key_count].detach()
+            kept = replace(rows, key=attention.scores.key, value=value)
+
+        def judge(found: list[float]) -> None:
+            excess, sums_excess, largest, *along = found
+            if not excess <= 1.0:
+                raise refused(_largest(difference, bound, rounding, place))
+            if not sums_excess <= 1.0:
+                raise refused(
+                    f"comes with log-sum-exps that differ by {largest:.3g} from those of its query, key and "
+                    f"mask ({sums_excess:.3g} times what rounding explains)"
+                )
+            for direction, size in zip(directions, along, strict=True):
+                if kept is not None and size > _SUSPICIOUS:
+                    what = _explained(direction, kept, rounding)
+                    if what is not None:
+                        raise refused(what)
+
+        held = sum(tensor.nbytes for tensor in (difference, bound))
+        if kept is not None:
+            held += sum(part.nbytes for part in (kept.key, kept.value, kept.score, kept.probability))
+        judge_later(numbers, judge, held)
 
 
 # ---- whether the differences have a direction -------------------------------------------------
 
 
-def _check_direction(
+@dataclass(frozen=True, eq=False)
+class _Direction:
+    """A direction that rounding does not prefer, and how far the differences go along it.
+
+    Attributes:
+        meaning: what an output that goes along it looks like.
+        allowed: how many times what rounding gives is too much.
+        weighted: the direction, with each entry divided by how far rounding can change it.
+        length: its length, for each head.
+        found: how far the differences go along it, for each head.
+    """
+
+    meaning: str
+    allowed: float
+    weighted: Float[Tensor, "batch head row value_d"]
+    length: Float[Tensor, " head"]
+    found: Float[Tensor, " head"]
+
+    @staticmethod
+    def of(
+        direction: Float[Tensor, "batch head row value_d"],
+        weight: Float[Tensor, "batch head row value_d"],
+        difference: Float[Tensor, "batch head row value_d"],
+        meaning: str,
+        allowed: float,
+    ) -> _Direction:
+        weighted = direction * weight
+        length = (weighted * direction).sum((0, 2, 3)).sqrt().clamp(min=1e-30)
+        found = (difference * weighted).sum((0, 2, 3)) / length
+        return _Direction(meaning, allowed, weighted, length, found)
+
+    def along(self, differences: Float[Tensor, "batch head row value_d"]) -> Float[Tensor, " head"]:
+        """Return how far other differences go along it."""
+        return (differences * self.weighted).sum((0, 2, 3)) / self.length
+
+
+def _directions(
     rows: Rows,
     rounding: Rounding,
     change: Float[Tensor, "batch head row key"],
     difference: Float[Tensor, "batch head row value_d"],
-    call: AttentionCall,
-    where: str,
-) -> None:
-    """Check that the differences do not make the output hotter or heavier.
+) -> list[_Direction]:
+    """Return whether the differences make the output hotter or heavier."""
+    # Rows whose probabilities may change altogether say nothing about a direction.
+    square = change.square()
+    spread = mixed(square, rows.value.square())
+    spread += square.sum(-1, keepdim=True) * rows.output.square()
+    spread += (rounding.unit * rows.output).square() + rounding.smallest
+    counted = change.sum(-1, keepdim=True) < 4.0
+    if rows.unseeing is not None:
+        counted &= ~rows.unseeing
+    weight = counted / spread
+    unseen = rows.score == -torch.inf
+    mean = (rows.probability * rows.score.masked_fill(unseen, 0.0)).sum(-1, keepdim=True)
+    centred = rows.probability * (rows.score - mean).masked_fill_(unseen, 0.0)
+    hotter = mixed(centred, rows.value) - rows.output * centred.sum(-1, keepdim=True)
+    # Alike roundings of nearly equal scores make an output heavier more easily than hotter, and kernels
+    # differ in them.
+    return [
+        _Direction.of(hotter, weight, difference, "as if its scores were", 3.0),
+        _Direction.of(rows.output, weight, difference, "as if its values were", 5.0),
+    ]
+
+
+def _explained(direction: _Direction, rows: Rows, rounding: Rounding) -> str | None:
+    """Return what is wrong with an output that goes far along a direction; None if rounding explains it.
 
     Rounding errors of different keys usually cancel in these sums, but not always: keys with equal scores are
-    rounded alike. So if a sum is large, the rows are computed once more with rounding, as attention is
-    usually computed; the sum is an error only if rounding does not give such a sum.
-
-    Raises:
-        IncompleteRunError: they do.
+    rounded alike. So the rows are computed once more with rounding, as attention is usually computed; the sum
+    is an error only if rounding does not give such a sum.
     """
-    # Rows whose probabilities may change altogether say nothing about a direction.
-    spread = mixed(change.square(), rows.value.square())
-    spread += change.square().sum(-1, keepdim=True) * rows.output.square()
-    spread += (rounding.unit * rows.output).square() + rounding.smallest
-    weight = (rows.seeing & (change.sum(-1, keepdim=True) < 4.0)) / spread
-    mean = (rows.probability * rows.score.masked_fill(rows.score == -torch.inf, 0.0)).sum(-1, keepdim=True)
-    centred = rows.probability * (rows.score - mean).masked_fill_(rows.score == -torch.inf, 0.0)
-    hotter = mixed(centred, rows.value) - rows.output * centred.sum(-1, keepdim=True)
-    # How many times what rounding gives is too much: alike roundings of nearly equal scores make an output
-    # heavier more easily than hotter, and kernels differ in them.
-    for direction, meaning, allowed in (
-        (hotter, "as if its scores were", 3.0),
-        (rows.output, "as if its values were", 5.0),
-    ):
-        weighted = direction * weight
-        length = (weighted * direction).sum((0, 2, 3)).sqrt().clamp(min=1e-30)  # [head]
-
-        def along(differences: Tensor) -> Tensor:
-            return (differences * weighted).sum((0, 2, 3)) / length  # noqa: B023
-
-        found = along(difference)
-        if float(found.abs().max()) <= _SUSPICIOUS:
-            continue
-        rounded = [
-            along((output - rows.output).masked_fill_(~rows.seeing, 0.0)).nan_to_num()
-            for output in rounded_outputs(rows, rounding)
+    found = direction.found
+    rounded = []
+    for output in rounded_outputs(rows, rounding):
+        error = output - rows.output
+        if rows.unseeing is not None:
+            error.masked_fill_(rows.unseeing, 0.0)
+        rounded.append(direction.along(error).nan_to_num())
+    usual, nearest, largest = torch.stack(
+        [
+            torch.stack([each.abs().amax() for each in rounded]).amax(),
+            torch.stack([(found - each).abs().amax() for each in rounded]).amin(),
+            found.abs().amax(),
         ]
-        usual = max(float(each.abs().max()) for each in rounded)
-        nearest = min(float((found - each).abs().max()) for each in rounded)
-        if nearest > _SUSPICIOUS and float(found.abs().max()) > allowed * usual:
-            head = int(found.abs().argmax())
-            factor = 1 + float(found[head] / length[head])
-            raise _unknown(
-                where,
-                call,
-                f"is not what its query, key and mask give: in head {head} it is {meaning} {factor:.4g} "
-                f"times as large, {float(found.abs().max()) / max(usual, 1e-3):.3g} times what rounding to "
-                f"{_name(rounding.dtype)} explains",
-            )
+    ).tolist()
+    if nearest <= _SUSPICIOUS or largest <= direction.allowed * usual:
+        return None
+    head = int(found.abs().argmax())
+    factor = 1 + float(found[head] / direction.length[head])
+    return (
+        f"is not what its query, key and mask give: in head {head} it is {direction.meaning} {factor:.4g} "
+        f"times as large, {largest / max(usual, 1e-3):.3g} times what rounding to {_name(rounding.dtype)} "
+        "explains"
+    )
 
 
 # ---- what an error says -----------------------------------------------------------------------
 
 
-def _largest(difference: Tensor, bound: Tensor, rows: Rows, rounding: Rounding) -> str:
+def _largest(
+    difference: Tensor, bound: Tensor, rounding: Rounding, place: Callable[[int, int, int], str]
+) -> str:
     """Describe the entry that is farthest beyond its bound."""
     ratio = (difference.abs() / bound).nan_to_num(torch.inf)
-    place = torch.unravel_index(ratio.argmax(), ratio.shape)
-    batch, head, row, _ = (int(index) for index in place)
-    numbers = torch.arange(rows.scores.query.shape[2], device=difference.device)[rows.queries].tolist()
+    worst = torch.unravel_index(ratio.argmax(), ratio.shape)
+    batch, head, row, _ = (int(index) for index in worst)
     return (
-        f"differs by {float(difference[place].abs()):.3g} from what its query, key and mask give, where "
-        f"rounding to {_name(rounding.dtype)} explains {float(bound[place]):.3g} (at batch {batch}, "
-        f"head {head}, query {numbers[row]})"
+        f"differs by {float(difference[worst].abs()):.3g} from what its query, key and mask give, where "
+        f"rounding to {_name(rounding.dtype)} explains {float(bound[worst]):.3g} (at "
+        f"{place(batch, head, row)})"
     )
 
 
-def _unknown(where: str, call: AttentionCall, what: str) -> IncompleteRunError:
+def _place(queries: slice | Tensor, query_count: int, batch: int, head: int, row: int) -> str:
+    number = list(range(query_count))[queries][row] if isinstance(queries, slice) else int(queries[row])
+    return f"batch {batch}, head {head}, query {number}"
+
+
+def _unknown(where: str, options: list[str], what: str) -> IncompleteRunError:
     return IncompleteRunError(
         f"{where} does something to its attention that attnprobe does not know: its output {what}. Options "
-        f"of the call: {sorted(call.options)}. This pass was discarded"
+        f"of the call: {options}. This pass was discarded"
     )
 
 

@@ -35,11 +35,12 @@ from attnprobe.adapters.interception import reads_calls
 from attnprobe.adapters.multimodal import media_tokens, why_not_causal
 from attnprobe.adapters.output_check import OutputCheck
 from attnprobe.adapters.value_norms import ProjectionWatch
+from attnprobe.attention.checks import GatheredChecks, judge_later
 from attnprobe.attention.factored import FactoredAttention
-from attnprobe.attention.masks import LaterKeysError
+from attnprobe.attention.masks import CausalMask, LaterKeysError
 from attnprobe.attention.operator import Attention, DenseAttention
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import InterventionError, UnsupportedModelError
+from attnprobe.errors import AttnprobeError, InterventionError, UnsupportedModelError
 
 _OF_CALLS = frozenset({"attention", "value_norms"})
 """The sites that are read from attention calls."""
@@ -71,6 +72,8 @@ class Reading(ForwardWatch):
         self._masks = MaskMemory()
         self._layers_read: set[int] = set()
         self._output_check = OutputCheck()
+        self._checks = GatheredChecks()
+        self._separated: list[CausalMask] = []
         self._last_layer: int | None = None
         self._projections: dict[int, ProjectionWatch] = {}
         self._ends_early = False
@@ -136,6 +139,7 @@ class Reading(ForwardWatch):
         self._computes_loss = given.get("labels") is not None
         self._batch = batch
         self._layers_read = set()
+        self._checks.clear()
         for watch in self._projections.values():
             watch.reset()
         self._observer.begin(batch, self.columns.cached, cache_of(given, self.columns))
@@ -166,7 +170,8 @@ class Reading(ForwardWatch):
 
     def ended(self, output: Any) -> Any:
         """Show the logits, tell the observer, and remove maps that the user did not ask for."""
-        self._masks = MaskMemory()
+        self._masks, self._separated = MaskMemory(), []
+        self._settle()
         changed = None
         # A base model's output has none, though in a tuple it looks alike.
         if "logits" in self._sites and self._logits_are_last and self.is_whole:
@@ -188,9 +193,18 @@ class Reading(ForwardWatch):
             )
         return with_logits(output, logits)
 
+    def _settle(self) -> None:
+        """Judge what was checked in the layers, before anyone learns that the pass is complete."""
+        try:
+            self._checks.settle()
+        except BaseException:
+            self._observer.abort()
+            raise
+
     def failed(self) -> None:
         """Tell the observer that the pass has failed."""
-        self._masks = MaskMemory()
+        self._masks, self._separated = MaskMemory(), []
+        self._checks.clear()
         self._observer.abort()
 
     # ---- one layer ----------------------------------------------------------------------------
@@ -202,7 +216,7 @@ class Reading(ForwardWatch):
             return
         layer = self._layer_of[id(call.module)]
         call = as_multiplied(call)
-        with torch.no_grad(), without_autocast(call.query.device):
+        with torch.no_grad(), without_autocast(call.query.device), self._gathering():
             attention = self._attention_of(call)
             dropped = call.module.training and float(call.options.get("dropout") or 0.0) > 0
             if not dropped:
@@ -210,6 +224,18 @@ class Reading(ForwardWatch):
             if layer in self._projections:
                 self._projections[layer].called(call, self.columns)
             self._show(layer, attention)
+        if "value_norms" not in self._sites:
+            self._end_after(layer)
+
+    @contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """Let the checks of a layer wait until the pass ends. An error of ours comes after theirs."""
+        with self._checks.open():
+            try:
+                yield
+            except AttnprobeError:
+                self._checks.settle()
+                raise
 
     def _where(self, layer: int) -> str:
         return f"layer {layer} of {self._name}"
@@ -248,11 +274,12 @@ class Reading(ForwardWatch):
             )
         real = self._batch.attention_mask[:, None, :, None].to(pattern.device)
         # Eager masks spread the rows of padding queries, which may see nothing, over all keys.
-        with torch.no_grad(), without_autocast(pattern.device):
+        with torch.no_grad(), without_autocast(pattern.device), self._gathering():
             real = real[:, :, -pattern.shape[2] :]
             pattern = pattern.detach()[..., : self.columns.end].masked_fill(~real, 0.0)
             start = self.columns.end - pattern.shape[3]
             self._show(layer, DenseAttention(pattern, key_start=start))
+        self._end_after(layer)
 
     def _read_map(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Read the map that an eager attention module returns, and remove it from the output.
@@ -281,14 +308,12 @@ class Reading(ForwardWatch):
         return (*entries[:place], None, *entries[place + 1 :]) if self._asked_for_maps else None
 
     def _show(self, layer: int, attention: Attention) -> None:
-        """Show a layer's attention to the observer, and end the pass if nothing more is needed."""
+        """Show a layer's attention to the observer."""
         self._layers_read.add(layer)
         if self.columns.segment_ids is not None and not self.columns.cached:
             self._check_separated(layer, attention, self.columns.segment_ids)
         if "attention" in self._sites:
             self._observer.observe("attention", layer, attention)
-        if "value_norms" not in self._sites:
-            self._end_after(layer)
 
     def _show_norms(self, layer: int, norms: Tensor) -> None:
         """Show the norms of a layer's values, and end the pass if nothing more is needed."""
@@ -306,19 +331,28 @@ class Reading(ForwardWatch):
     def _check_separated(self, layer: int, attention: Attention, segment_ids: Tensor) -> None:
         """Check that a layer keeps the sequences of packed rows apart, as their positions say."""
         if isinstance(attention, FactoredAttention):
-            crosses = attention.scores.mask.crosses(segment_ids)
+            mask = attention.scores.mask
+            if any(mask is checked for checked in self._separated):
+                return
+            self._separated.append(mask)
+            crosses = mask.crosses(segment_ids)
         else:
             ids = segment_ids.to(attention.device)
             other = ids[:, -attention.query_count :, None] != ids[:, None, :]
             pattern = attention.rows(torch.arange(attention.query_count, device=attention.device))
-            crosses = bool((pattern * other[:, None]).any())
-        if crosses:
+            crosses = (pattern * other[:, None]).any()
+
+        def judge(numbers: list[float]) -> None:
+            if not numbers[0]:
+                return
             raise UnsupportedModelError(
                 f"the positions of this call restart, as those of packed sequences do, but layer {layer} of "
                 f"{self._name} lets the sequences see each other. transformers separates them if there is "
                 "neither a cache nor an attention_mask, and not in every family: pass use_cache=False and no "
                 "mask, or give measure a batch with these position_ids, which it runs one by one"
             )
+
+        judge_later([crosses], judge)
 
     # ---- tensor sites -------------------------------------------------------------------------
 
@@ -363,7 +397,11 @@ class Reading(ForwardWatch):
         # keeps. Logits are not copied: they are large, and the model does nothing more with them.
         shown = value if site == "logits" else value.clone()
         version = None if shown.is_inference() else shown._version
-        replaced = self._observer.observe(site, layer, shown)
+        if site == "logits":
+            replaced = self._observer.observe(site, layer, shown)
+        else:
+            with self._checks.open():
+                replaced = self._observer.observe(site, layer, shown)
         if version is not None and shown._version != version:
             raise InterventionError(f"a probe changed {where} in place: return a new tensor to replace it")
         if replaced is not None and computes_layers_again(self._model):

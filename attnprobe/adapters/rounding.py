@@ -95,9 +95,9 @@ def _score_change(rows: Rows, rounding: Rounding) -> Float[Tensor, "batch head r
     # For the largest key of each head: a number for each key would cost as much as the rest.
     key_norm = _fourth_norm(rows.key).amax(-1, keepdim=True)  # [batch, key_head, 1]
     query_norm = _fourth_norm(rows.query).unflatten(1, (key_norm.shape[1], -1))  # [..., group, row]
-    terms = (query_norm * key_norm[..., None]).flatten(1, 2)[..., None] * abs(rows.scores.scaling)
+    terms = (query_norm * key_norm[..., None]).flatten(1, 2)[..., None] * abs(rows.scaling)
     same_for_row = terms * (4 * rounding.factor + single) + rows.log_sum_exp.abs() * rounding.score
-    roundings = 3 if rows.scores.softcap is None else 6
+    roundings = 3 if rows.softcap is None else 6
     return size.mul_(roundings * rounding.score + single).add_(same_for_row)
 
 
@@ -131,11 +131,11 @@ def probability_change(
 
 def rounded_outputs(rows: Rows, rounding: Rounding) -> Iterator[Float[Tensor, "batch head row value_d"]]:
     """Compute the rows' outputs with the rounding of three kinds of kernel."""
-    dtype, scores = rounding.dtype, rows.scores
+    dtype = rounding.dtype
     value = rows.value.to(dtype)
-    score = mixed(rows.query.to(dtype), rows.key.to(dtype).mT) * scores.scaling
-    if scores.softcap is not None:
-        score = torch.tanh(score / scores.softcap) * scores.softcap
+    score = mixed(rows.query.to(dtype), rows.key.to(dtype).mT) * rows.scaling
+    if rows.softcap is not None:
+        score = torch.tanh(score / rows.softcap) * rows.softcap
     if rows.bias is not None:
         score = score + rows.bias.to(dtype)
     score = score.masked_fill(rows.score == -torch.inf, -torch.inf)
@@ -146,7 +146,9 @@ def rounded_outputs(rows: Rows, rounding: Rounding) -> Iterator[Float[Tensor, "b
     probability = score.float().softmax(-1)[..., : rows.score.shape[-1]].to(dtype)
     yield mixed(probability, value).to(rows.output.dtype)
     # A flash kernel rounds what is not yet normalized, with scores in float32.
-    top = rows.score.amax(-1, keepdim=True).masked_fill(~rows.seeing, 0.0)
+    top = rows.score.amax(-1, keepdim=True)
+    if rows.unseeing is not None:
+        top = top.masked_fill(rows.unseeing, 0.0)
     unnormalized = (rows.score - top).exp().to(dtype)
     scale = (top - rows.log_sum_exp).exp()
     yield (mixed(unnormalized, value).to(rows.output.dtype) * scale).to(dtype).to(rows.output.dtype)

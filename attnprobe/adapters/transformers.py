@@ -13,7 +13,7 @@ maps that their eager attention returns. `adapter_for` makes the adapter. What i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from attnprobe.adapters.architecture import architecture_of, decoder_of, has_next_token_logits
 from attnprobe.adapters.base import Adapter, Observer, Suppression, display_name, evaluation_mode
+from attnprobe.adapters.forward_call import unpacked
 from attnprobe.adapters.forward_output import logits_of
+from attnprobe.adapters.head_alone import LOGITS_AT_ONCE, HeadAlone
 from attnprobe.adapters.interception import (
     calls_watched,
     implementation_changed,
@@ -172,24 +174,12 @@ class TransformersAdapter(Adapter):
         """Run the model over right-padded sequences, or as they are with what goes along with them."""
         if logits_at is not None:
             self.check_next_token_logits("logits_at")
-        accepted = inspect.signature(type(self.model).forward).parameters
         batch = batch.to(self.device)
-        ids = batch.input_ids
-        # Right-padded sequences need no mask in a causal model: no real token can see the padding after it.
-        # Positions are passed nevertheless, since some families would otherwise guess them.
-        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if batch.model_inputs is not None:
-            arguments |= pass_arguments(batch, self.model, self.full_name)
-        elif "position_ids" in accepted:
-            # For each row, since some families index them by row (Qwen4-Exp).
-            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        keeps = "logits_to_keep" in accepted
-        if keeps:
-            # A tensor even for the last position: given a number, some families (Gemma 4) leave the other
-            # tokens out of their last layers.
-            at = torch.tensor([ids.shape[1] - 1]) if logits_at is None else logits_at
-            arguments["logits_to_keep"] = at.to(self.device)
+        arguments = self._arguments(batch, logits_at)
+        positions = None if batch.model_inputs is not None else arguments.get("position_ids")
         with ExitStack() as stack:
+            if positions is not None:
+                stack.enter_context(unpacked(positions))
             stack.enter_context(uncompiled())
             stack.enter_context(evaluation_mode(self._all_modules()))
             stack.enter_context(self._regimes.undisturbed())
@@ -204,7 +194,66 @@ class TransformersAdapter(Adapter):
                 return None
             logits = self._logits(arguments)
             assert logits is not None
-            return logits if keeps else logits[:, logits_at.to(logits.device)]
+            return logits if self._keeps_logits else logits[:, logits_at.to(logits.device)]
+
+    def _arguments(self, batch: TokenBatch, logits_at: Int[Tensor, " position"] | None) -> dict[str, Any]:
+        """Return the arguments of one of our own passes."""
+        ids = batch.input_ids
+        # Right-padded sequences need no mask in a causal model: no real token can see the padding after it.
+        # Positions are passed nevertheless, since some families would otherwise guess them.
+        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        if batch.model_inputs is not None:
+            arguments |= pass_arguments(batch, self.model, self.full_name)
+        elif "position_ids" in self._accepted:
+            # For each row, since some families index them by row (Qwen4-Exp).
+            arguments["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        if self._keeps_logits:
+            # A tensor even for the last position: given a number, some families (Gemma 4) leave the other
+            # tokens out of their last layers.
+            at = torch.tensor([ids.shape[1] - 1]) if logits_at is None else logits_at
+            arguments["logits_to_keep"] = at.to(self.device)
+        return arguments
+
+    @property
+    def _accepted(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(type(self.model).forward).parameters
+
+    @property
+    def _keeps_logits(self) -> bool:
+        """Whether the model can be asked for the logits of some positions only."""
+        return "logits_to_keep" in self._accepted
+
+    @torch.no_grad()
+    def reduced_logits(
+        self, batch: TokenBatch, logits_at: Int[Tensor, " position"], reduce: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "batch position"]:
+        """Run the model, and return what `reduce` makes of the logits, of a few positions at a time."""
+        size = max(1, LOGITS_AT_ONCE // (batch.batch_size * self.vocabulary_size))
+        head = HeadAlone(self.model)
+        if len(logits_at) <= size or not self._runs_head_alone(batch) or not head.is_known:
+            return super().reduced_logits(batch, logits_at, reduce)
+        batch = batch.to(self.device)
+        with head.kept():
+            logits = self.forward(batch, logits_at=logits_at[:size])
+        assert logits is not None
+        found = [reduce(logits)]
+        with uncompiled(), evaluation_mode(self._all_modules()), head.standing_in():
+            begin = size
+            while begin < len(logits_at):
+                if len(found) > 1 and not head.was_used:
+                    # Its layers run again each time: all the others at once.
+                    size = len(logits_at)
+                del logits
+                logits = head.logits(self._arguments(batch, logits_at[begin : begin + size]))
+                found.append(reduce(logits))
+                begin += size
+        return torch.cat(found, dim=1)
+
+    def _runs_head_alone(self, batch: TokenBatch) -> bool:
+        """Whether a pass over this batch is one plain call of the model or of PEFT's wrapper around it."""
+        kind = type(self)
+        own = (kind.forward, kind._logits) == (TransformersAdapter.forward, TransformersAdapter._logits)
+        return own and self._keeps_logits and batch.model_inputs is None
 
     @contextmanager
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> Iterator[None]:

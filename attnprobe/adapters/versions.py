@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
+from collections.abc import Callable
+from functools import lru_cache
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -39,12 +41,19 @@ def installed_version(package: str) -> str | None:
     >>> installed_version("no-such-library") is None
     True
     """
+    return _asked(importlib.metadata.version, package)
+
+
+@lru_cache(maxsize=32)
+def _asked(version: Callable[[str], str], package: str) -> str | None:
+    # Remembered, since a file is read to find out, and every measurement asks.
     try:
-        return importlib.metadata.version(package)
+        return version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
+@lru_cache(maxsize=32)
 def is_tested(package: str, installed: str) -> bool:
     """Return whether a version lies in the range that was tested.
 
@@ -54,6 +63,7 @@ def is_tested(package: str, installed: str) -> bool:
     return SpecifierSet(SUPPORTED[package]).contains(installed, prereleases=True)
 
 
+@lru_cache(maxsize=32)
 def refusal(package: str, installed: str) -> str | None:
     """Return why a version is not read at all, in one sentence; None for one that is.
 

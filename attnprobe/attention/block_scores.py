@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from attnprobe.attention.kernels import Kernel, Question, Setting, chosen, compiles, product
+from attnprobe.attention.kernels import Kernel, Question, Setting, chosen, compiles, product, row_products
 from attnprobe.attention.masks import CausalMask, split_mask
 from attnprobe.attention.operator import reduction_dtype
 from attnprobe.errors import PatternError
@@ -79,7 +79,7 @@ class BlockScores:
             if mask_bias is not None:
                 bias = mask_bias if bias is None else bias + mask_bias
         elif mask is None:
-            mask = _causal_mask(query, key, window, key_mask)
+            mask = causal_mask(query, key, window, key_mask)
         elif mask.first.shape[1] != pairs[2] or mask.first.shape[0] not in (1, pairs[0]):
             raise PatternError(
                 f"the mask is [batch, query] = {list(mask.first.shape)}, but the query is {list(query.shape)}"
@@ -125,15 +125,15 @@ class BlockScores:
     def band(self, queries: slice, width: int, start: int) -> Float[Tensor, "batch head query distance"]:
         """Return the scores of the keys `start, ..., start + width - 1` before each query.
 
-        This is one product: blocks of queries meet the keys near any of them, and the band is read from each
-        block along its diagonals, by a stride that is one larger than the block is wide.
+        This is one product: blocks of queries meet the keys near any of them, the nearest first, and the band
+        is read from each block along its diagonals, by a stride that is one smaller than the block is wide.
         """
         count, size = queries.stop - queries.start, BAND_QUERIES
         blocks = -(-count // size)
         query = self.query[:, :, queries]
         query = torch.nn.functional.pad(query, (0, 0, 0, blocks * size - count))
         query = rearrange(query, "b (k g) (n r) d -> b k n (g r) d", g=self.group_size, r=size)
-        # Query r of the first block meets its farthest key in column r.
+        # The first query of the first block meets its farthest key in the last column.
         key_count, offset = self.key.shape[2], self.key.shape[2] - self.query.shape[2]
         first = queries.start + offset - (start + width - 1)
         stop = first + blocks * size + width - 1
@@ -141,33 +141,50 @@ class BlockScores:
         key = self.key[:, :, inside]
         key = torch.nn.functional.pad(key, (0, 0, inside.start - first, stop - inside.stop))
         columns = size + width - 1
-        near = key.unfold(2, columns, size)  # [batch, key_head, block, d, column]
+        # Reversed here, where it must be copied anyway: a band is larger. [batch, key_head, block, d, column]
+        near = key.unfold(2, columns, size).flip(-1)
         # [batch, key_head, block, group, query, column]
         score = product(query, near, self.dtype).unflatten(3, (self.group_size, size))
-        strides = (*score.stride()[:4], columns + 1, 1)
-        diagonal = score.as_strided((*score.shape[:5], width), strides)
-        # A diagonal starts with the farthest key, a band with the nearest.
-        band = rearrange(diagonal.flip(-1), "b k n g r j -> b (k g) (n r) j")[:, :, :count]
+        strides = (*score.stride()[:4], columns - 1, 1)
+        # Query r of a block meets its nearest key in column size - 1 - r.
+        diagonal = score.as_strided((*score.shape[:5], width), strides, score.storage_offset() + size - 1)
+        band = rearrange(diagonal, "b k n g r j -> b (k g) (n r) j")[:, :, :count]
         band = self._capped(band.mul_(self.scaling))
+        if self.mask.plain and self.bias is None:
+            # Only the first queries have fewer keys before them than the band is wide.
+            count = min(count, max(0, start + width - 1 - offset - queries.start))
+            if count == 0:
+                return band
+            queries = slice(queries.start, queries.start + count)
         own = torch.arange(queries.start, queries.stop, device=self.key.device) + offset
         keys = own[:, None] - torch.arange(start, start + width, device=self.key.device)  # [query, distance]
         if self.bias is not None:
             part = self.bias[:, :, queries]
             index = keys.clamp(min=0).expand(*part.shape[:2], -1, -1)
             band = band + part.gather(-1, index).to(self.dtype)
-        return band.masked_fill_(~self.mask.diagonals(queries, keys), -torch.inf)
+        band[:, :, :count].masked_fill_(~self.mask.diagonals(queries, keys), -torch.inf)
+        return band
 
-    def column(self, keys: Int[Tensor, " batch"]) -> Float[Tensor, "batch head query"]:
-        """Return the scores of one key of each example, minus infinity where it may not be seen."""
-        index = keys.clamp(min=0)[:, None, None, None]
-        key = self.key.gather(2, index.expand(-1, self.key.shape[1], 1, self.key.shape[3]))
-        query = rearrange(self.query, "b (k g) t d -> b k (g t) d", g=self.group_size)
-        # [batch, key_head, group * query, d] @ [batch, key_head, d, 1]
-        score = rearrange(
-            product(query, key.mT, self.dtype)[..., 0], "b k (g t) -> b (k g) t", g=self.group_size
-        )
-        score = self._capped(score.mul_(self.scaling))
-        if self.bias is not None:
+    def column(self, keys: Int[Tensor, " batch"] | int) -> Float[Tensor, "batch head query"]:
+        """Return the scores of one key of each example, minus infinity where it may not be seen.
+
+        A whole number is the key of all examples.
+        """
+        if isinstance(keys, int):
+            key = self.key[:, :, max(keys, 0)]  # [batch, key_head, d]
+        else:
+            index = keys.clamp(min=0)[:, None, None, None]
+            key = self.key.gather(2, index.expand(-1, self.key.shape[1], 1, self.key.shape[3]))[:, :, 0]
+        key = key.to(self.dtype) * self.scaling
+        if self.group_size > 1:
+            key = key.repeat_interleave(self.group_size, dim=1)
+        score = self._capped(row_products(self.query.to(self.dtype), key))
+        if isinstance(keys, int):
+            if self.bias is not None:
+                score = score + self.bias[..., max(keys, 0)].to(self.dtype)
+            elif self.mask.plain and keys == 0:
+                return score  # Every query sees it.
+        elif self.bias is not None:
             bias = self.bias.expand(len(keys), -1, -1, -1)
             of_key = bias.gather(-1, index.expand(-1, bias.shape[1], bias.shape[2], 1))[..., 0]
             score = score + of_key.to(self.dtype)
@@ -218,8 +235,12 @@ def _check_pairs(tensor: Tensor, pairs: tuple[int, ...], name: str) -> None:
         )
 
 
-def _causal_mask(query: Tensor, key: Tensor, window: int | None, key_mask: Tensor | None) -> CausalMask:
-    """Return the causal mask with a window and padding."""
+def causal_mask(query: Tensor, key: Tensor, window: int | None, key_mask: Tensor | None) -> CausalMask:
+    """Return the causal mask of a call, with a window and padding.
+
+    Raises:
+        PatternError: an empty window, or a key mask of another shape.
+    """
     query_count, key_count = query.shape[2], key.shape[2]
     if window is not None and window < 1:
         raise PatternError(f"a sliding window must hold at least one key, got {window}")

@@ -17,11 +17,11 @@ used (kernels), and reading the inputs of a call (adapters).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.attention import fused_sums
@@ -155,6 +155,8 @@ class FactoredAttention(Attention):
         weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
+        *,
+        counted: Sequence[bool] | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
         start, stop = self._check_distances(start, stop)
@@ -166,7 +168,7 @@ class FactoredAttention(Attention):
         shape = (self.batch_size, self.head_count, weights.shape[-1], self.key_count)
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
         # Queries of the prompt usually have no weight.
-        counted = (weights != 0).any(-1).any(0)
+        counted = (weights != 0).any(-1).any(0).tolist() if counted is None else counted
         for tile, probability in self._tiles(start, stop, counted):
             # [batch, 1, feature, query] @ [batch, head, query, key]
             answer[..., tile.keys] += product(weights[:, None, tile.queries].mT, probability, self.dtype)
@@ -176,14 +178,19 @@ class FactoredAttention(Attention):
         """Return `A[t, t - j]` for `start <= j < start + width`."""
         width, start = self._check_band(width, start)
         shape = (self.batch_size, self.head_count, self.query_count, width)
-        answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        wanted = width
         # At distances of `key_count` or more there is no key.
         width = min(width, self.key_count - start)
         if width < 1:
-            return answer
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
         bytes_per_query = self.batch_size * self.head_count * (width + BAND_QUERIES) * self.dtype.itemsize
         most_bytes = piece_bytes(self.device.type)
-        for queries in query_slices(self.query_count, bytes_per_query, most_bytes, BAND_QUERIES):
+        pieces = query_slices(self.query_count, bytes_per_query, most_bytes, BAND_QUERIES)
+        if len(pieces) == 1 and width == wanted:
+            score = self.scores.band(pieces[0], width, start)
+            return score.sub_(self._sums.log_sum_exp[..., None]).exp_()
+        answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        for queries in pieces:
             score = self.scores.band(queries, width, start)
             answer[:, :, queries, :width] = score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
         return answer
@@ -194,22 +201,21 @@ class FactoredAttention(Attention):
         score = self.scores.block(queries, slice(0, self.key_count))
         return score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
 
-    def column(self, keys: ArrayLike) -> Float[Tensor, "batch head query"]:
+    def column(self, keys: ArrayLike | int) -> Float[Tensor, "batch head query"]:
         """Return `A[t, keys[b]]`."""
         score = self.scores.column(self._check_keys(keys))
         return score.sub_(self._sums.log_sum_exp).exp_()
 
     def _tiles(
-        self, start: int = 0, stop: int | None = None, counted: Bool[Tensor, " query"] | None = None
+        self, start: int = 0, stop: int | None = None, counted: Sequence[bool] | None = None
     ) -> Iterator[tuple[Tile, Float[Tensor, "batch head query key"]]]:
         """Yield the tiles that hold all pairs at these distances, with their part of `A`.
 
         Blocks of queries without a counted one are left out.
         """
-        reaches = self.scores.mask.reaches(TILE_QUERIES, self.query_offset)
+        reaches = self.scores.mask.reaches(TILE_QUERIES)
         if counted is not None:
-            inside = counted.tolist()
-            reaches = [reach for reach in reaches if any(inside[reach.queries])]
+            reaches = [reach for reach in reaches if any(counted[reach.queries])]
         plan = plan_tiles(reaches, self.query_offset, start, stop)
         for number, tiles in groupby(plan, key=lambda tile: tile.key_block):
             block = slice(number * TILE_KEYS, min((number + 1) * TILE_KEYS, self.key_count))

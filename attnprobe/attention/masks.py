@@ -8,7 +8,8 @@ makes one from its arguments. What is left to others: the scores of the pairs th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,6 +20,9 @@ from attnprobe.errors import PatternError
 
 # Later than any key. A power of 2, since padding converts it to a double, which holds it exactly.
 _BEYOND = 2**62
+
+_FEW = 32
+"""For how many queries at a time a mask knows which keys they see: tiles are some times as large."""
 
 
 class LaterKeysError(PatternError):
@@ -34,13 +38,16 @@ class CausalMask:
 
     `first` and `last` are inclusive and `[batch or 1, query]`; `last < first` where nothing is seen.
     `exact` is `[batch or 1, head or 1, query, key]` and is set only if no interval says the same.
-    `plain` says that every query sees all keys up to its own.
+    `plain` says that every query sees all keys up to its own. `limits` says, for each few queries, which keys
+    they see, in numbers that the processor has: which blocks to visit can be planned without a word from the
+    device.
     """
 
     first: Int[Tensor, "#batch query"]
     last: Int[Tensor, "#batch query"]
     exact: Bool[Tensor, "#batch #head query key"] | None
     plain: bool
+    limits: Sequence[Reach]
 
     @staticmethod
     def causal(query_count: int, key_count: int, window: int | None, device: torch.device) -> CausalMask:
@@ -48,7 +55,18 @@ class CausalMask:
         last = torch.arange(query_count, device=device)[None] + (key_count - query_count)
         plain = window is None or window >= key_count
         first = torch.zeros_like(last) if plain or window is None else (last - window + 1).clamp(min=0)
-        return CausalMask(first, last, None, plain)
+        offset, width = key_count - query_count, key_count if window is None else window
+        limits = [
+            Reach(
+                block,
+                max(0, block.start + offset - width + 1),
+                block.stop + offset,
+                max(0, block.stop + offset - width),
+                _BEYOND,
+            )
+            for block in _few_queries(query_count)
+        ]
+        return CausalMask(first, last, None, plain, limits)
 
     @staticmethod
     def from_mask(mask: Bool[Tensor, "#batch #head query key"]) -> CausalMask:
@@ -69,15 +87,24 @@ class CausalMask:
             first = flat.byte().argmax(-1)
             last = first + count - 1
             spread = key_count - 1 - flat.flip(-1).byte().argmax(-1)
-            contiguous = bool(((spread == last) | (count == 0)).all())
+            flags = [
+                ((spread == last) | (count == 0)).all(),
+                (last > causal.last).any(),
+                (first == 0).all(),
+                (last == causal.last).all(),
+            ]
+            # One transfer for all that the processor has to know.
+            limits = _limits(first, last, causal.last)
+            numbers = torch.cat([torch.stack(flags), limits.flatten()]).tolist()
+            contiguous, later, from_start, to_own = numbers[:4]
             if contiguous:
-                if bool((last > causal.last).any()):
+                if later:
                     raise LaterKeysError
-                plain = bool((first == 0).all()) and bool((last == causal.last).all())
-                return CausalMask(first, last, None, plain)
+                plain = bool(from_start and to_own)
+                return CausalMask(first, last, None, plain, _reaches(numbers[4:], query_count))
         if bool(mask.triu(key_count - query_count + 1).any()):
             raise LaterKeysError
-        return CausalMask(causal.first, causal.last, mask, plain=False)
+        return _exactly(mask, causal)
 
     @staticmethod
     def from_key_mask(
@@ -91,9 +118,9 @@ class CausalMask:
         stop = stop.masked_fill(~kept.any(-1, keepdim=True), -1)
         if bool((kept.sum(-1, keepdim=True) == (stop - start + 1)).all()):
             first, last = torch.maximum(causal.first, start), torch.minimum(causal.last, stop)
-            return CausalMask(first, last, None, plain=False)
+            return _between(first, last, causal)
         every = causal.block(slice(0, query_count), slice(0, key_count))
-        return CausalMask(causal.first, causal.last, every & kept[:, None, None], plain=False)
+        return _exactly(every & kept[:, None, None], causal)
 
     @staticmethod
     def from_segments(segment_ids: Int[Tensor, "batch token"], window: int | None = None) -> CausalMask:
@@ -101,17 +128,17 @@ class CausalMask:
         count = segment_ids.shape[1]
         causal = CausalMask.causal(count, count, window, segment_ids.device)
         start = _segment_starts(segment_ids)
-        return CausalMask(torch.maximum(causal.first, start), causal.last, None, plain=False)
+        return _between(torch.maximum(causal.first, start), causal.last, causal)
 
-    def crosses(self, segment_ids: Int[Tensor, "batch token"]) -> bool:
+    def crosses(self, segment_ids: Int[Tensor, "batch token"]) -> Bool[Tensor, ""]:
         """Whether a query may see a key of another segment; queries are the last tokens, keys all of them."""
         queries = self.first.shape[1]
         if self.exact is not None:
             ids = segment_ids.to(self.exact.device)
             other = ids[:, -queries:, None] != ids[:, None, :]
-            return bool((self.exact & other[:, None]).any())
+            return (self.exact & other[:, None]).any()
         start = _segment_starts(segment_ids).to(self.first.device)[:, -queries:]
-        return bool(((self.first < start) & (self.last >= self.first)).any())
+        return ((self.first < start) & (self.last >= self.first)).any()
 
     def block(self, queries: slice | Tensor, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
         """Return the mask of one block."""
@@ -132,8 +159,12 @@ class CausalMask:
         first, last = self.first[:, queries], self.last[:, queries]
         return ((keys >= first[..., None]) & (keys <= last[..., None]))[:, None]
 
-    def column(self, keys: Int[Tensor, " batch"]) -> Bool[Tensor, "batch #head query"]:
-        """Return which queries see one key of each example; an index below 0 is not a key."""
+    def column(self, keys: Int[Tensor, " batch"] | int) -> Bool[Tensor, "#batch #head query"]:
+        """Return which queries see one key of each example, or the same of all; below 0 there is no key."""
+        if isinstance(keys, int):
+            if keys >= 0 and self.exact is not None:
+                return self.exact[..., keys]
+            return ((self.first <= keys) & (self.last >= keys) & (keys >= 0))[:, None]
         at = keys[:, None, None]
         if self.exact is not None:
             exact = self.exact.expand(len(keys), -1, -1, -1)
@@ -147,40 +178,78 @@ class CausalMask:
             return ~self.exact.any(-1)
         return (self.last < self.first)[:, None]
 
-    def reaches(self, size: int, query_offset: int) -> list[Reach]:
-        """Return which keys the queries see, in blocks of `size` queries.
-
-        `query_offset` is the key index of the first query.
-        """
+    def reaches(self, size: int) -> list[Reach]:
+        """Return which keys the queries see, in blocks of `size`; near a block's ends, perhaps a few more."""
         count = self.first.shape[1]
-        own = torch.arange(count, device=self.first.device) + query_offset
-        seeing = self.last >= self.first
-        # The keys that any query sees; queries that see none are left out.
-        first = self.first.masked_fill(~seeing, _BEYOND).amin(0)
-        stop = (self.last + 1).masked_fill(~seeing, 0).amax(0)
-        # The keys that all queries see, later ones aside: a query that sees up to its own key needs no mask.
-        common_stop = (self.last + 1).masked_fill(self.last == own, _BEYOND).masked_fill(~seeing, 0).amin(0)
-        common_first = self.first.amax(0)
-        if self.exact is not None:
-            common_stop = torch.zeros_like(common_stop)
-        blocks = -(-count // size)
+        answer = []
+        for begin in range(0, count, size):
+            end = min(begin + size, count)
+            met = self.limits[begin // _FEW : -(-end // _FEW)]
+            answer.append(
+                Reach(
+                    slice(begin, end),
+                    min(part.first for part in met),
+                    max(part.stop for part in met),
+                    max(part.common_first for part in met),
+                    min(part.common_stop for part in met),
+                )
+            )
+        return answer
 
-        def by_block(values: Tensor, fill: int) -> Tensor:
-            padded = torch.nn.functional.pad(values, (0, blocks * size - count), value=fill)
-            return padded.view(blocks, size)
 
-        # One transfer from the accelerator for the numbers of all blocks, rather than one for each.
-        numbers = torch.stack(
-            [
-                by_block(first, _BEYOND).amin(-1),
-                by_block(stop, 0).amax(-1),
-                by_block(common_first, 0).amax(-1),
-                by_block(common_stop, _BEYOND).amin(-1),
-            ],
-            dim=-1,
-        )
-        queries = [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
-        return [Reach(block, *of_block) for block, of_block in zip(queries, numbers.tolist(), strict=True)]
+def _few_queries(count: int) -> list[slice]:
+    return [slice(begin, min(begin + _FEW, count)) for begin in range(0, count, _FEW)]
+
+
+def _limits(
+    first: Int[Tensor, "#batch query"], last: Int[Tensor, "#batch query"], own: Int[Tensor, "1 query"]
+) -> Int[Tensor, "block 4"]:
+    """Return the numbers of a `Reach` for each few queries; `own` is the key index of each query."""
+    count = first.shape[1]
+    seeing = last >= first
+    # The keys that any query sees; queries that see none are left out.
+    begin = first.masked_fill(~seeing, _BEYOND).amin(0)
+    stop = (last + 1).masked_fill(~seeing, 0).amax(0)
+    # The keys that all queries see, later ones aside: a query that sees up to its own key needs no mask.
+    common_stop = (last + 1).masked_fill(last == own, _BEYOND).masked_fill(~seeing, 0).amin(0)
+    common_first = first.amax(0)
+    blocks = -(-count // _FEW)
+
+    def by_block(values: Tensor, fill: int) -> Tensor:
+        padded = torch.nn.functional.pad(values, (0, blocks * _FEW - count), value=fill)
+        return padded.view(blocks, _FEW)
+
+    return torch.stack(
+        [
+            by_block(begin, _BEYOND).amin(-1),
+            by_block(stop, 0).amax(-1),
+            by_block(common_first, 0).amax(-1),
+            by_block(common_stop, _BEYOND).amin(-1),
+        ],
+        dim=-1,
+    )
+
+
+def _reaches(numbers: list[int], query_count: int) -> list[Reach]:
+    """Return the reach of each few queries from its numbers."""
+    return [
+        Reach(block, *numbers[4 * place : 4 * place + 4])
+        for place, block in enumerate(_few_queries(query_count))
+    ]
+
+
+def _between(
+    first: Int[Tensor, "#batch query"], last: Int[Tensor, "#batch query"], causal: CausalMask
+) -> CausalMask:
+    """Return a mask of intervals that is not plain."""
+    numbers = _limits(first, last, causal.last).flatten().tolist()
+    return CausalMask(first, last, None, plain=False, limits=_reaches(numbers, first.shape[1]))
+
+
+def _exactly(mask: Bool[Tensor, "#batch #head query key"], causal: CausalMask) -> CausalMask:
+    """Return a mask of no simple form, which hides some of the keys that a causal mask shows."""
+    limits = [replace(reach, common_stop=0) for reach in causal.limits]
+    return CausalMask(causal.first, causal.last, mask, plain=False, limits=limits)
 
 
 def _segment_starts(segment_ids: Int[Tensor, "batch token"]) -> Int[Tensor, "batch token"]:

@@ -14,12 +14,15 @@ map. What is left to others: where the pattern or the inputs come from (adapters
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnprobe.attention.checks import judge_later
 from attnprobe.errors import ParameterError, PatternError
 from attnprobe.validation import ArrayLike, as_tensor, brief, whole_number
 
@@ -73,11 +76,14 @@ class Attention(ABC):
         weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
+        *,
+        counted: Sequence[bool] | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights`: what each key receives from the queries, weighted.
 
         Only pairs at a distance `start <= t - s < stop` count (`stop=None`: no limit). The limits are part
         of the question, since subtracting the near pairs from a sum over all of them would lose precision.
+        `counted` says which queries may have a weight, if the caller knows: otherwise the device is asked.
         """
 
     @abstractmethod
@@ -92,13 +98,15 @@ class Attention(ABC):
     def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of `A`, dense: for pictures and checks, since each holds every key."""
 
-    def column(self, keys: ArrayLike) -> Float[Tensor, "batch head query"]:
+    def column(self, keys: ArrayLike | int) -> Float[Tensor, "batch head query"]:
         """Return `A[t, keys[b]]`: what each query gives to one key of each example; 0 for a key of -1.
 
-        `FactoredAttention` answers with the product of a matrix and a vector, and visits no other key.
+        A whole number is the key of all examples. `FactoredAttention` answers with the product of a matrix
+        and a vector, and visits no other key.
         """
-        keys = self._check_keys(keys)[:, None]
-        marked = torch.arange(self.key_count, device=self.device) == keys
+        keys = self._check_keys(keys)
+        at = keys if isinstance(keys, int) else keys[:, None]
+        marked = (torch.arange(self.key_count, device=self.device) == at).expand(self.batch_size, -1)
         return self.attend(marked[..., None].to(self.dtype))[..., 0]
 
     @abstractmethod
@@ -157,19 +165,25 @@ class Attention(ABC):
             raise ParameterError(f"distances need 0 <= start < stop; got start={start}, stop={stop}")
         return min(start, self.key_count), None if stop >= self.key_count else stop
 
-    def _check_keys(self, keys: ArrayLike) -> Tensor:
+    def _check_keys(self, keys: ArrayLike | int) -> Tensor | int:
+        if isinstance(keys, int):
+            self._check_key_range(keys, keys)
+            return keys
         keys = as_tensor(keys, "keys")
         whole = not (keys.is_floating_point() or keys.is_complex() or keys.dtype == torch.bool)
         if not whole or tuple(keys.shape) != (self.batch_size,):
             raise ParameterError(
                 f"column takes the index of a key for each of {self.batch_size} examples, got {brief(keys)}"
             )
-        if int(keys.min()) < -1 or int(keys.max()) >= self.key_count:
+        judge_later([keys.amin(), keys.amax()], lambda found: self._check_key_range(*map(int, found)))
+        # Until then, an index beyond the last key must not fail otherwise.
+        return keys.to(self.device).long().clamp(-1, self.key_count - 1)
+
+    def _check_key_range(self, lowest: int, highest: int) -> None:
+        if lowest < -1 or highest >= self.key_count:
             raise ParameterError(
-                f"key indices must lie in 0..{self.key_count - 1}, or be -1 for none; got "
-                f"{int(keys.min())}..{int(keys.max())}"
+                f"key indices must lie in 0..{self.key_count - 1}, or be -1 for none; got {lowest}..{highest}"
             )
-        return keys.to(self.device).long()
 
     def _check_rows(self, queries: ArrayLike) -> Tensor:
         queries = as_tensor(queries, "queries")
@@ -255,28 +269,48 @@ class DenseAttention(Attention):
         self._check_pattern(tolerance=16 * torch.finfo(pattern.dtype).eps)
 
     def _check_pattern(self, tolerance: float) -> None:
-        pattern = self.pattern
-        if not bool(torch.isfinite(pattern).all()):
-            where = (~torch.isfinite(pattern)).nonzero()[0].tolist()
-            raise PatternError(
-                f"the pattern is not finite at [batch, head, query, key] = {where}; a row that may "
-                "see no key (padding) must be zeros, not NaN"
-            )
-        if bool((pattern < -tolerance).any()):
-            raise PatternError(
-                f"the pattern has negative entries (down to {float(pattern.min()):.3g}): pass "
-                "probabilities, not scores"
-            )
-        future = pattern.triu(self.query_offset + 1)
-        if bool((future > tolerance).any()):
-            where = (future > tolerance).nonzero()[0].tolist()
-            raise PatternError(
-                f"the pattern is not causal: [batch, head, query, key] = {where} looks at a later "
-                "token; attnprobe reads causal language models only"
-            )
-        mass = float(pattern.sum(-1).max())
-        if mass > 1 + max(tolerance, 1e-5):
-            raise PatternError(f"a row of the pattern sums to {mass:.6g}, more than 1")
+        """Check that the pattern holds probabilities of a causal model.
+
+        The worst row of each kind is kept for the error, not the whole pattern, which is large.
+        """
+        axes = self.pattern.shape[:3]
+        rows = self.pattern.flatten(0, 2)
+        future = self.pattern.triu(self.query_offset + 1).flatten(0, 2)
+        # Each finds NaN too. [batch * head * query]
+        mass, lowest, later = rows.sum(-1), rows.amin(-1), future.amax(-1)
+        worst, earliest = mass.argmax()[None], later.argmax()[None]
+        kept = rows.index_select(0, worst), future.index_select(0, earliest)
+        smallest = mass.argmin()[None], rows.index_select(0, mass.argmin()[None])
+
+        def place(row: Tensor, wrong: Tensor) -> list[int]:
+            """Return where the first wrong entry of a row is."""
+            index = [int(part) for part in torch.unravel_index(row[0], axes)]
+            return [*index, int(wrong[0].byte().argmax())]
+
+        def judge(numbers: list[float]) -> None:
+            largest, least, negative, seen_later = numbers
+            if not (math.isfinite(largest) and math.isfinite(least)):
+                row, entries = (worst, kept[0]) if not math.isfinite(largest) else smallest
+                raise PatternError(
+                    "the pattern is not finite at [batch, head, query, key] = "
+                    f"{place(row, ~torch.isfinite(entries))}; a row that may see no key (padding) must be "
+                    "zeros, not NaN"
+                )
+            if negative < -tolerance:
+                raise PatternError(
+                    f"the pattern has negative entries (down to {negative:.3g}): pass probabilities, not "
+                    "scores"
+                )
+            if seen_later > tolerance:
+                raise PatternError(
+                    f"the pattern is not causal: [batch, head, query, key] = "
+                    f"{place(earliest, kept[1] > tolerance)} looks at a later token; attnprobe reads causal "
+                    "language models only"
+                )
+            if largest > 1 + max(tolerance, 1e-5):
+                raise PatternError(f"a row of the pattern sums to {largest:.6g}, more than 1")
+
+        judge_later([mass.amax(), mass.amin(), lowest.amin(), later.amax()], judge)
 
     def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`."""
@@ -288,6 +322,8 @@ class DenseAttention(Attention):
         weights: ArrayLike,
         start: int = 0,
         stop: int | None = None,
+        *,
+        counted: Sequence[bool] | None = None,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
         start, stop = self._check_distances(start, stop)

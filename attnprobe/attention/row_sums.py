@@ -8,6 +8,7 @@ others: the scores (block_scores), the table (kernels), and listening to a model
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from attnprobe.attention import fused_sums
 from attnprobe.attention.block_scores import BlockScores
+from attnprobe.attention.checks import judge_later
 from attnprobe.attention.kernels import Kernel, Question
 from attnprobe.attention.listening import FlashResult, carried_features, flash_attention
 from attnprobe.attention.tiles import query_slices
@@ -70,7 +72,7 @@ def sum_rows(
     if kernel is not Kernel.BLOCKS:
         # A kernel's maximum ignores NaN: a NaN score would come out as a finite number.
         for name, tensor in (("query", scores.query), ("key", scores.key)):
-            _check_finite(tensor.sum(-1), f"the {name}", "token")
+            _check_finite(tensor.sum(-1, dtype=scores.dtype), f"the {name}", "token")
     if kernel is Kernel.FLASH:
         result = _flash_over_positions(scores)
         log_sum_exp, mean_position = result.log_sum_exp, result.output[..., 0]
@@ -104,7 +106,7 @@ def _log_sum_exp_by_blocks(scores: BlockScores) -> Float[Tensor, "batch head que
     answer = torch.full(shape, -torch.inf, dtype=scores.dtype, device=scores.query.device)
     bytes_per_query = batch * heads * key_count * scores.dtype.itemsize
     size = query_slices(query_count, bytes_per_query, _BLOCK_BYTES)[0].stop
-    for reach in scores.mask.reaches(size, key_count - query_count):
+    for reach in scores.mask.reaches(size):
         if reach.first < reach.stop:
             block = scores.block(reach.queries, slice(reach.first, reach.stop))
             answer[:, :, reach.queries] = block.logsumexp(-1)
@@ -120,26 +122,42 @@ def _with_sinks(
 ) -> RowSums:
     """Add the sinks to the denominator, and replace the sums of rows that see nothing."""
     log_sum_exp = log_sum_exp.detach().to(scores.dtype)
+    if scores.mask.plain and scores.are_products and sinks is None:
+        # Every row sees its own key, and holds nothing but keys.
+        _check_finite(log_sum_exp, "the attention score", "query")
+        mean_position = None if mean_position is None else mean_position.detach().to(scores.dtype)
+        past_first = None if past_first is None else past_first.detach().to(scores.dtype)
+        return RowSums(log_sum_exp, torch.ones_like(log_sum_exp), mean_position, past_first)
     # A kernel's number for a row that sees nothing has no meaning.
     empty = scores.mask.sees_none() | (log_sum_exp == -torch.inf)
-    _check_finite(log_sum_exp.masked_fill(empty, 0.0), "the attention score", "query")
-    total = log_sum_exp
+    log_sum_exp = log_sum_exp.masked_fill(empty, 0.0)
+    _check_finite(log_sum_exp, "the attention score", "query")
+    total, mass = log_sum_exp, (~empty).to(scores.dtype).expand_as(log_sum_exp)
     if sinks is not None:
-        total = torch.logaddexp(log_sum_exp, sinks.detach().to(scores.dtype)[:, None])
-    mass = (log_sum_exp - total).exp().masked_fill(empty, 0.0)
+        total = torch.logaddexp(log_sum_exp, sinks.detach().to(scores.dtype)[:, None]).masked_fill_(
+            empty, 0.0
+        )
+        mass = (log_sum_exp - total).exp_().masked_fill_(empty, 0.0)
     if mean_position is not None:
-        mean_position = (mean_position.detach().to(scores.dtype) * mass).masked_fill(empty, 0.0)
+        mean_position = (mean_position.detach().to(scores.dtype) * mass).masked_fill_(empty, 0.0)
     if past_first is not None:
         past_first = past_first.detach().to(scores.dtype) * mass[..., None]
-        past_first = past_first.masked_fill(empty[..., None], 0.0)
-    return RowSums(total.masked_fill(empty, 0.0), mass, mean_position, past_first)
+        past_first = past_first.masked_fill_(empty[..., None], 0.0)
+    return RowSums(total, mass, mean_position, past_first)
 
 
-def _check_finite(values: Tensor, name: str, axis: str) -> None:
-    wrong = ~torch.isfinite(values)
-    if bool(wrong.any()):
+def _check_finite(values: Float[Tensor, "batch head token"], name: str, axis: str) -> None:
+    """Check that values are finite, by their sum, which is finite only if they all are."""
+
+    def judge(numbers: list[float]) -> None:
+        wrong = ~torch.isfinite(values)
+        # The sum of finite numbers can be too large too.
+        if math.isfinite(numbers[0]) or not bool(wrong.any()):
+            return
         where = wrong.nonzero()[0].tolist()
         raise PatternError(
             f"{name} is not finite at [batch, head, {axis}] = {where}: the model's activations hold "
             "NaN or infinity there"
         )
+
+    judge_later([values.sum()], judge)
