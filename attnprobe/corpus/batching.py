@@ -18,7 +18,7 @@ from attnprobe.validation import IntLike, whole_number
 MOST_PADDING = 0.05
 """No row is added to others if more than this share of them would then be padding, ..."""
 
-LEAST_BUSY = 0.25
+LEAST_BUSY = 0.125
 """... unless they hold less than this share of the token budget: small batches cost more than padding."""
 
 _ACCELERATOR_TOKENS = 8 * TOKEN_BUDGET

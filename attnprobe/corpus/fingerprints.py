@@ -29,7 +29,7 @@ def model_fingerprint(model: Any, adapter: Adapter) -> dict[str, Any]:
     config = getattr(model, "config", None)
     attention = getattr(config, "_attn_implementation", None)
     told: dict[str, Any] = {"name": adapter.model_name, "class": adapter.family, "attention": attention}
-    if hasattr(config, "to_dict"):
+    if config is not None and hasattr(config, "to_dict"):
         settings = {
             name: value
             for name, value in config.to_dict().items()
@@ -53,7 +53,9 @@ def _weights_digest(model: nn.Module) -> str:
         place = torch.linspace(0, max(len(flat) - 1, 0), min(_SAMPLED, len(flat)), dtype=torch.float64).long()
         digest.update(f"{name} {list(weight.shape)} {weight.dtype}".encode())
         chosen = flat[place.to(flat.device)].cpu()
-        digest.update(chosen.double().numpy().tobytes() if chosen.is_floating_point() else str(chosen).encode())
+        digest.update(
+            chosen.double().numpy().tobytes() if chosen.is_floating_point() else str(chosen).encode()
+        )
     return digest.hexdigest()[:16]
 
 

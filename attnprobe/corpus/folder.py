@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from attnprobe.corpus.schema import SCHEMA_VERSION
+from attnprobe.corpus.scorer import Scored
 from attnprobe.corpus.sources import checksum_of
 from attnprobe.errors import ResultError
 from attnprobe.storage import TEMPORARY, PathLike, as_path, library_versions, write_atomically
@@ -108,21 +110,16 @@ class ScoreFolder:
         """Whether a shard is whole."""
         return shard in self._entries
 
-    def write(self, shard: int, table: Any, *, tokens: int, padding: int, rejected: int, groups: str) -> None:
-        """Write a shard, completely or not at all, and enter it into the ledger.
+    def enter(self, entry: ShardEntry) -> None:
+        """Enter a shard that has been written into the ledger, and its rejected rows into their file.
 
         Raises:
-            ResultError: it cannot be written, as on a full disk.
+            ResultError: the disk is full, or the folder is gone.
         """
-        write_parquet(shard_path(self.path, shard), table)
-        size, checksum = checksum_of(shard_path(self.path, shard))
-        entry = ShardEntry(
-            shard, table.num_rows, rejected, tokens, padding, size, f"{checksum:08x}", groups
-        )
-        if rejected:
-            self._append("rejected.jsonl", self._rejected_lines(shard))
+        if entry.rejected:
+            self._append("rejected.jsonl", self._rejected_lines(entry.shard))
         self._append("ledger.jsonl", [json.dumps(asdict(entry)) + "\n"])
-        self._entries[shard] = entry
+        self._entries[entry.shard] = entry
 
     def _append(self, name: str, lines: list[str]) -> None:
         try:
@@ -135,9 +132,7 @@ class ScoreFolder:
         """Return the lines of `rejected.jsonl` that a shard makes."""
         from pyarrow import compute, parquet
 
-        table = parquet.read_table(
-            shard_path(self.path, shard), columns=["row", "id", "rejected"], partitioning=None
-        )
+        table = parquet.ParquetFile(shard_path(self.path, shard)).read(columns=["row", "id", "rejected"])
         table = table.filter(compute.is_valid(table["rejected"]))
         return [
             json.dumps({"row": line["row"], "id": line["id"], "reason": line["rejected"]}) + "\n"
@@ -169,7 +164,7 @@ def open_folder(path: PathLike, manifest: Mapping[str, Any]) -> Iterator[ScoreFo
             content = {**manifest, "versions": library_versions()}
             write_atomically(folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
         else:
-            _check_same(folder, known, manifest)
+            check_same(folder, known, manifest)
         for place in (folder, folder / "shards"):
             # Of a run that was killed while it wrote.
             for left in place.glob(f"{TEMPORARY}*"):
@@ -199,8 +194,12 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _check_same(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to continue with anything but what a folder was begun with, and say what differs."""
+def check_same(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to continue with anything but what a folder was begun with, and say what differs.
+
+    Raises:
+        ResultError: something differs.
+    """
     found = []
     # As JSON gives it back, where tuples are lists.
     asked = json.loads(json.dumps(asked))
@@ -219,7 +218,9 @@ def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
         return []
     if isinstance(ours, dict) and isinstance(theirs, dict):
         keys = dict.fromkeys([*ours, *theirs])
-        return [part for key in keys for part in _differences(f"{name}.{key}", ours.get(key), theirs.get(key))]
+        return [
+            part for key in keys for part in _differences(f"{name}.{key}", ours.get(key), theirs.get(key))
+        ]
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
         pairs = enumerate(zip(ours, theirs, strict=True))
         return [part for i, pair in pairs for part in _differences(f"{name}[{i}]", *pair)]
@@ -231,14 +232,30 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / "shards" / f"{shard:05d}.parquet"
 
 
-def write_parquet(path: Path, table: Any) -> None:
-    """Write a table as one Parquet file, completely or not at all."""
+def write_shard(folder: Path, shard: int, scored: Scored, groups: str) -> ShardEntry:
+    """Write a shard, completely or not at all, and return what the ledger is to say of it.
+
+    Raises:
+        ResultError: it cannot be written, as on a full disk.
+    """
     import pyarrow
     from pyarrow import parquet
 
     sink = pyarrow.BufferOutputStream()
-    parquet.write_table(table, sink, compression="zstd")
-    write_atomically(path, sink.getvalue().to_pybytes())
+    parquet.write_table(scored.table, sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    write_atomically(shard_path(folder, shard), content)
+    return ShardEntry(
+        shard,
+        scored.table.num_rows,
+        scored.rejected,
+        scored.tokens,
+        scored.padding,
+        len(content),
+        # Of what was to be written: a disk that garbles it is found out, too.
+        f"{zlib.crc32(content):08x}",
+        groups,
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

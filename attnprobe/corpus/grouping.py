@@ -7,6 +7,7 @@ which keeps only sums and can be interrupted like everything else. What is left 
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -66,15 +67,15 @@ class Grouping:
             return Grouping()
         if isinstance(groups, HeadGroups):
             return Grouping(groups)
+        if isinstance(groups, str | os.PathLike):
+            return Grouping(HeadGroups.load(groups))
         try:
             return Grouping(None, whole_number(groups, "groups", minimum=2), seed)
         except ParameterError:
-            if not isinstance(groups, str) and not hasattr(groups, "__fspath__"):
-                raise ParameterError(
-                    'groups must be "corpus", a number of rows (at least 2), HeadGroups, or the path of '
-                    f"saved ones; got {brief(groups)}"
-                ) from None
-        return Grouping(HeadGroups.load(groups))
+            raise ParameterError(
+                'groups must be "corpus", a number of rows (at least 2), HeadGroups, or the path of saved '
+                f"ones; got {brief(groups)}"
+            ) from None
 
     def describe(self) -> dict[str, Any]:
         """Return what the manifest tells of it."""
@@ -139,7 +140,9 @@ class SpanSums(Result):
         return (self.totals[place] / counts.masked_fill(counts == 0, torch.nan)).float()
 
 
-def add_spans(sums: SpanSums | None, statistics: Iterable[HeadStatistics], settings: CorpusSettings) -> SpanSums | None:
+def add_spans(
+    sums: SpanSums | None, statistics: Iterable[HeadStatistics], settings: CorpusSettings
+) -> SpanSums | None:
     """Return sums with some more responses; None if there are none at all."""
     for part in statistics:
         values = {
@@ -167,9 +170,7 @@ def groups_of(sums: SpanSums | None, settings: CorpusSettings) -> HeadGroups:
     span = None if sums is None else sums.mean("span")
     if sums is None or span is None:
         raise ResultError("no row could be read, so there is nothing to group heads by: see rejected.jsonl")
-    groups = group_heads(
-        span, sums.mean("kurtosis"), gini=sums.mean("gini"), quantile=settings.head_quantile
-    )
+    groups = group_heads(span, sums.mean("kurtosis"), gini=sums.mean("gini"), quantile=settings.head_quantile)
     first = sums.mean("first")
     if first is not None and settings.head_span == "plain":
         warn_of_sinks(groups.global_heads, first)
@@ -183,7 +184,12 @@ def groups_of(sums: SpanSums | None, settings: CorpusSettings) -> HeadGroups:
 
 
 def _groups_of_corpus(
-    folder: ScoreFolder, source: Source, rows: Rows, scorer: Scorer, settings: CorpusSettings, advance: Advance
+    folder: ScoreFolder,
+    source: Source,
+    rows: Rows,
+    scorer: Scorer,
+    settings: CorpusSettings,
+    advance: Advance,
 ) -> HeadGroups:
     """Group heads over all rows; after each window, the sums are saved."""
     sums: SpanSums | None = None

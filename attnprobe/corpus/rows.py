@@ -63,14 +63,14 @@ class Row:
     """A row that can be scored, or that was rejected.
 
     Attributes:
-        number: its number in the input.
+        number: its number in the input; None if an engine handed it over without one.
         id: what identifies it, as text; None if it has none.
         kept: the fields to keep, as a JSON object; None if there are none.
         prompt, response: token ids; empty if it was rejected.
         rejected: why it cannot be scored; None if it can.
     """
 
-    number: int
+    number: int | None
     id: str | None = None
     kept: str | None = None
     prompt: tuple[int, ...] = ()

@@ -20,7 +20,7 @@ from attnprobe.adapters.base import resolve_layers
 from attnprobe.corpus.bar import corpus_bar
 from attnprobe.corpus.batching import Budget
 from attnprobe.corpus.fingerprints import groups_fingerprint, model_fingerprint, tokenizer_fingerprint
-from attnprobe.corpus.folder import ScoreFolder, open_folder
+from attnprobe.corpus.folder import ScoreFolder, open_folder, write_shard
 from attnprobe.corpus.grouping import CorpusGroups, Grouping, Rows, find_groups
 from attnprobe.corpus.rows import Columns, Row, RowReader
 from attnprobe.corpus.scorer import Scorer
@@ -76,6 +76,7 @@ def score(
     token_budget: IntLike | None = None,
     memory_budget: IntLike | None = None,
     seed: IntLike = 0,
+    groups_only: bool = False,
     progress: bool = False,
 ) -> CorpusRun:
     """Score every row of a file or folder, and write the scores to a folder; or continue doing so.
@@ -95,6 +96,8 @@ def score(
         token_budget, memory_budget: how much runs at a time; default: by the device. They change scores by
             rounding only, and may differ between runs that continue each other.
         seed: of the rows that are drawn for grouping.
+        groups_only: whether to stop when the heads are grouped, `scores/groups.safetensors`; the same call
+            without it continues.
         progress: whether to show a progress bar.
 
     Raises:
@@ -105,67 +108,128 @@ def score(
         ModelLoadError: a model that cannot be loaded.
         MissingDependencyError: pyarrow is not installed.
     """
-    import_pyarrow()
-    settings = instance(settings or CorpusSettings(), CorpusSettings, "settings")
-    columns = instance(columns or Columns(), Columns, "columns")
+    truth(groups_only, "groups_only")
     truth(progress, "progress")
-    grouping = Grouping.of(groups, whole_number(seed, "seed"))
-    opened = open_source(source, whole_number(rows_per_shard, "rows_per_shard", minimum=1))
+    job = Job.prepare(
+        source,
+        model=model,
+        tokenizer=tokenizer,
+        groups=groups,
+        settings=settings,
+        columns=columns,
+        rows_per_shard=rows_per_shard,
+        token_budget=token_budget,
+        memory_budget=memory_budget,
+        seed=seed,
+        progress=progress,
+    )
+    with open_folder(output, job.manifest) as folder:
+        found = job.groups(folder, progress=progress)
+        fingerprint = groups_fingerprint(found)
+        folder.find_finished(fingerprint)
+        continued = sum(entry.rows for entry in folder.entries)
+        todo = [] if groups_only else [n for n in range(job.source.window_count) if not folder.is_finished(n)]
+        with corpus_bar("scoring", job.source.row_count, shown=progress, finished=continued) as advance:
+            for window, rows in zip(todo, read_ahead(todo, job.rows), strict=True):
+                scored = job.scorer.score(rows, found, advance)
+                folder.enter(write_shard(folder.path, window, scored, fingerprint))
+        return run_of(folder, found, continued)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What it takes to score windows of a corpus: input, model, settings.
+
+    Attributes:
+        source: the rows.
+        reader: how they become tokens.
+        scorer: how tokens become scores.
+        grouping: how heads are grouped.
+        settings: what is computed.
+        manifest: all of this, as a folder of scores remembers it.
+    """
+
+    source: Source
+    reader: RowReader
+    scorer: Scorer
+    grouping: Grouping
+    settings: CorpusSettings
+    manifest: dict[str, Any]
+
+    @staticmethod
+    def prepare(
+        source: PathLike,
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        groups: CorpusGroups = "corpus",
+        settings: CorpusSettings | None = None,
+        columns: Columns | None = None,
+        rows_per_shard: IntLike = ROWS_PER_SHARD,
+        token_budget: IntLike | None = None,
+        memory_budget: IntLike | None = None,
+        seed: IntLike = 0,
+        progress: bool = False,
+    ) -> Job:
+        """Check the arguments of `score`, open the input and load the model; raises what `score` does."""
+        import_pyarrow()
+        settings = instance(settings or CorpusSettings(), CorpusSettings, "settings")
+        columns = instance(columns or Columns(), Columns, "columns")
+        grouping = Grouping.of(groups, whole_number(seed, "seed"))
+        opened = open_source(source, whole_number(rows_per_shard, "rows_per_shard", minimum=1))
+        model, tokenizer = model_and_tokenizer(model, tokenizer, progress=progress)
+        adapter = adapter_for(model)
+        resolve_layers(settings.layers, adapter)
+        if settings.entropy:
+            adapter.check_next_token_logits("entropy", "pass CorpusSettings(entropy=False), or ")
+        if grouping.given is not None:
+            grouping.given.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
+        manifest = {
+            "input": opened.files,
+            "source": str(Path(source).absolute()),
+            "row_count": opened.row_count,
+            "rows_per_shard": opened.rows_per_window,
+            "columns": columns.describe(),
+            "model": model_fingerprint(model, adapter),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "settings": settings.describe(),
+            "grouping": grouping.describe(),
+        }
+        return Job(
+            opened,
+            RowReader(columns, tokenizer, adapter, settings.chat, settings.longest),
+            Scorer(adapter, settings, Budget.of(adapter, token_budget, memory_budget)),
+            grouping,
+            settings,
+            manifest,
+        )
+
+    def rows(self, window: int) -> list[Row]:
+        """Return the rows of a window."""
+        return self.reader.read(self.source.window(window))
+
+    def groups(self, folder: ScoreFolder, *, progress: bool = False) -> HeadGroups:
+        """Return the head groups of a folder, found now if there are none yet."""
+        count = min(self.grouping.sample or self.source.row_count, self.source.row_count)
+        is_new = self.grouping.given is None and not folder.groups_path.is_file()
+        with corpus_bar("grouping", count, shown=progress and is_new) as advance:
+            return find_groups(
+                self.grouping, folder, self.source, self.rows, self.scorer, self.settings, advance
+            )
+
+
+def model_and_tokenizer(model: Any, tokenizer: Any, *, progress: bool = False) -> tuple[Any, Any]:
+    """Return a model and its tokenizer, loaded from a path or a name if they have to be."""
     if model is None or isinstance(model, str | Path):
         from attnprobe.models import load_model
 
         loaded = load_model(model, progress=progress)
-        model, tokenizer = loaded.model, tokenizer or loaded.tokenizer
-    adapter = adapter_for(model)
-    resolve_layers(settings.layers, adapter)
-    if settings.entropy:
-        adapter.check_next_token_logits("entropy", "pass CorpusSettings(entropy=False), or ")
-    if grouping.given is not None:
-        grouping.given.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
-    scorer = Scorer(adapter, settings, Budget.of(adapter, token_budget, memory_budget))
-    reader = RowReader(columns, tokenizer, adapter, settings.chat, settings.longest)
-    manifest = {
-        "input": opened.files,
-        "source": str(Path(source).absolute()),
-        "row_count": opened.row_count,
-        "rows_per_shard": opened.rows_per_window,
-        "columns": columns.describe(),
-        "model": model_fingerprint(model, adapter),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "settings": settings.describe(),
-        "grouping": grouping.describe(),
-    }
-    with open_folder(output, manifest) as folder:
-
-        def rows(window: int) -> list[Row]:
-            return reader.read(opened.window(window))
-
-        count = min(grouping.sample or opened.row_count, opened.row_count)
-        is_new = grouping.given is None and not folder.groups_path.is_file()
-        with corpus_bar("grouping", count, shown=progress and is_new) as advance:
-            found = find_groups(grouping, folder, opened, rows, scorer, settings, advance)
-        return _score_windows(folder, opened, rows, scorer, found, progress)
+        return loaded.model, tokenizer or loaded.tokenizer
+    return model, tokenizer
 
 
-def _score_windows(
-    folder: ScoreFolder, source: Source, rows: Rows, scorer: Scorer, groups: HeadGroups, progress: bool
-) -> CorpusRun:
-    """Score the windows that are not finished."""
-    fingerprint = groups_fingerprint(groups)
-    folder.find_finished(fingerprint)
-    continued = sum(entry.rows for entry in folder.entries)
-    todo = [window for window in range(source.window_count) if not folder.is_finished(window)]
-    with corpus_bar("scoring", source.row_count, shown=progress, finished=continued) as advance:
-        for window, read in zip(todo, read_ahead(todo, rows), strict=True):
-            scored = scorer.score(read, groups, advance)
-            folder.write(
-                window,
-                scored.table,
-                tokens=scored.tokens,
-                padding=scored.padding,
-                rejected=scored.rejected,
-                groups=fingerprint,
-            )
+def run_of(folder: ScoreFolder, groups: HeadGroups, continued: int) -> CorpusRun:
+    """Return what a folder holds."""
     entries = folder.entries
     return CorpusRun(
         folder.path,

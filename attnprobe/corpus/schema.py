@@ -39,7 +39,7 @@ def table_schema(provenance: Mapping[str, Any] | None = None) -> Any:
     arrow = import_pyarrow()
     numbers, masks = arrow.list_(arrow.float32()), arrow.list_(arrow.bool_())
     columns = [
-        arrow.field("row", arrow.int64(), nullable=False),
+        arrow.field("row", arrow.int64()),
         arrow.field("id", arrow.string()),
         arrow.field("kept", arrow.string()),
         arrow.field("rejected", arrow.string()),
@@ -70,7 +70,11 @@ def score_table(rows: Sequence[Row], found: Mapping[int, Mapping[str, Any]], sch
         for row, is_scored in zip(rows, scored, strict=True)
     ]
     columns.append(_lists(tokens, numpy.int32))
-    for names, kind in ((TOKEN_COLUMNS, numpy.float32), (MASK_COLUMNS, numpy.bool_), (HEAD_COLUMNS, numpy.float32)):
+    for names, kind in (
+        (TOKEN_COLUMNS, numpy.float32),
+        (MASK_COLUMNS, numpy.bool_),
+        (HEAD_COLUMNS, numpy.float32),
+    ):
         for name in names:
             values = [found.get(place, {}).get(name) for place in range(len(rows))]
             columns.append(_lists(values, kind))

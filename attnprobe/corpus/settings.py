@@ -17,7 +17,16 @@ from attnprobe.heads import SpanKind, check_shares
 from attnprobe.metric_arguments import HorizonLike, check_horizon, check_window
 from attnprobe.provenance import Align
 from attnprobe.rhythm import check_lookback, check_quantile
-from attnprobe.validation import BoolField, FloatField, IntField, brief, choice, truth, whole_number, whole_numbers
+from attnprobe.validation import (
+    BoolField,
+    FloatField,
+    IntField,
+    brief,
+    choice,
+    truth,
+    whole_number,
+    whole_numbers,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

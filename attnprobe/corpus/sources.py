@@ -29,9 +29,12 @@ _CHUNK = 2**20
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as it stands in its file; `problem` says why it could not be read, and is None if it was."""
+    """A row as it stands in its file; `problem` says why it could not be read, and is None if it was.
 
-    number: int
+    Rows that an engine hands over may have no number.
+    """
+
+    number: int | None
     values: Any
     problem: str | None = None
 
@@ -235,12 +238,21 @@ class _Tables(Source):
                     number += 1
 
 
-def _row_of_batch(number: int, batch: Any, row: int) -> RawRow:
+def _row_of_batch(number: int | None, batch: Any, row: int) -> RawRow:
     """Return one row of a record batch, or why it is none."""
     try:
         return RawRow(number, batch.slice(row, 1).to_pylist()[0])
     except UnicodeDecodeError as error:
         return RawRow(number, None, f"not UTF-8: {error.reason} at byte {error.start} of a text")
+
+
+def rows_of_table(table: Any) -> list[RawRow]:
+    """Return the rows of an Arrow table; their numbers are those of its column `row`, if it has one."""
+    numbers = table["row"].to_pylist() if "row" in table.column_names else [None] * table.num_rows
+    return [
+        _row_of_batch(number if type(number) is int else None, table, row)
+        for row, number in enumerate(numbers)
+    ]
 
 
 def _parquet_groups(file: Path) -> list[int]:
