@@ -54,7 +54,14 @@ def report_row(
     same = {"input": opened.files, "model": model_fingerprint(model, adapter)}
     check_same(scores.folder, known, {**known, **same})
     settings = known["settings"]
-    reader = RowReader(Columns(**known["columns"]), tokenizer, adapter, settings["chat"], settings["longest"])
+    reader = RowReader.of(
+        model,
+        adapter,
+        tokenizer,
+        Columns(**known["columns"]),
+        chat=settings["chat"],
+        longest=settings["longest"],
+    )
     raw = [each for each in opened.window(number // opened.rows_per_window) if each.number == number]
     if not raw:
         raise ParameterError(f"row {number} of the input is a blank line")

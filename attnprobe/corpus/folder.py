@@ -19,7 +19,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -179,19 +179,26 @@ def _is_ours(path: Path) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when this process ends, however it ends."""
-    with (folder / ".lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            stream.seek(0)
-            raise ResultError(
-                f"another run is writing to {folder} (process {stream.read().strip() or 'unknown'}): wait "
-                "for it, or name another folder"
-            ) from error
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
+    try:
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise ResultError(f"cannot write to the folder {folder}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(lock, 20).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise ResultError(
+            f"another run is writing to {folder} (process {holder}): wait for it, or name another folder"
+        ) from error
+    try:
+        # Only for the message above: on a full disk, the lock holds without it.
+        with suppress(OSError):
+            os.ftruncate(lock, 0)
+            os.write(lock, str(os.getpid()).encode())
         yield
+    finally:
+        os.close(lock)
 
 
 def check_same(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

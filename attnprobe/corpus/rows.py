@@ -92,7 +92,7 @@ class RowReader:
         tokenizer: for texts and chats; None if all rows hold ids.
         adapter: of the model that is to read them.
         chat: whether a prompt that is a text is put into the chat template, as a user's turn.
-        longest: the largest number of tokens of a row; None: the model's context.
+        longest: the largest number of tokens of a row; None: as many as the model takes.
     """
 
     columns: Columns
@@ -100,6 +100,20 @@ class RowReader:
     adapter: Adapter
     chat: bool = False
     longest: int | None = None
+
+    @staticmethod
+    def of(
+        model: Any, adapter: Adapter, tokenizer: Any, columns: Columns, *, chat: bool, longest: int | None
+    ) -> RowReader:
+        """Return the reader of a model's rows.
+
+        By default the longest row is as long as the model was made for, although one with rotary positions
+        would run longer ones too.
+        """
+        config = getattr(model, "config", None)
+        if longest is None and hasattr(config, "get_text_config"):
+            longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return RowReader(columns, tokenizer, adapter, chat, longest)
 
     def read(self, raw: Sequence[RawRow]) -> list[Row]:
         """Return the rows in their order; those that cannot be scored have the reason, and no tokens."""

@@ -197,7 +197,7 @@ class Job:
         }
         return Job(
             opened,
-            RowReader(columns, tokenizer, adapter, settings.chat, settings.longest),
+            RowReader.of(model, adapter, tokenizer, columns, chat=settings.chat, longest=settings.longest),
             Scorer(adapter, settings, Budget.of(adapter, token_budget, memory_budget)),
             grouping,
             settings,

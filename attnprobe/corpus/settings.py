@@ -45,7 +45,7 @@ class CorpusSettings:
         head_values: whether to keep the span of every head, and its share on the first token, for each row.
         credit: a strategy of `attnprobe.rl`, whose weights are kept as gamma; None: no gamma.
         chat: whether a prompt that is a text is put into the chat template, as a user's turn.
-        longest: rows of more tokens are rejected; None: those longer than the model's context.
+        longest: rows of more tokens are rejected; None: those with more than the model was made for.
 
     Raises:
         ParameterError: any of them is invalid.

@@ -106,7 +106,9 @@ class RowScorer:
         settings = self._settings
         self._groups.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
         return (
-            RowReader(self._columns, tokenizer, adapter, settings.chat, settings.longest),
+            RowReader.of(
+                model, adapter, tokenizer, self._columns, chat=settings.chat, longest=settings.longest
+            ),
             Scorer(adapter, settings, Budget.of(adapter, *self._budgets)),
         )
 
