@@ -151,7 +151,6 @@ def open_folder(path: PathLike, manifest: Mapping[str, Any]) -> Iterator[ScoreFo
             or that was begun with another input, model or settings.
     """
     folder = as_path(path, "the output is a folder, named by a path")
-    manifest = {"schema": SCHEMA_VERSION, **manifest}
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -23,6 +23,7 @@ from attnprobe.corpus.fingerprints import groups_fingerprint, model_fingerprint,
 from attnprobe.corpus.folder import ScoreFolder, open_folder, write_shard
 from attnprobe.corpus.grouping import CorpusGroups, Grouping, Rows, find_groups
 from attnprobe.corpus.rows import Columns, Row, RowReader
+from attnprobe.corpus.schema import SCHEMA_VERSION
 from attnprobe.corpus.scorer import Scorer
 from attnprobe.corpus.settings import CorpusSettings
 from attnprobe.corpus.sources import ROWS_PER_SHARD, Source, open_source
@@ -185,6 +186,7 @@ class Job:
         if grouping.given is not None:
             grouping.given.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
         manifest = {
+            "schema": SCHEMA_VERSION,
             "input": opened.files,
             "source": str(Path(source).absolute()),
             "row_count": opened.row_count,

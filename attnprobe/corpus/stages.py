@@ -8,7 +8,8 @@ there once. What is left to others: scoring (scorer), the folder (folder), and o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -22,7 +23,7 @@ from attnprobe.corpus.run import CorpusRun, Job, model_and_tokenizer, run_of, sc
 from attnprobe.corpus.scorer import Scorer
 from attnprobe.corpus.settings import CorpusSettings
 from attnprobe.corpus.sources import rows_of_table
-from attnprobe.errors import MissingDependencyError, ParameterError
+from attnprobe.errors import AttnprobeError, MissingDependencyError, ParameterError
 from attnprobe.head_groups import HeadGroups
 from attnprobe.storage import PathLike, as_path, import_pyarrow
 from attnprobe.validation import FloatLike, IntLike, instance, real_number, whole_number
@@ -171,10 +172,8 @@ def score_with_ray(
     arguments = {"source": str(as_path(source).absolute()), "output": str(place), "options": options}
     # Where the workers run, so that the machine that this runs on needs neither the memory nor the GPU.
     preparing = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_prepare)
-    try:
+    with _errors_of_workers(ray):
         ray.get(preparing.remote(**arguments))
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
     with open_folder(place, read_manifest(place)) as folder:
         groups = HeadGroups.load(folder.groups_path)
         folder.find_finished(groups_fingerprint(groups))
@@ -191,7 +190,10 @@ def score_with_ray(
                 num_gpus=gpus,
             )
             rows = folder.manifest["row_count"]
-            with corpus_bar("scoring", rows, shown=progress, finished=continued) as advance:
+            with (
+                _errors_of_workers(ray),
+                corpus_bar("scoring", rows, shown=progress, finished=continued) as advance,
+            ):
                 for line in written.iter_rows():
                     entry = ShardEntry(**line)
                     folder.enter(entry)
@@ -199,7 +201,7 @@ def score_with_ray(
         return run_of(folder, groups, continued)
 
 
-def check_room(resources: Mapping[str, float], workers: int, cpus: float, gpus: float) -> None:
+def check_room(resources: Mapping[str, float], workers: int, cpus: FloatLike, gpus: FloatLike) -> None:
     """Check that a cluster has room for workers and for Ray's own tasks, which would else wait forever.
 
     Raises:
@@ -239,6 +241,20 @@ class _WindowScorer:
         scored = self._job.scorer.score(self._job.rows(window), self._groups)
         entry = write_shard(self._folder, window, scored, groups_fingerprint(self._groups))
         return {name: [value] for name, value in asdict(entry).items()}
+
+
+@contextmanager
+def _errors_of_workers(ray: Any) -> Iterator[None]:
+    """Raise an error of ours that ended a worker as if it had been raised here."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        cause: BaseException | None = error
+        while cause is not None and (not isinstance(cause, AttnprobeError) or hasattr(cause, "cause")):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from error
 
 
 def _loaded(options: dict[str, Any]) -> dict[str, Any]:
