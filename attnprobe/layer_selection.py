@@ -7,7 +7,7 @@ can be read (adapters).
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from attnprobe.errors import ParameterError
 
@@ -60,7 +60,7 @@ def parse_layers(text: str) -> LayerName | list[int]:
         ParameterError: anything else.
     """
     if text in LAYER_NAMES:
-        return cast(LayerName, text)
+        return text
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")

@@ -111,7 +111,7 @@ class RowReader:
         would run longer ones too.
         """
         config = getattr(model, "config", None)
-        if longest is None and hasattr(config, "get_text_config"):
+        if longest is None and config is not None and hasattr(config, "get_text_config"):
             longest = getattr(config.get_text_config(), "max_position_embeddings", None)
         return RowReader(columns, tokenizer, adapter, chat, longest)
 
