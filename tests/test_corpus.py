@@ -206,6 +206,18 @@ def test_windows_may_be_read_in_any_order(tmp_path: Path, size: int) -> None:
                 assert [row.number for row in read] == [row["n"] for row in expected]
 
 
+def test_a_saved_data_set_is_read(tmp_path: Path) -> None:
+    """As `datasets` itself writes it, in several files; all of its splits together are refused."""
+    datasets = pytest.importorskip("datasets")
+    saved = datasets.Dataset.from_list([{"n": number, "text": "é"} for number in range(11)])
+    saved.filter(lambda row: row["n"] != 4).save_to_disk(tmp_path / "set", num_shards=3)
+    source = open_source(tmp_path / "set", 4)
+    assert [row.values["n"] for w in range(3) for row in source.window(w)] == [0, 1, 2, 3, *range(5, 11)]
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(ResultError, match="several splits: name the folder of one of test, train"):
+        open_source(tmp_path / "splits")
+
+
 def test_an_input_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "broken.parquet").write_text("no parquet")

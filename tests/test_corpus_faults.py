@@ -279,6 +279,7 @@ def test_a_folder_of_something_else_is_refused(source: Path, model, tmp_path: Pa
     (tmp_path / "full/thesis.tex").touch()
     with pytest.raises(ResultError, match=r"holds thesis\.tex"):
         run(source, tmp_path / "full", model)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
     (tmp_path / "file").touch()
     with pytest.raises(ResultError, match="cannot make the folder"):
         run(source, tmp_path / "file", model)

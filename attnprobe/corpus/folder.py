@@ -14,7 +14,6 @@ shard (schema) and the order of the work (run).
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import zlib
@@ -151,6 +150,10 @@ def open_folder(path: PathLike, manifest: Mapping[str, Any]) -> Iterator[ScoreFo
             or that was begun with another input, model or settings.
     """
     folder = as_path(path, "the output is a folder, named by a path")
+    is_known = (folder / "manifest.json").is_file() or not folder.is_dir()
+    strange = [] if is_known else sorted(each.name for each in folder.iterdir() if not _is_ours(each))
+    if strange:
+        raise ResultError(f"{folder} is no folder of scores: it holds {strange[0]}. Name a new one")
     try:
         (folder / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,8 +161,6 @@ def open_folder(path: PathLike, manifest: Mapping[str, Any]) -> Iterator[ScoreFo
     with _locked(folder):
         known = read_manifest(folder) if (folder / "manifest.json").is_file() else None
         if known is None:
-            if strange := sorted(each.name for each in folder.iterdir() if not _is_ours(each)):
-                raise ResultError(f"{folder} is no folder of scores: it holds {strange[0]}. Name a new one")
             content = {**manifest, "versions": library_versions()}
             write_atomically(folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
         else:
@@ -178,6 +179,9 @@ def _is_ours(path: Path) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when this process ends, however it ends."""
+    # Here, since Windows has no such module, and everything else works without it.
+    import fcntl
+
     try:
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
