@@ -58,7 +58,8 @@ from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
 
 if TYPE_CHECKING:
-    from attnprobe import models, rl, testing
+    from attnprobe import corpus, models, rl, testing
+    from attnprobe.corpus import load_scores
 
 __all__ = [
     "Attachment",
@@ -102,12 +103,14 @@ __all__ = [
     "attach",
     "classify_heads",
     "compare_groups",
+    "corpus",
     "couplings",
     "find_rhythm",
     "group_maps",
     "group_stability",
     "knockout",
     "knockout_divergence",
+    "load_scores",
     "measure",
     "metrics",
     "models",
@@ -123,6 +126,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the packages that not everyone needs on first use."""
-    if name in ("models", "rl", "testing"):
+    if name in ("corpus", "models", "rl", "testing"):
         return importlib.import_module(f"attnprobe.{name}")
+    if name == "load_scores":
+        return importlib.import_module("attnprobe.corpus").load_scores
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,8 @@
-"""The command line: `attnprobe report`, `attnprobe heads`, `attnprobe score`, `attnprobe doctor`.
+"""The command line: `attnprobe report`, `heads`, `score`, `doctor`, and `corpus` with commands of its own.
 
 A thin layer over the library: it loads, calls and prints. Exit codes: 0 done, 1 an error that the message
-explains, 2 wrong usage, 130 interrupted. What is left to others: everything that computes something.
+explains, 2 wrong usage, 3 done but for rejected rows of a corpus, 130 interrupted. What is left to others:
+everything that computes something.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from attnprobe.adapters.base import Layers, resolve_layers
+from attnprobe.adapters.base import resolve_layers
+from attnprobe.corpus.commands import app as corpus
 from attnprobe.errors import AttnprobeError, BatchError, ParameterError
-from attnprobe.layer_selection import LAYER_NAMES
+from attnprobe.layer_selection import parse_layers
 from attnprobe.validation import real_number, whole_number
 from attnprobe.version import __version__
 
@@ -31,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(corpus, name="corpus")
 out, err = Console(), Console(stderr=True)
 
 DEMO_SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -261,27 +264,6 @@ def about(
     if version:
         out.print(__version__, highlight=False)
         raise typer.Exit
-
-
-def parse_layers(text: str) -> Layers:
-    """Return layers from a name such as "all" or "middle", or numbers and ranges separated by commas.
-
-    >>> parse_layers("0,4,8-10")
-    [0, 4, 8, 9, 10]
-
-    Raises:
-        ParameterError: anything else.
-    """
-    if text in LAYER_NAMES:
-        return text
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            names = ", ".join(f'"{name}"' for name in LAYER_NAMES)
-            raise ParameterError(f"layers must be {names} or numbers such as 0,4,8-11; got {text!r}")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
 
 
 def _typical_heads(groups: Any, top: int = 10) -> Table:

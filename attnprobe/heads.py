@@ -46,6 +46,7 @@ __all__ = [
     "classify_heads",
     "group_heads",
     "head_groups",
+    "warn_of_sinks",
 ]
 
 SpanKind = Literal["plain", "ignoring"]
@@ -128,7 +129,7 @@ def classify_heads(
         selectivity=selectivity,
     )
     if knows_first and span == "plain":
-        _warn_of_sinks(groups.global_heads, on_first.mean())
+        warn_of_sinks(groups.global_heads, on_first.mean())
     return replace(
         groups,
         layers=first.layers,
@@ -162,8 +163,11 @@ RESTING = 0.3
 """A head that gives the first token at least this share of its attention is said to rest on it."""
 
 
-def _warn_of_sinks(global_heads: Bool[Tensor, "layer head"], on_first: Float[Tensor, "layer head"]) -> None:
-    """Warn if most global heads rest on the first token, so that their span says little about distance."""
+def warn_of_sinks(global_heads: Bool[Tensor, "layer head"], on_first: Float[Tensor, "layer head"]) -> None:
+    """Warn if most global heads rest on the first token, so that their span says little about distance.
+
+    `on_first` is the mean share of each head's attention that is on the first token.
+    """
     shares = on_first[global_heads]
     resting = int((shares >= RESTING).sum())
     if 2 * resting > len(shares):

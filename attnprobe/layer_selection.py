@@ -48,3 +48,24 @@ def named_layers(name: str, available: tuple[int, ...]) -> tuple[int, ...]:
         return available[first:stop]
     last = min(stop, count - 1)
     return tuple(sorted({available[first + round(step * (last - first) / 4)] for step in range(5)}))
+
+
+def parse_layers(text: str) -> LayerName | list[int]:
+    """Return layers from a name such as "all" or "middle", or numbers and ranges separated by commas.
+
+    >>> parse_layers("0,4,8-10")
+    [0, 4, 8, 9, 10]
+
+    Raises:
+        ParameterError: anything else.
+    """
+    if text in LAYER_NAMES:
+        return text
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            names = ", ".join(f'"{name}"' for name in LAYER_NAMES)
+            raise ParameterError(f"layers must be {names} or numbers such as 0,4,8-11; got {text!r}")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers

@@ -7,6 +7,8 @@ the user already has. What is left to others: tokenized batches (batch) and meas
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,20 +58,45 @@ def load_model(source: PathLike | None = None, *, progress: bool = False) -> Loa
     """
     truth(progress, "progress")
     where, name, options = _locate(source)
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with progress_bar("loading", 2, shown=progress) as advance:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            advance()
-            model = AutoModelForCausalLM.from_pretrained(where, **options)
-            advance()
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ModelLoadError(f"cannot load {name} from {source or where}: {reason[0]}") from error
+    with (
+        progress_bar("loading", 2, shown=progress) as advance,
+        _explained(f"cannot load {name} from {source or where}"),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        advance()
+        model = AutoModelForCausalLM.from_pretrained(where, **options)
+        advance()
     model.config._name_or_path = name
     return LoadedModel(model.eval(), tokenizer, name)
+
+
+def load_tokenizer(source: PathLike | None = None) -> Any:
+    """Load the tokenizer of a model, without the model; `source` is as for `load_model`.
+
+    Raises:
+        ParameterError: a source that is neither a path nor a name.
+        ModelLoadError: a file or folder that is missing or damaged, or a name that cannot be fetched.
+        MissingDependencyError: a GGUF file without the `gguf` extra.
+    """
+    where, name, options = _locate(source)
+    from transformers import AutoTokenizer
+
+    with _explained(f"cannot load the tokenizer of {name} from {source or where}"):
+        return AutoTokenizer.from_pretrained(where, **options)
+
+
+@contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    """Raise what loading raises as a `ModelLoadError` that says what could not be loaded."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelLoadError(f"{problem}: {reason[0]}") from error
 
 
 def _locate(source: PathLike | None) -> tuple[str, str, dict[str, str]]:

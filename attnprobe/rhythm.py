@@ -203,11 +203,12 @@ def find_peaks(values: ArrayLike, *, quantile: FloatLike = 0.4) -> Bool[Tensor, 
     peaks = torch.zeros(batch, count, dtype=torch.bool, device=values.device)
     if count < 3:
         return peaks
-    # The value after the plateau that a token lies on, found from right to left.
-    after = torch.full_like(values, torch.nan)
-    for t in range(count - 2, -1, -1):
-        following = values[:, t + 1]
-        after[:, t] = torch.where(following == values[:, t], after[:, t + 1], following)
+    # The value after the plateau that a token lies on: that after the next change; NaN if there is none.
+    place = torch.arange(count - 1, device=values.device)
+    changes = torch.where(values[:, 1:] != values[:, :-1], place, count - 1)
+    following = changes.flip(-1).cummin(-1).values.flip(-1) + 1
+    after = torch.nn.functional.pad(values, (0, 1), value=torch.nan).gather(-1, following)
+    after = torch.nn.functional.pad(after, (0, 1), value=torch.nan)
     rises = values[:, 1:] > values[:, :-1]
     falls = values > after
     peaks[:, 1:] = rises & falls[:, 1:]

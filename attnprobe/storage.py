@@ -31,7 +31,8 @@ else:
     PathLike = Any
 
 _KEY = "attnprobe"
-_TEMPORARY = ".attnprobe-"
+TEMPORARY = ".attnprobe-"
+"""How the names of files begin that are not complete yet."""
 
 
 def library_versions() -> dict[str, str]:
@@ -53,7 +54,7 @@ def write_atomically(path: PathLike, content: bytes) -> Path:
     """
     path = as_path(path)
     check_writable(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -80,7 +81,7 @@ def check_writable(path: PathLike) -> None:
     try:
         if path.is_dir():
             raise ResultError(f"cannot write {path}: it is a folder; name a file")
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_TEMPORARY):
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=TEMPORARY):
             pass
     except OSError as error:
         raise ResultError(f"cannot write to the folder {path.parent}: {error.strerror}") from error

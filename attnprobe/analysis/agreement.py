@@ -200,9 +200,46 @@ def group_stability(
             confidence out of range.
         ResultError: statistics of different models, layers, or receiver levels.
     """
+    # Before the responses are read, which may take long.
+    check_shares(quantile, receivers)
+    check_resampling(resamples, confidence, seed)
+    first, span, kurtosis = _spans_and_kurtoses(statistics)
+    return stability_of(
+        span,
+        kurtosis,
+        layers=first.layers,
+        model_name=first.model_name,
+        quantile=quantile,
+        receivers=receivers,
+        resamples=resamples,
+        confidence=confidence,
+        seed=seed,
+    )
+
+
+def stability_of(
+    span: Float[Tensor, "response layer head"],
+    kurtosis: Float[Tensor, "response layer head"] | None = None,
+    *,
+    layers: tuple[int, ...],
+    model_name: str = "",
+    quantile: FloatLike = 0.3,
+    receivers: IntLike = 20,
+    resamples: IntLike = 500,
+    confidence: FloatLike = 0.95,
+    seed: IntLike = 0,
+) -> GroupStability:
+    """Return what `group_stability` does, from the spans and kurtoses of responses.
+
+    Of very many responses, pass the means over blocks of them: their spread says as much.
+
+    Raises:
+        ParameterError: as `group_stability`.
+    """
     quantile, receivers = check_shares(quantile, receivers)
     resamples, confidence, seed = check_resampling(resamples, confidence, seed)
-    first, span, kurtosis = _spans_and_kurtoses(statistics)
+    if len(span) < 2:
+        raise ParameterError(f"stability needs at least two responses, got {len(span)}")
     weights = bootstrap_weights(len(span), resamples, seed)
 
     def grouped(drawn: Tensor) -> HeadGroups:
@@ -232,9 +269,9 @@ def group_stability(
         span_correlation=spread(correlations),
         responses=len(span),
         resamples=resamples,
-        layers=first.layers,
+        layers=layers,
         groups=groups,
-        model_name=first.model_name,
+        model_name=model_name,
     )
 
 
