@@ -657,9 +657,9 @@ def test_a_grouping_is_restored_from_what_it_kept_and_nothing_else(as_users_call
     for step in (0.5, "now", -1):
         with pytest.raises(ParameterError, match="step"):
             grouping.is_due(step)
-    grouping.restore({"saved_groups": {"local_heads": 3}, "grouped_at": 0})
     with pytest.raises(ResultError, match="damaged"):
-        _ = grouping.groups
+        grouping.restore({"saved_groups": {"local_heads": 3}, "grouped_at": 0})
+    assert grouping.groups is None
 
 
 @pytest.mark.parametrize("signs", ["both", "negative"])

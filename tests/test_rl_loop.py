@@ -273,10 +273,10 @@ def test_statistics_of_no_more_than_a_pass_are_held() -> None:
     class Alive(attnprobe.Probe):
         def observe(self, site, layer, value, batch) -> None:
             gc.collect()
-            held = [each for each in gc.get_objects() if isinstance(each, attnprobe.HeadStatistics)]
+            held = [each for each in gc.get_objects() if type(each) is attnprobe.HeadStatistics]
             alive.append(sum(len(each.waad) for each in held))
 
-    before = sum(len(e.waad) for e in gc.get_objects() if isinstance(e, attnprobe.HeadStatistics))
+    before = sum(len(e.waad) for e in gc.get_objects() if type(e) is attnprobe.HeadStatistics)
     with attnprobe.attach(model, Alive(), layers=[1]):
         credit.weigh(rollout, [1.0] * 12, 1)
     assert len(alive) == 6

@@ -179,7 +179,8 @@ class PPO:
             ids, the end token included.
         config: how to train.
         credit: a strategy of `attnprobe.rl`, or any callable `scores -> gamma`; None: no credit.
-        credit_options: further arguments of `RolloutCredit`, by name, such as `signs` and `horizon`.
+        credit_options: further arguments of `RolloutCredit`, by name, such as `signs` and `horizon`; without
+            credit they are only checked.
         ends: ids that end a completion; None: those of the policy's generation config.
         evaluation: problems to evaluate the policy on while it is trained, greedily after every tenth step;
             an `Evaluation` says otherwise. It changes nothing in the training.
@@ -227,8 +228,6 @@ class PPO:
         self.evaluation = evaluation_of(evaluation, reward, config, policy)
         self.reference = copy.deepcopy(self.model).eval() if config.kl_coef else None
         options = check_options(credit_options, RolloutCredit, "credit_options")
-        if options and credit is None:
-            raise ParameterError("credit_options say how credit is given, but there is no credit=")
         self.credit = None if credit is None else RolloutCredit(policy, credit, **options)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.learning_rate, weight_decay=0.0)

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.adapters.base import Layers
-from attnprobe.errors import ParameterError, TrainerError
+from attnprobe.errors import TrainerError
 from attnprobe.head_groups import GroupsLike
 from attnprobe.metric_arguments import HorizonLike
 from attnprobe.reductions import TRAINING_HORIZON
@@ -266,13 +266,13 @@ class CreditMixin:
 
     Args:
         credit: the strategy; None: training without credit.
-        credit_options: further arguments of `attach_credit`, by name.
+        credit_options: further arguments of `attach_credit`, by name; without credit they are only checked.
 
     Attributes:
         credit_handle: what `attach_credit` returned; None without credit.
 
     Raises:
-        ParameterError: options that `attach_credit` does not take, or options without credit.
+        ParameterError: options that `attach_credit` does not take.
     """
 
     credit_handle: CreditHandle | None = None
@@ -285,8 +285,6 @@ class CreditMixin:
         **kwargs: Any,
     ) -> None:
         options = check_options(credit_options, attach_credit, "credit_options")
-        if options and credit is None:
-            raise ParameterError("credit_options say how credit is given, but there is no credit=")
         super().__init__(*args, **kwargs)
         if credit is not None:
             self.credit_handle = attach_credit(self, credit, **options)
