@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast test-oldest test-newest test-verl fuzz families rhythm lint types format bench bench-quick test-gpu bench-gpu build clean
+.PHONY: help install demo test test-fast test-oldest test-newest test-verl test-engines fuzz families rhythm lint types format bench bench-quick test-gpu bench-gpu build clean
 
 help:  ## List what can be done
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,10 @@ test-oldest:  ## Run all tests with the oldest versions of other libraries that 
 test-newest:  ## Run all tests with the newest ones; both make a .venv of their own
 test-oldest test-newest: test-%:
 	@$(MAKE) --no-print-directory test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt
+
+test-engines: install  ## Run the tests on Ray and datasets, after installing Ray (240 MB)
+	@$(PIP) --constraint $(CONSTRAINTS) --group engines
+	@$(BIN)/python -m pytest --quiet tests/test_corpus_engines.py
 
 test-verl: .venv-verl/.installed  ## Run the tests of verl, in a .venv of its own (about ten minutes)
 	@.venv-verl/bin/python -m pytest tests/verl --quiet

@@ -98,8 +98,8 @@ def _content(value: Any) -> str:
     """Return a value as a text, the same in any process, and for a list, a tuple, an array or a tensor.
 
     >>> import torch
-    >>> [_content(value) for value in ((1, 2), torch.tensor([1, 2]), {"b": print, "a": {2}})]
-    ['[1, 2]', '[1, 2]', "{'a': {2}, 'b': <built-in function print>}"]
+    >>> [_content(value) for value in ((1, 2), torch.tensor([1, 2]), {"b": len, "a": {2}})]
+    ['[1, 2]', '[1, 2]', "{'a': {2}, 'b': <built-in function len>}"]
     """
     if isinstance(value, Tensor) or is_array(value):
         value = value.tolist()
