@@ -1,14 +1,14 @@
 """A batch that is ready to run: its sequences, and which of them run together.
 
 `BatchRun` splits a batch into right-padded sequences, or leaves it as it is if it has images, and forms
-the parts that go through the model at a time. `measure` and `group_maps` run them; `check_fits` is also
-for analyses with passes of their own. What is left to others: the passes (measurement), and which lengths
-disturb each other (adapters).
+the parts that go through the model at a time. `measure` and `group_maps` run them, and a corpus is batched
+by the same `similar_lengths_together`; `check_fits` is also for analyses with passes of their own. What is
+left to others: the passes (measurement), and which lengths disturb each other (adapters).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -27,6 +27,12 @@ from attnprobe.validation import IntLike, whole_number
 
 MEMORY_BUDGET = 2 * 2**30
 """The default of `measure`'s memory budget, in bytes."""
+
+MOST_PADDING = 0.05
+"""No sequence is added to others if more than this share of them would then be padding, ..."""
+
+LEAST_BUSY = 0.125
+"""... unless they hold less than this share of the token budget: small batches cost more than padding."""
 
 TOKEN_BUDGET = 4096
 """The default of `measure`'s token budget: enough to keep a machine busy, and little is lost to padding."""
@@ -79,10 +85,16 @@ class BatchRun:
             return BatchRun(adapter, chosen, batch, layout, [list(range(batch.batch_size))])
         sequences, layout = batch.sequences()
         check_fits(sequences, adapter)
-        size = batch_size or _sequences_within(memory_budget, sequences, adapter, entropy)
+        lengths = sequences.attention_mask.sum(-1).tolist()
         # A batch size alone is what the caller wants. Without one, little is to be lost to padding.
-        budget = token_budget or (None if batch_size else TOKEN_BUDGET)
-        together = _sequences_together(sequences, adapter, size, budget)
+        together = similar_lengths_together(
+            lengths,
+            adapter,
+            most=batch_size,
+            tokens=token_budget or (None if batch_size else TOKEN_BUDGET),
+            memory=None if batch_size else memory_budget,
+            answers=sequences.response_mask.sum(-1).tolist() if entropy else None,
+        )
         return BatchRun(adapter, chosen, sequences, layout, together)
 
     @property
@@ -119,36 +131,56 @@ class _Ticking(Probe):
         self._advance()
 
 
-def _sequences_within(budget: int, sequences: TokenBatch, adapter: Adapter, entropy: bool) -> int:
-    """Return how many sequences are estimated to fit a budget of bytes together; at least one."""
-    each = adapter.activation_bytes * sequences.token_count
-    if entropy:
-        # Logits are computed for response tokens only, in the model's dtype: at most four bytes each.
-        each += 4 * adapter.vocabulary_size * int(sequences.response_mask.sum(-1).max())
-    return sequences.batch_size if each == 0 else min(sequences.batch_size, max(1, budget // each))
-
-
-def _sequences_together(
-    sequences: TokenBatch, adapter: Adapter, size: int, token_budget: int | None
+def similar_lengths_together(
+    lengths: Sequence[int],
+    adapter: Adapter,
+    *,
+    most: int | None = None,
+    tokens: int | None = None,
+    memory: int | None = None,
+    answers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Return the numbers of the sequences that run together, all of one regime, the shortest first.
 
-    At most `size` run together, and with a token budget no more than it holds, padding included, or one.
+    A sequence runs alone if it does not fit with any other.
+
+    Args:
+        lengths: of each sequence, in tokens.
+        adapter: of the model that runs them.
+        most: how many sequences may run together.
+        tokens: how many tokens may, padding included; little of it is then lost to padding.
+        memory: roughly how many bytes their activations and logits may take.
+        answers: for how many tokens of each sequence logits are computed; None: for none.
+
+    >>> from attnprobe.testing.tiny_models import tiny_model
+    >>> similar_lengths_together([3, 9, 3, 9], adapter_for(tiny_model("llama")), tokens=20)
+    [[0, 2], [1, 3]]
     """
     by_regime: dict[Hashable, list[int]] = {}
-    lengths = sequences.attention_mask.sum(-1).tolist()
     for number in sorted(range(len(lengths)), key=lambda number: lengths[number]):
         by_regime.setdefault(adapter.regime(lengths[number]), []).append(number)
     together: list[list[int]] = []
     for members in by_regime.values():
         part: list[int] = []
+        answer = real = 0
         for number in members:
             # The next one is the longest so far: all are padded to it.
-            padded = (len(part) + 1) * lengths[number]
-            if part and (len(part) == size or (token_budget is not None and padded > token_budget)):
+            width, count = lengths[number], len(part) + 1
+            each = adapter.activation_bytes * width
+            if answers is not None:
+                answer = max(answer, answers[number])
+                # In the model's dtype: at most four bytes each.
+                each += 4 * adapter.vocabulary_size * answer
+            is_full = (most is not None and count > most) or (memory is not None and count * each > memory)
+            if tokens is not None:
+                padding = 1 - (real + width) / (count * width)
+                is_sparse = padding > MOST_PADDING and real >= LEAST_BUSY * tokens
+                is_full = is_full or is_sparse or count * width > tokens
+            if part and is_full:
                 together.append(part)
-                part = []
+                part, real, answer = [], 0, 0 if answers is None else answers[number]
             part.append(number)
+            real += width
         together.append(part)
     return together
 

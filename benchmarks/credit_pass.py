@@ -1,6 +1,6 @@
 """What the weights of a rollout cost: by a pass of credit's own, and by watching the trainer's, by precision.
 
-    python benchmarks/credit_pass.py --repeats 5 --output credit_pass.json
+    python -m benchmarks.credit_pass --repeats 5 --output credit_pass.json
 
 The yardstick is the log-probability pass that trainers run over a rollout: micro-batches of similar length
 under a token budget, logits of the completions, no gradients. In turn, over the same rollout of mixed
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnprobe.rl import CoupledRhythmCredit, Rollout, RolloutCredit
+from benchmarks.subjects import SHAPE, build_model
 
 KINDS = ("pass alone", "watched", "watched, regrouping", "own pass", "own pass, regrouping")
 TOKEN_BUDGET = 4096
@@ -43,20 +43,10 @@ class Policy:
     """A policy with the pass that trainers run over its rollouts."""
 
     def __init__(self, options: argparse.Namespace, precision: str) -> None:
-        small = {"num_hidden_layers": 6, "hidden_size": 192, "intermediate_size": 512, "vocab_size": 4096}
-        shape = {"num_hidden_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
-        config = LlamaConfig(
-            **(small if options.small else shape),
-            num_attention_heads=9 if not options.small else 3,
-            num_key_value_heads=3 if not options.small else 1,
-            max_position_embeddings=8192,
-            tie_word_embeddings=True,
-        )
-        torch.manual_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = LlamaForCausalLM(config).to(self.device).eval()
+        self.model = build_model(options.layers, "sdpa").to(self.device)
         self.half = precision == "bfloat16"
-        self.rollout = made_up_rollout(options.rows, options.completion_tokens, config.vocab_size)
+        self.rollout = made_up_rollout(options.rows, options.completion_tokens, SHAPE["vocab_size"])
         asked, written = self.rollout.prompt_ids, self.rollout.per_completion(self.rollout.completion_ids)
         rows = [torch.cat(pair) for pair in zip(asked, written, strict=True)]
         self.batches: list[list[torch.Tensor]] = [[]]
@@ -165,13 +155,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="completions in the rollout")
     parser.add_argument("--completion-tokens", type=int, default=512, help="of the longest")
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--small", action="store_true", help="use a small model, to try the script")
+    parser.add_argument("--layers", type=int, default=30, help="of the model; few, to try the script")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     report: dict[str, Any] = {
-        "shape": "small" if options.small else "SmolLM2-135M",
+        "layers": options.layers,
         "rows": options.rows,
         "completion_tokens": options.completion_tokens,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

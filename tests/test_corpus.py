@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 import attnprobe
 from attnprobe import HeadGroups, ParameterError, ResultError, adapter_for, classify_heads
+from attnprobe.batch_run import LEAST_BUSY, MOST_PADDING
 from attnprobe.corpus import Columns, CorpusSettings, score
-from attnprobe.corpus.batching import LEAST_BUSY, MOST_PADDING, Budget, micro_batches
+from attnprobe.corpus.batching import Budget, micro_batches
 from attnprobe.corpus.rows import Row
 from attnprobe.corpus.sources import open_source
 from attnprobe.rl import CoupledRhythmCredit

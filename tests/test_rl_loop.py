@@ -239,7 +239,7 @@ def test_statistics_of_something_else_are_refused() -> None:
         (measure_rollout(model, rollout, **good, window=3), "window"),
         (measure_rollout(model, rollout, **good, span=False), "no span"),
         (measure_rollout(model, rollout_of(((2, 14),)), **good), "1 completions, but the rollout has 3"),
-        ("own", "statistics must be"),
+        ("own", "what was measured must be"),
     ):
         with pytest.raises(ParameterError, match=told):
             fresh.weigh(rollout, [1.0] * 3, 0, statistics=statistics)
@@ -257,7 +257,7 @@ def test_scores_that_are_known_are_not_measured_again() -> None:
     for step, wrong, told in (
         (10, scores, "classified at this step"),
         (1, scores.select([0]), "must be"),
-        (1, "x", "scores"),
+        (1, "x", "score_rollout"),
     ):
         with pytest.raises(ParameterError, match=told):
             credit.weigh(rollout, [1.0, -1.0, 2.0], step, scores=wrong)
@@ -309,10 +309,6 @@ def test_a_token_budget_holds_padding_too(lengths: list[int], budget: int) -> No
     for rows, width in probe.shapes:
         assert rows == 1 or rows * width <= budget
     assert sum(rows for rows, _ in probe.shapes) == len(lengths)
-    # No part could have taken the shortest sequence of the next one.
-    for (rows, _), (_, following) in zip(probe.shapes, probe.shapes[1:], strict=False):
-        shortest = min(length + 2 for length in lengths if length + 2 >= following) if following else 0
-        assert rows + 1 > budget // max(shortest, 1) or shortest < following
     for name in ("waad", "fai", "span"):
         torch.testing.assert_close(
             getattr(parts, name), getattr(whole, name), equal_nan=True, atol=1e-4, rtol=1e-4

@@ -1,25 +1,18 @@
 """Which rows of a window run together: of similar length, within a budget of tokens.
 
-The scorer calls `micro_batches`. `measure` forms such batches too, but over a batch that it is given whole;
-here the longest row of a window must not decide how many short ones run together. What is left to others:
-running them (scorer).
+The scorer calls `micro_batches`. What is left to others: what fits together (batch_run), and running them
+(scorer).
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnprobe.adapters.base import Adapter
-from attnprobe.batch_run import MEMORY_BUDGET, TOKEN_BUDGET
+from attnprobe.batch_run import MEMORY_BUDGET, TOKEN_BUDGET, similar_lengths_together
 from attnprobe.corpus.rows import Row
 from attnprobe.validation import IntLike, whole_number
-
-MOST_PADDING = 0.05
-"""No row is added to others if more than this share of them would then be padding, ..."""
-
-LEAST_BUSY = 0.125
-"""... unless they hold less than this share of the token budget: small batches cost more than padding."""
 
 _ACCELERATOR_TOKENS = 8 * TOKEN_BUDGET
 
@@ -72,28 +65,12 @@ def micro_batches(rows: Sequence[Row], adapter: Adapter, budget: Budget, *, entr
     >>> micro_batches(rows, adapter_for(tiny_model("llama")), Budget(tokens=20), entropy=False)
     [[0, 2], [1, 3]]
     """
-    by_regime: dict[Hashable, list[int]] = {}
     scored = [place for place, row in enumerate(rows) if row.rejected is None]
-    for place in sorted(scored, key=lambda place: rows[place].length):
-        by_regime.setdefault(adapter.regime(rows[place].length), []).append(place)
-    together: list[list[int]] = []
-    for places in by_regime.values():
-        part: list[int] = []
-        answer = tokens = 0
-        for place in places:
-            # The next one is the longest so far: all are padded to it.
-            width, count = rows[place].length, len(part) + 1
-            answer = max(answer, len(rows[place].response))
-            each = adapter.activation_bytes * width
-            if entropy:
-                # Logits are computed for response tokens only, in the model's dtype: at most four bytes.
-                each += 4 * adapter.vocabulary_size * answer
-            padding = 1 - (tokens + width) / (count * width)
-            is_full = count * width > budget.tokens or count * each > budget.memory
-            if part and (is_full or (padding > MOST_PADDING and tokens >= LEAST_BUSY * budget.tokens)):
-                together.append(part)
-                part, answer, tokens = [], len(rows[place].response), 0
-            part.append(place)
-            tokens += width
-        together.append(part)
-    return together
+    together = similar_lengths_together(
+        [rows[place].length for place in scored],
+        adapter,
+        tokens=budget.tokens,
+        memory=budget.memory,
+        answers=[len(rows[place].response) for place in scored] if entropy else None,
+    )
+    return [[scored[number] for number in part] for part in together]

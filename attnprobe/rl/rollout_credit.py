@@ -234,20 +234,21 @@ class RolloutCredit:
         regroups = self.regroups_at(now)
         # A trainer's own pass for entropy cannot be evened out between processes: all make it over all rows.
         in_step = self.root is not None and "entropy" in self.needs and entropy is None
-        given = statistics is not None or scores is not None
-        measured = needed | (regroups or given or in_step)
+        if statistics is not None and scores is not None:
+            raise ParameterError("pass the statistics of the rollout or its scores, not both")
+        given: Any = scores if statistics is None else statistics
+        measured = needed | (regroups or given is not None or in_step)
         parts: Parts = [(measured, None)] if bool(measured.any()) else []
-        if self.layers and given:
+        if self.layers and given is not None:
             check_given(
-                statistics,
-                scores,
+                given,
                 rollout,
                 layers=self.layers,
                 window=self.window,
                 horizon=self.horizon,
                 regroups=regroups,
             )
-            parts = [(measured, statistics if scores is None else scores)]
+            parts = [(measured, given)]
         elif self.layers:
             parts = self._measured(rollout, measured, processes, span=regroups)
         changed = None
@@ -256,26 +257,8 @@ class RolloutCredit:
             parts = [(chosen, None if each is None else each.to("cpu")) for chosen, each in parts]
             changed = self._classify(parts, now, processes)
         groups = self.groups if self.layers else None
-        if entropy is not None:
-            entropy = as_float_tensor(entropy, "entropy", tuple(own.shape), axes="completion, token")
-        elif "entropy" in self.needs and bool(measured.any()):
-            known = self.token_entropy(rollout.select(measured))
-            if known is not None:
-                entropy = known.new_full(own.shape, torch.nan)
-                entropy[measured.to(known.device)] = known
-        scored = [
-            (
-                chosen,
-                scores_of_part(
-                    each,
-                    groups,
-                    rollout.select(chosen),
-                    entropy=None if entropy is None else entropy[chosen.to(entropy.device)],
-                ),
-            )
-            for chosen, each in parts
-        ]
-        found, gamma = scores_of_all(scored, rollout), torch.ones(own.shape, device=needed.device)
+        found = self._scores(parts, groups, rollout, measured, entropy)
+        gamma = torch.ones(own.shape, device=needed.device)
         if found is not None:
             # All at once: a strategy may compare completions with each other.
             weights = credit_of(self.credit, found.select(measured.tolist())).to(gamma)
@@ -386,6 +369,37 @@ class RolloutCredit:
             horizon=self.horizon,
             span=span,
         )
+
+    def _scores(
+        self,
+        parts: Parts,
+        groups: Groups | None,
+        rollout: Rollout,
+        measured: Tensor,
+        entropy: ArrayLike | None,
+    ) -> TokenScores | None:
+        """Return the scores of all completions, part by part; None if there are no parts."""
+        whole, shape = None, tuple(rollout.completion_ids.shape)
+        if entropy is not None:
+            whole = as_float_tensor(entropy, "entropy", shape, axes="completion, token")
+        elif "entropy" in self.needs and bool(measured.any()):
+            known = self.token_entropy(rollout.select(measured))
+            if known is not None:
+                whole = known.new_full(shape, torch.nan)
+                whole[measured.to(known.device)] = known
+        scored = [
+            (
+                chosen,
+                scores_of_part(
+                    each,
+                    groups,
+                    rollout.select(chosen),
+                    entropy=None if whole is None else whole[chosen.to(whole.device)],
+                ),
+            )
+            for chosen, each in parts
+        ]
+        return scores_of_all(scored, rollout)
 
     def _classify(self, parts: Parts, step: int, processes: Processes) -> int | None:
         """Group heads by their mean span over the completions of all processes, and keep the groups.

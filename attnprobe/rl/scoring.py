@@ -150,8 +150,7 @@ def scores_of_part(
 
 
 def check_given(
-    statistics: Any,
-    scores: Any,
+    given: Any,
     rollout: Rollout,
     *,
     layers: tuple[int, ...],
@@ -165,24 +164,24 @@ def check_given(
         ParameterError: they are not; or heads are to be classified, and there is no span to do it by.
     """
     shape = list(rollout.completion_ids.shape)
-    if scores is not None:
-        instance(scores, TokenScores, "scores", "score_rollout() returns them")
-        found = list(scores.response_mask.shape)
+    if isinstance(given, TokenScores):
+        found = list(given.response_mask.shape)
         if found != shape:
             raise ParameterError(f"the scores must be [{_AXES}] = {shape}; they are {found}")
         if regroups:
             raise ParameterError("heads are to be classified at this step: pass statistics with span")
         return
-    instance(statistics, HeadStatistics, "statistics", "measure_rollout() returns one")
+    kinds = "measure_rollout() and score_rollout() return statistics and scores"
+    instance(given, HeadStatistics, "what was measured", kinds)
     for name, ours in (("layers", layers), ("window", window), ("horizon", horizon)):
-        theirs = getattr(statistics, name)
+        theirs = getattr(given, name)
         if theirs != ours:
             raise ParameterError(f"the statistics have {name} {theirs}, but credit uses {ours}")
-    if statistics.waad.shape[0] != shape[0]:
+    if given.waad.shape[0] != shape[0]:
         raise ParameterError(
-            f"the statistics are of {statistics.waad.shape[0]} completions, but the rollout has {shape[0]}"
+            f"the statistics are of {given.waad.shape[0]} completions, but the rollout has {shape[0]}"
         )
-    if regroups and statistics.span is None:
+    if regroups and given.span is None:
         raise ParameterError("heads are to be classified at this step, but the statistics have no span")
 
 
