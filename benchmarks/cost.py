@@ -47,7 +47,7 @@ MOST_TOKENS_WITH_MAPS = 2048
 MOST_TOKENS_WITH_ALL_ROUNDS, FEWER_ROUNDS = 2048, 3
 # For glibc: return pieces of memory above this many bytes to the system when they are freed.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-OURS = ["measure", "without span", "attached", "five layers", "receive"]
+OURS = ["measure", "without span", "attached", "five layers", "receive", "as called"]
 PEERS = ["eager maps", "bridge patterns", "nnsight maps"]
 
 app = typer.Typer(add_completion=False)
@@ -61,7 +61,9 @@ def run(
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 30,
     long: Annotated[str, typer.Option(help="Numbers of tokens for two layers only.")] = "8192,16384,32768",
     rounds: Annotated[int, typer.Option(help="Rounds of all subjects; at most 3 above 2048 tokens.")] = 5,
-    subjects: Annotated[str, typer.Option(help="Ways of reading.")] = ",".join(OURS),
+    subjects: Annotated[str, typer.Option(help="Ways of running and reading.")] = ",".join(
+        [*OURS, "plain with entropy"]
+    ),
     peers: Annotated[str, typer.Option(help="Ways of storing maps to compare with.")] = ",".join(PEERS),
     quick: Annotated[
         bool, typer.Option(help="512 and 2048 tokens, six layers, two rounds, few ways.")

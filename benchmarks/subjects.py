@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import attnprobe
+from attnprobe.metrics import distribution_entropy
 
 # SmolLM2-135M's own shape, with a longer context, so that long sequences can be run.
 SHAPE = {
@@ -62,10 +63,26 @@ def _plain(model: Any, ids: torch.Tensor) -> Call:
     return call
 
 
-def _measured(**settings: Any) -> Callable[[Any, torch.Tensor], Call]:
+def _response_start(ids: torch.Tensor) -> int:
+    """Return where the response begins: the first quarter is the prompt."""
+    return ids.shape[1] // 4
+
+
+def _with_entropy(model: Any, ids: torch.Tensor) -> Call:
+    predicting = ids.shape[1] - _response_start(ids) + 1
+
+    @torch.no_grad()
+    def call() -> object:
+        logits = model(ids, logits_to_keep=predicting, use_cache=False).logits
+        return distribution_entropy(logits[:, :-1])
+
+    return call
+
+
+def _measured(*, entropy: bool = False, **settings: Any) -> Callable[[Any, torch.Tensor], Call]:
     def prepare(model: Any, ids: torch.Tensor) -> Call:
-        batch = attnprobe.TokenBatch.from_ids(ids, response_start=ids.shape[1] // 4)
-        return lambda: attnprobe.measure(model, batch, entropy=False, **settings)
+        batch = attnprobe.TokenBatch.from_ids(ids, response_start=_response_start(ids))
+        return lambda: attnprobe.measure(model, batch, entropy=entropy, **settings)
 
     return prepare
 
@@ -120,13 +137,17 @@ def _nnsight_maps(model: Any, ids: torch.Tensor) -> Call:
 
 SUBJECTS = {
     "plain": Subject("the model's own forward pass", _plain),
-    "measure": Subject("span, WAAD, FAI[10,50] of all heads", _measured()),
-    "without span": Subject("WAAD, FAI[10,50] of all heads", _measured(span=False)),
-    "attached": Subject("WAAD, FAI[10,50] in the user's own pass", _attached),
+    "measure": Subject("span, WAAD, FAI[10,100] of all heads", _measured()),
+    "without span": Subject("WAAD, FAI[10,100] of all heads", _measured(span=False)),
+    "attached": Subject("WAAD, FAI[10,100] in the user's own pass", _attached),
     "five layers": Subject("the training setting: five middle layers", _measured(layers="middle")),
     "receive": Subject(
         "span, WAAD, FAI to the end, receiver kurtosis", _measured(horizon=(10, None), receiver=True)
     ),
+    "plain with entropy": Subject(
+        "the model's own pass with the response's logits and entropy", _with_entropy
+    ),
+    "as called": Subject("`measure` with all defaults: entropy too", _measured(entropy=True)),
     "eager maps": Subject("transformers, output_attentions=True", _eager_maps, "eager", maps=True),
     "bridge patterns": Subject("TransformerBridge.run_with_cache", _bridge_patterns, "eager", maps=True),
     "nnsight maps": Subject("an eager nnsight trace", _nnsight_maps, "eager", maps=True),
