@@ -100,7 +100,9 @@ def read_rows(attention: Attention, keys: MarkedKeys, *, span: bool) -> RowReads
     goes_along = span and bool(features) and past_first is None
     if goes_along:
         features.append(position.expand(attention.batch_size, -1))
-    read = list(attention.attend(torch.stack(features, dim=-1)).unbind(-1)) if features else []
+    read: list[Tensor] = []
+    if features:
+        read = list(attention.attend(torch.stack(features, dim=-1), nonnegative=True).unbind(-1))
     own = position[attention.query_offset :]
     distance = None
     if goes_along:
@@ -201,7 +203,10 @@ def received_by_key(
     weights = rows.to(attention.dtype)
     if not _goes_by_band(attention, low, high):
         known = None if counted is None else counted()
-        return attention.receive(weights[..., None], start=low, stop=high + 1, counted=known)[..., 0]
+        received = attention.receive(
+            weights[..., None], start=low, stop=high + 1, counted=known, nonnegative=True
+        )
+        return received[..., 0]
     width = high - low + 1
     band = attention.band(width, low) if near is None else near[..., low : high + 1]
     # Key s receives band[t, j] from the query at s + low + j. These entries form a diagonal of the band,

@@ -150,7 +150,7 @@ def sentence_attention(
     length = member.sum(1)
     mean = member / length.masked_fill(length == 0, torch.nan)[:, None]
     # Undefined sentences must not reach the operator: NaN times 0 would make every token NaN.
-    read = attention.attend(mean.nan_to_num())
+    read = attention.attend(mean.nan_to_num(), nonnegative=True)
     pooled = torch.einsum("btr,bhts->bhrs", mean.nan_to_num(), read)
     missing = (length == 0)[:, None]
     return pooled.masked_fill(missing[..., None, :] | missing[..., :, None], torch.nan)

@@ -16,8 +16,12 @@ class _WithoutDevice(TorchFunctionMode):
     """Does what Python cannot do with CUDA tensors where torch was built without CUDA.
 
     Indexing, negation and copies go by operators. A question about values (is any of them not finite?) is
-    answered with no, and numbers that are fetched are 0.
+    answered with no, and numbers that are fetched are 0; a GPU would be waited for, so both are counted.
     """
+
+    def __init__(self, operators: Operators) -> None:
+        super().__init__()
+        self.operators = operators
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__:
@@ -29,6 +33,8 @@ class _WithoutDevice(TorchFunctionMode):
             return torch.bitwise_not(*args)
         if func is torch.Tensor.contiguous:
             return torch.clone(*args, memory_format=torch.contiguous_format)
+        if func in (torch.Tensor.__bool__, torch.Tensor.item, torch.Tensor.tolist):
+            self.operators.waits += 1
         if func is torch.Tensor.__bool__:
             return False
         if func is torch.Tensor.item:
@@ -59,13 +65,14 @@ def _indexed(tensor: torch.Tensor, index: Any) -> torch.Tensor:
 
 
 class Operators(TorchDispatchMode):
-    """Remembers the operators that run, with the dtypes of what they return."""
+    """Remembers the operators that run, with the dtypes of what they return, and counts waits for values."""
 
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()
         self.run: list[tuple[str, torch.dtype | None]] = []
+        self.waits = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.higher_order.flex_attention:
@@ -87,5 +94,5 @@ class Operators(TorchDispatchMode):
 @contextmanager
 def fake_gpu() -> Iterator[Operators]:
     """Let CUDA tensors be made, and remember what is run on them."""
-    with FakeTensorMode(), Operators() as operators, _WithoutDevice():
+    with FakeTensorMode(), Operators() as operators, _WithoutDevice(operators):
         yield operators

@@ -19,6 +19,7 @@ from attnprobe import FactoredAttention
 from attnprobe.attention import kernels
 from attnprobe.attention.kernels import HEARD, TABLE, Kernel, Question, Setting, chosen, product
 from attnprobe.attention.listening import HeardKernel, listen
+from attnprobe.reductions import received_by_key
 from tests.fake_gpu import fake_gpu
 
 aten = torch.ops.aten
@@ -185,6 +186,21 @@ def test_every_question_can_be_asked_on_a_gpu(dtype: torch.dtype, options: dict[
     assert operators.dtypes("bmm") == {SINGLE}
     halves = {name for name, _ in operators.run if name == "aten.bmm.dtype"}
     assert bool(halves) == (dtype == HALF)
+
+
+@pytest.mark.usefixtures("fused_on_gpu")
+def test_metrics_do_not_wait_for_a_gpu() -> None:
+    """Whether a feature is negative is asked only where the caller does not know."""
+    with fake_gpu() as operators:
+        query, key = (torch.empty(2, heads, 300, 64, device="cuda", dtype=HALF) for heads in (6, 2))
+        attention = FactoredAttention(query, key)
+        before = operators.waits
+        attention.attend(torch.empty(2, 300, 1, device="cuda"))
+        assert operators.waits == before + 1
+        attention.mean_distance()
+        rows = torch.empty(2, 300, device="cuda", dtype=torch.bool)
+        received_by_key(attention, rows, (10, None), counted=lambda: [True] * 300)
+        assert operators.waits == before + 1
 
 
 @pytest.mark.parametrize("precision", ["none", "ieee", "tf32"])

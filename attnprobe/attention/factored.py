@@ -138,11 +138,13 @@ class FactoredAttention(Attention):
 
     # ---- the four questions -------------------------------------------------------------------
 
-    def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
+    def attend(
+        self, features: ArrayLike, *, nonnegative: bool = False
+    ) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`."""
         features = self._check_features(features, "key", self.key_count)
         fused = self.scores.kernel(Question.ATTEND, features.shape[-1]) is Kernel.FUSED
-        if fused and not bool((features < 0).any()):
+        if fused and (nonnegative or not bool((features < 0).any())):
             return fused_sums.attended(self.scores, self._sums.log_sum_exp, features)
         shape = (self.batch_size, self.head_count, self.query_count, features.shape[-1])
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -157,12 +159,13 @@ class FactoredAttention(Attention):
         stop: int | None = None,
         *,
         counted: Sequence[bool] | None = None,
+        nonnegative: bool = False,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
         start, stop = self._check_distances(start, stop)
         weights = self._check_features(weights, "query", self.query_count)
         fused = self.scores.kernel(Question.RECEIVE, weights.shape[-1]) is Kernel.FUSED
-        if fused and not bool((weights < 0).any()):
+        if fused and (nonnegative or not bool((weights < 0).any())):
             return fused_sums.received(self.scores, self._sums.log_sum_exp, weights, start, stop)
         # Features before keys, so that a tile's part is added to contiguous memory.
         shape = (self.batch_size, self.head_count, weights.shape[-1], self.key_count)

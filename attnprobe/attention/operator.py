@@ -67,8 +67,14 @@ class Attention(ABC):
         return None
 
     @abstractmethod
-    def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
-        """Return `A @ features`: what each query reads when the keys carry `features`."""
+    def attend(
+        self, features: ArrayLike, *, nonnegative: bool = False
+    ) -> Float[Tensor, "batch head query feature"]:
+        """Return `A @ features`: what each query reads when the keys carry `features`.
+
+        `nonnegative` says that no feature is negative, if the caller knows (`key_positions` may be among
+        them): otherwise the device may be asked, since a GPU's kernel that sums logarithms takes no others.
+        """
 
     @abstractmethod
     def receive(
@@ -78,12 +84,14 @@ class Attention(ABC):
         stop: int | None = None,
         *,
         counted: Sequence[bool] | None = None,
+        nonnegative: bool = False,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights`: what each key receives from the queries, weighted.
 
         Only pairs at a distance `start <= t - s < stop` count (`stop=None`: no limit). The limits are part
         of the question, since subtracting the near pairs from a sum over all of them would lose precision.
         `counted` says which queries may have a weight, if the caller knows: otherwise the device is asked.
+        So it may be if the caller does not say that the weights are `nonnegative`.
         """
 
     @abstractmethod
@@ -107,7 +115,7 @@ class Attention(ABC):
         keys = self._check_keys(keys)
         at = keys if isinstance(keys, int) else keys[:, None]
         marked = (torch.arange(self.key_count, device=self.device) == at).expand(self.batch_size, -1)
-        return self.attend(marked[..., None].to(self.dtype))[..., 0]
+        return self.attend(marked[..., None].to(self.dtype), nonnegative=True)[..., 0]
 
     @abstractmethod
     def row_mass(self) -> Float[Tensor, "batch head query"]:
@@ -123,7 +131,7 @@ class Attention(ABC):
     def mean_position(self) -> Float[Tensor, "batch head query"]:
         """Return what each query reads when the keys carry `key_positions`."""
         features = self.key_positions()[None, :, None].expand(self.batch_size, -1, -1)
-        return self.attend(features)[..., 0]
+        return self.attend(features, nonnegative=True)[..., 0]
 
     def past_first(self) -> Float[Tensor, "batch head query 2"] | None:
         """Return what each query reads from keys that carry `past_first_features`, if it is known already."""
@@ -312,7 +320,9 @@ class DenseAttention(Attention):
 
         judge_later([mass.amax(), mass.amin(), lowest.amin(), later.amax()], judge)
 
-    def attend(self, features: ArrayLike) -> Float[Tensor, "batch head query feature"]:
+    def attend(
+        self, features: ArrayLike, *, nonnegative: bool = False
+    ) -> Float[Tensor, "batch head query feature"]:
         """Return `A @ features`."""
         features = self._check_features(features, "key", self.key_count)
         return self.pattern @ features[:, None]
@@ -324,6 +334,7 @@ class DenseAttention(Attention):
         stop: int | None = None,
         *,
         counted: Sequence[bool] | None = None,
+        nonnegative: bool = False,
     ) -> Float[Tensor, "batch head key feature"]:
         """Return `A.T @ weights` over the pairs at `start <= t - s < stop`."""
         start, stop = self._check_distances(start, stop)
