@@ -12,7 +12,6 @@ to others: the model (subjects), and what `measure` costs (cost, mixed_lengths).
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from attnprobe.corpus import CorpusSettings, score
 from attnprobe.corpus.batching import Budget, micro_batches
 from attnprobe.corpus.rows import Row
 from attnprobe.metrics import distribution_entropy
+from benchmarks.cost import peak_bytes
 from benchmarks.subjects import SHAPE, build_model
 
 FOLDER = Path(__file__).parent / "results"
@@ -159,7 +159,7 @@ def one(rows: int, layers: int) -> None:
         del corpus
         groups = some_groups(layers, SHAPE["num_attention_heads"], folder)
         seconds = timed(lambda: score(folder / "rows.jsonl", folder / "scores", model=model, groups=groups))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = peak_bytes() / 2**20
     print(json.dumps({"rows": rows, "tokens": tokens, "seconds": seconds, "peak_mb": peak}))
 
 

@@ -201,12 +201,14 @@ def memory_of(tokens: int, layers: int, name: str) -> dict[str, int]:
     if forget.exists():
         # Building the model is not part of the call: on Linux the peak so far can be reset.
         forget.write_text("5")
-    loaded = _peak_bytes()
+    loaded = peak_bytes()
     call()
-    return {"loaded": loaded, "peak": _peak_bytes()}
+    return {"loaded": loaded, "peak": peak_bytes()}
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Return the most memory that this process has held."""
+    # What `getrusage` tells of a process on Linux is at least what its parent held when it was started.
     status = Path("/proc/self/status")
     if status.exists():
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
