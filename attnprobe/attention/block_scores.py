@@ -9,7 +9,7 @@ left to others: what a row's scores sum to (row_sums), and which blocks answer a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnprobe.attention.kernels import Kernel, Question, Setting, chosen, compiles, product, row_products
 from attnprobe.attention.masks import CausalMask, split_mask
-from attnprobe.attention.operator import reduction_dtype
+from attnprobe.attention.operator import Submatrix, SubmatrixIndex, reduction_dtype
 from attnprobe.errors import PatternError
 
 BAND_QUERIES = 32
@@ -102,6 +102,24 @@ class BlockScores:
     def are_products(self) -> bool:
         """Whether scores are nothing but scaled products of query and key, the mask aside."""
         return self.softcap is None and self.bias is None
+
+    def part(self, part: Submatrix, index: SubmatrixIndex) -> BlockScores:
+        """Return the scores of some heads, queries and keys of one example, each head with its own keys.
+
+        `index` holds the numbers of the part as tensors.
+        """
+        bias = self.bias
+        if bias is not None:
+            of_example = bias[part.example if bias.shape[0] > 1 else 0]
+            heads = of_example[index.heads] if bias.shape[1] > 1 else of_example
+            bias = heads[:, index.queries][:, :, index.keys][None]
+        return replace(
+            self,
+            query=self.query[part.example][index.heads][:, index.queries][None],
+            key=self.key[part.example][index.heads // self.group_size][:, index.keys][None],
+            bias=bias,
+            mask=self.mask.part(part, index),
+        )
 
     def kernel(self, question: Question, columns: int = 1) -> Kernel:
         """Return the kernel that answers a question about these scores."""
