@@ -289,7 +289,8 @@ def group_maps(
             for number, place, sums in zip(wanted, places, probe.means, strict=True):
                 columns = torch.tensor(place.tokens, device=part.input_ids.device)
                 found[number] = GroupMaps(
-                    *(sums.maps[name][None] for name in ("local", "global")),
+                    local_map=sums.maps["local"][None],
+                    global_map=sums.maps["global"][None],
                     columns=(columns + int(run.layout.start[number]))[None],
                     input_ids=part.input_ids[place.row, columns][None],
                     provenance=provenance,

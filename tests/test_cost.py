@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,6 +186,8 @@ def test_receiver_statistics_cost_one_product_more() -> None:
         ("mistral", "sdpa", {"span_ignores": ("prompt",), "entropy": True}),
         ("gpt_oss", "eager", {}),
         ("bloom", "eager", {}),
+        ("llama", "eager", {"value_weighted": True}),
+        ("llama with LoRA", "sdpa", {"value_weighted": True}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -200,13 +203,45 @@ def test_no_layer_waits_for_the_device(
     monkeypatch.setattr(output_check, "_SUSPICIOUS", float("inf"))
     found = []
     for layers in (4, 8):
-        model = tiny_model(family, implementation=implementation, num_hidden_layers=layers).to(dtype)
+        model = tiny_model(family.split()[0], implementation=implementation, num_hidden_layers=layers)
+        if "LoRA" in family:
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"])).eval()
+        model = model.to(dtype)
         plain_waits = waits_in(plain(model, 48))
         options = {"entropy": False, **settings}
         found.append(
             waits_in(lambda m=model, o=options: attnprobe.measure(m, batch_of(48, 2), **o)) - plain_waits
         )
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [("llama", "sdpa"), ("gemma2", "eager"), ("mistral", "sdpa"), ("gpt_oss", "eager"), ("bloom", "eager")],
+)
+def test_no_layer_of_group_maps_waits_for_the_device(family: str, implementation: str) -> None:
+    """Which tiles there are is known from the batch and the mask, before the first layer."""
+    found = []
+    batch = batch_of(48, 2)
+    for layers in (4, 8):
+        model = tiny_model(family, implementation=implementation, num_hidden_layers=layers)
+        before = waits_in(plain(model, 48))
+        found.append(
+            waits_in(lambda m=model: attnprobe.group_maps(m, batch, [0, 2], global_heads=[1, 2])) - before
+        )
+    assert found[0] == found[1]
+
+
+def test_group_maps_multiply_only_what_they_show() -> None:
+    """The heads of both groups, each once, over the rows of the response: less than half of all pairs."""
+    tokens, model = 2048, long_model()
+    batch = batch_of(tokens)
+    heads = {"local": [(0, 0), (1, 2)], "global": [(0, 0), (2, 1), (2, 2)]}
+    extra = flops(lambda: attnprobe.group_maps(model, batch, heads)) - flops(plain(model, tokens))
+    response, before = tokens - tokens // 4, tokens // 4
+    pairs = response * (response / 2 + before)
+    # Tiles reach beyond the diagonal. Beside the products there are the sums of both groups.
+    assert extra <= 1.15 * 4 * pairs * 2 * (WIDTH + 2)
 
 
 @pytest.mark.parametrize(("right_padded", "most"), [(True, 1), (False, 2)])

@@ -27,7 +27,7 @@ from attnprobe.attention import fused_sums
 from attnprobe.attention.block_scores import BAND_QUERIES, BlockScores
 from attnprobe.attention.kernels import Kernel, Question, piece_bytes, product
 from attnprobe.attention.masks import CausalMask
-from attnprobe.attention.operator import Attention, Submatrix
+from attnprobe.attention.operator import Attention, Submatrix, take
 from attnprobe.attention.probability_tiles import probability_tiles
 from attnprobe.attention.row_sums import sum_rows
 from attnprobe.attention.tiles import query_slices
@@ -205,9 +205,8 @@ class FactoredAttention(Attention):
         self, part: Submatrix
     ) -> Iterator[tuple[slice, slice, Float[Tensor, "head block_query block_key"]]]:
         """Yield tiles that hold all pairs of the part that are seen."""
-        index = part.on(self.device)
-        scores = self.scores.part(part, index)
-        log_sum_exp = self._sums.log_sum_exp[part.example][index.heads][:, index.queries]
+        scores = self.scores.part(part)
+        log_sum_exp = take(take(self._sums.log_sum_exp[part.example], 0, part.heads), 1, part.queries)
         for tile, probability in probability_tiles(scores, log_sum_exp[None]):
             yield tile.queries, tile.keys, probability[0]
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from attnprobe.attention.operator import Submatrix, SubmatrixIndex
+from attnprobe.attention.operator import Submatrix, take
 from attnprobe.attention.tiles import Reach
 from attnprobe.errors import PatternError
 
@@ -142,18 +142,19 @@ class CausalMask:
         start = _segment_starts(segment_ids).to(self.first.device)[:, -queries:]
         return ((self.first < start) & (self.last >= self.first)).any()
 
-    def part(self, part: Submatrix, index: SubmatrixIndex) -> CausalMask:
-        """Return the mask of some heads, queries and keys of one example; `index` holds them as tensors."""
+    def part(self, part: Submatrix) -> CausalMask:
+        """Return the mask of some heads, queries and keys of one example."""
         causal = CausalMask.causal(len(part.queries), len(part.keys), None, self.first.device)
         if self.plain:
             return causal
         if self.exact is not None:
-            of_example = self.exact[part.example if self.exact.shape[0] > 1 else 0]
-            heads = of_example[index.heads] if self.exact.shape[1] > 1 else of_example
-            return _exactly(heads[:, index.queries][:, :, index.keys][None], causal)
-        row = part.example if self.first.shape[0] > 1 else 0
-        first = torch.searchsorted(index.keys, self.first[row, index.queries])
-        last = torch.searchsorted(index.keys, self.last[row, index.queries], right=True) - 1
+            exact = self.exact[part.example if len(self.exact) > 1 else 0]
+            exact = take(exact, 0, part.heads) if len(exact) > 1 else exact
+            return _exactly(take(take(exact, 1, part.queries), 2, part.keys)[None], causal)
+        example = part.example if len(self.first) > 1 else 0
+        keys = torch.tensor(part.keys, device=self.first.device)
+        first = torch.searchsorted(keys, take(self.first[example], 0, part.queries))
+        last = torch.searchsorted(keys, take(self.last[example], 0, part.queries), right=True) - 1
         limits = []
         for block in _few_queries(len(part.queries)):
             few = part.queries[block]

@@ -3,8 +3,8 @@
 A layer's attention, for one batch, is a matrix `A` for each head: row `t` says how query `t` spreads its
 attention over the keys `s <= t`. Everything that attnprobe computes comes from four questions about that
 matrix: `attend` (`A @ F`), `receive` (`A.T @ G`), `band` (the diagonals near the main one) and `rows`
-(chosen rows, for pictures). `column` is `attend` for a single key, and nearly free; `blocks` gives rows of some
-heads piece by piece, for sums over heads. Metrics are written once, in terms of these questions.
+(chosen rows, for pictures). `column` is `attend` for a single key, and nearly free; `blocks` gives
+rows of some heads piece by piece, for sums over heads. Metrics are written once, in terms of these questions.
 
 `DenseAttention` answers them from an existing pattern; it is short and obvious, and the oracle for
 `attnprobe.attention.factored.FactoredAttention`, which answers them from query and key without ever storing a
@@ -18,10 +18,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.attention.checks import judge_later
@@ -51,19 +50,16 @@ class Submatrix:
     queries: Sequence[int]
     keys: Sequence[int]
 
-    def on(self, device: torch.device) -> SubmatrixIndex:
-        """Return the heads, queries and keys as tensors on a device."""
-        return SubmatrixIndex(
-            *(torch.tensor(each, device=device) for each in (self.heads, self.queries, self.keys))
-        )
 
+def take(values: Tensor, axis: int, numbers: Sequence[int]) -> Tensor:
+    """Return some entries along an axis: without a copy, if they are neighbours in ascending order.
 
-class SubmatrixIndex(NamedTuple):
-    """The heads, queries and keys of a `Submatrix`, as tensors on a device."""
-
-    heads: Int[Tensor, " head"]
-    queries: Int[Tensor, " query"]
-    keys: Int[Tensor, " key"]
+    >>> take(torch.arange(4), 0, [1, 2]), take(torch.arange(4), 0, [0, 2])
+    (tensor([1, 2]), tensor([0, 2]))
+    """
+    if isinstance(numbers, range) or list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return values.narrow(axis, numbers[0], len(numbers))
+    return values.index_select(axis, torch.tensor(numbers, device=values.device))
 
 
 class Attention(ABC):
@@ -140,7 +136,7 @@ class Attention(ABC):
     ) -> Iterator[tuple[slice, slice, Float[Tensor, "head block_query block_key"]]]:
         """Yield a part of `A` in blocks: which of the part's queries and keys, and the entries.
 
-        No pair is in two blocks, and one that is in none has probability 0. The blocks may be changed.
+        No pair is in two blocks, and one that is in none has probability 0. The blocks are not to be changed.
         """
 
     def column(self, keys: ArrayLike | int) -> Float[Tensor, "batch head query"]:
@@ -395,15 +391,11 @@ class DenseAttention(Attention):
         self, part: Submatrix
     ) -> Iterator[tuple[slice, slice, Float[Tensor, "head block_query block_key"]]]:
         """Yield a part of the pattern, some queries at a time."""
-        index = part.on(self.device)
-        pattern = self.pattern[part.example][index.heads]
+        pattern = take(self.pattern[part.example], 0, part.heads)
         for begin in range(0, len(part.queries), TILE_QUERIES):
             queries = slice(begin, min(begin + TILE_QUERIES, len(part.queries)))
-            yield (
-                queries,
-                slice(0, len(part.keys)),
-                pattern[:, index.queries[queries]][:, :, index.keys],
-            )
+            block = take(take(pattern, 1, part.queries[queries]), 2, part.keys)
+            yield queries, slice(0, len(part.keys)), block
 
     def row_mass(self) -> Float[Tensor, "batch head query"]:
         """Return the sum of each row."""
