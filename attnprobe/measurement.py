@@ -88,8 +88,9 @@ def measure(
         batch_size: how many sequences to run at a time, at most; default: as many as fit both budgets.
             Sequences of similar length run together, and results do not depend on it. A batch with images is
             always run as a whole.
-        memory_budget: roughly how many bytes the activations and logits of the sequences run together may
-            take; at least one sequence is run at a time. Estimated from the model's widths; not a hard limit.
+        memory_budget: roughly how many bytes the sequences run together may take: their activations, and
+            their logits, or as many of these as are computed at a time. At least one sequence is run.
+            Estimated from the model's widths; not a hard limit.
         token_budget: how many tokens to run at a time, padding included; at least one sequence is run.
             Default: 4096, or no limit if there is a batch size.
         progress: whether to show a progress bar.
@@ -294,6 +295,11 @@ def group_maps(
                     columns=(columns + int(run.layout.start[number]))[None],
                     input_ids=part.input_ids[place.row, columns][None],
                     provenance=provenance,
+                    **{
+                        f"{name}_{kind}_share": share[name][None].clamp(max=1.0)
+                        for kind, share in (("prompt", sums.before), ("first", sums.first))
+                        for name in mapped
+                    },
                 )
     order = examples if is_whole else range(len(examples))
     maps = [found[number] for number in order]

@@ -19,6 +19,7 @@ import attnprobe
 from attnprobe import DenseAttention, FactoredAttention, reductions
 from attnprobe.adapters import output_check
 from attnprobe.adapters import transformers as transformers_adapter
+from attnprobe.rl.whole_pass import WholePassAdapter
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -404,6 +405,32 @@ def test_a_batch_goes_in_chunks_that_fit_the_budget() -> None:
             torch.testing.assert_close(
                 getattr(chunked, name), getattr(whole, name), equal_nan=True, rtol=1e-4, atol=1e-5
             )
+
+
+def test_logits_that_are_computed_in_chunks_split_no_batch() -> None:
+    """The estimate counts a chunk of them; all of them where the adapter cannot run the head alone."""
+    vocabulary, batch = 4000, batch_of(64, batch=6)
+    model = tiny_model("llama", vocab_size=vocabulary)
+    sizes = []
+
+    class Sizes(attnprobe.Probe):
+        def observe(self, site, layer, value, batch):
+            if layer == 0:
+                sizes.append(value.batch_size)
+
+    plain = attnprobe.adapter_for(model)
+    whole = WholePassAdapter(model, model)
+    logits, chunk = 6 * 48 * vocabulary * 4, 100 * vocabulary * 4
+    budget = 6 * 64 * plain.activation_bytes + chunk
+    with patch.object(transformers_adapter, "LOGITS_AT_ONCE", 100 * vocabulary):
+        assert plain.logits_bytes(6, 48) <= chunk
+        assert whole.logits_bytes(6, 48) == logits
+        for adapter, expected in ((plain, [6]), (whole, [2, 2, 2])):
+            sizes.clear()
+            with attnprobe.attach(adapter, Sizes()), Operations() as operations:
+                attnprobe.measure(adapter, batch, memory_budget=budget)
+            assert sizes == expected
+            assert operations.largest <= budget
 
 
 @pytest.mark.usefixtures("as_users_call")

@@ -212,7 +212,7 @@ def _matrix_of(
     with _undisturbed(module):
         zero = module.forward(torch.zeros_like(given[:1, :1])).float()
         identity = torch.eye(width, dtype=given.dtype, device=given.device)[None]
-        matrix = module.forward(identity).float()[0] - zero[0]
+        matrix: Tensor = module.forward(identity).float()[0] - zero[0]
         some = given[:1, -4:]
         expected, found = module.forward(some).float(), some.float() @ matrix + zero
     # An input scale for quantised activations makes small errors; a norm makes large ones.

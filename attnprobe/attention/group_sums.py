@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.attention.operator import Attention, Submatrix
+from attnprobe.errors import PatternError
 
 
 class GroupSums:
@@ -50,8 +51,17 @@ class GroupSums:
         self.first: dict[str, Float[Tensor, " token"]] = {}
 
     def add(self, attention: Attention, groups: Mapping[str, Mapping[int, float]]) -> None:
-        """Add a layer: the weight of each of its heads, by group; a group without heads is left out."""
+        """Add a layer: the weight of each of its heads, by group; a group without heads is left out.
+
+        Raises:
+            PatternError: fewer queries than keys: rows may not be those of the tokens.
+        """
         count = len(self._tokens)
+        if attention.query_count != attention.key_count:
+            raise PatternError(
+                f"the maps of a response need all rows of a pass, but this layer has {attention.query_count} "
+                f"queries and {attention.key_count} keys"
+            )
         for name in groups.keys() - self.maps.keys():
             self.maps[name] = torch.zeros(count, count, dtype=attention.dtype, device=attention.device)
             self.before[name], self.first[name] = self.maps[name].new_zeros(2, count).unbind()
