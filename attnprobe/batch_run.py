@@ -149,7 +149,7 @@ def similar_lengths_together(
         adapter: of the model that runs them.
         most: how many sequences may run together.
         tokens: how many tokens may, padding included; little of it is then lost to padding.
-        memory: roughly how many bytes their activations and logits may take.
+        memory: roughly how many bytes their activations may take, and the logits that are held at once.
         answers: for how many tokens of each sequence logits are computed; None: for none.
 
     >>> from attnprobe.testing.tiny_models import tiny_model
@@ -166,12 +166,11 @@ def similar_lengths_together(
         for number in members:
             # The next one is the longest so far: all are padded to it.
             width, count = lengths[number], len(part) + 1
-            each = adapter.activation_bytes * width
+            held = adapter.activation_bytes * width * count
             if answers is not None:
                 answer = max(answer, answers[number])
-                # In the model's dtype: at most four bytes each.
-                each += 4 * adapter.vocabulary_size * answer
-            is_full = (most is not None and count > most) or (memory is not None and count * each > memory)
+                held += adapter.logits_bytes(count, answer)
+            is_full = (most is not None and count > most) or (memory is not None and held > memory)
             if tokens is not None:
                 padding = 1 - (real + width) / (count * width)
                 is_sparse = padding > MOST_PADDING and real >= LEAST_BUSY * tokens

@@ -1,8 +1,8 @@
 """Running a model over a batch: `measure` for statistics of every head, `group_maps` for pictures.
 
 Both run the batch as right-padded sequences, a few at a time, and bring the results back to the caller's
-layout. Users and the command line call them. What is left to others: what is computed (head_statistics,
-metrics) and how a model is read (adapters).
+layout. Users and the command line call them. What is left to others: what is computed (statistics_probe,
+map_probe, metrics) and how a model is read (adapters).
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from attnprobe import metrics
 from attnprobe.adapters import Adapter, adapter_for
-from attnprobe.adapters.base import Layers, Value
+from attnprobe.adapters.base import Layers
 from attnprobe.attention.listening import carries_positions
-from attnprobe.attention.operator import Attention
 from attnprobe.batch import BatchLike, TokenBatch
 from attnprobe.batch_run import MEMORY_BUDGET, BatchRun
 from attnprobe.errors import ParameterError
 from attnprobe.head_groups import GroupsLike, head_groups
-from attnprobe.head_selection import HeadSelection, HeadsLike
+from attnprobe.head_selection import HeadsLike
 from attnprobe.head_statistics import HeadStatistics, ReceiverLevel
+from attnprobe.map_probe import GroupMapProbe, ResponsePlace
 from attnprobe.maps import GroupMaps
 from attnprobe.metric_arguments import HorizonLike
 from attnprobe.probe import Probe, attach
@@ -35,7 +35,7 @@ from attnprobe.reductions import TRAINING_HORIZON
 from attnprobe.segments import NamesLike
 from attnprobe.sentences import SentenceReceivers, sentence_ids
 from attnprobe.statistics_probe import HeadStatisticsProbe
-from attnprobe.validation import IntLike, brief, truth, whole_number
+from attnprobe.validation import ArrayLike, IntLike, brief, truth, whole_number, whole_numbers
 
 
 def measure(
@@ -88,8 +88,9 @@ def measure(
         batch_size: how many sequences to run at a time, at most; default: as many as fit both budgets.
             Sequences of similar length run together, and results do not depend on it. A batch with images is
             always run as a whole.
-        memory_budget: roughly how many bytes the activations and logits of the sequences run together may
-            take; at least one sequence is run at a time. Estimated from the model's widths; not a hard limit.
+        memory_budget: roughly how many bytes the sequences run together may take: their activations, and
+            their logits, or as many of these as are computed at a time. At least one sequence is run.
+            Estimated from the model's widths; not a hard limit.
         token_budget: how many tokens to run at a time, padding included; at least one sequence is run.
             Default: 4096, or no limit if there is a batch size.
         progress: whether to show a progress bar.
@@ -222,21 +223,24 @@ def group_maps(
     *,
     local_heads: HeadsLike | None = None,
     global_heads: HeadsLike | None = None,
-    example: IntLike = 0,
+    example: IntLike | ArrayLike | None = 0,
+    token_budget: IntLike | None = None,
     progress: bool = False,
 ) -> GroupMaps:
-    """Return the group maps of one response, for pictures; nothing else stores a map.
+    """Return the group maps of responses, for pictures; nothing else stores a map.
 
     This runs the model again: groups are known only after `measure`, and keeping the maps of all heads
-    until then would take the memory that attnprobe exists to save. `GroupMaps.concatenate` joins the maps of
-    several responses.
+    until then would take the memory that attnprobe exists to save. It costs no more than `measure` did. The
+    maps of several responses are those that `GroupMaps.concatenate` makes of the maps of each.
 
     Args:
         model: a model that an adapter knows.
         batch: the tokens, as for `measure`.
         heads, local_heads, global_heads: the heads of each map, as for `score_tokens`; maps are means
             weighted by the heads' weights.
-        example: the index of the example in the batch.
+        example: the index of the example in the batch, or several, in any order; None: all of them.
+        token_budget: how many tokens to run at a time, padding included, as for `measure`. Examples of
+            similar length run together; a batch with images is always run as a whole.
         progress: whether to show a progress bar.
 
     Raises:
@@ -246,7 +250,8 @@ def group_maps(
         UnsupportedModelError: a model whose attention cannot be read.
     """
     batch = TokenBatch.of(batch)
-    example = whole_number(example, "example", maximum=batch.batch_size - 1)
+    every = range(batch.batch_size) if example is None else example
+    examples = whole_numbers(every, "example", maximum=batch.batch_size - 1)
     truth(progress, "progress")
     adapter = adapter_for(model)
     groups = head_groups(
@@ -260,67 +265,56 @@ def group_maps(
     mapped = {str(group): groups[group] for group in ("local", "global")}
     layers = sorted({layer for selection in mapped.values() for layer in selection.layers})
     # With images, all examples are run together.
-    row = 0 if batch.model_inputs is None else example
-    run = BatchRun.prepare(adapter, batch.select(example) if batch.model_inputs is None else batch, layers)
-    if batch.segment_ids is not None and run.sequences.batch_size > 1:
-        raise ParameterError(
-            f"example {example} packs {run.sequences.batch_size} sequences, but maps need one sequence "
-            "in each example: use batch.sequences()[0]"
-        )
-    _, part = next(run.parts())
-    inside = part.response_mask[row].nonzero()[:, 0]
-    probe = _GroupMapProbe(mapped, row, inside)
-    with (
-        run.progress(progress, "mapping") as ticking,
-        attach(run.adapter, probe, ticking, layers=run.layers),
-    ):
-        run.adapter.forward(part)
-    maps = {name: total[None] for name, total in probe.maps().items()}
-    return GroupMaps(
-        maps["local"],
-        maps["global"],
-        columns=(inside + int(run.layout.start[row]))[None],
-        input_ids=part.input_ids[row, inside][None],
-        provenance=Provenance(
-            model_name=adapter.model_name,
-            layers=tuple(layers),
-            heads={name: selection.heads for name, selection in mapped.items()},
-        ),
+    is_whole = batch.model_inputs is not None
+    chosen = batch if is_whole else batch.select(examples)
+    run = BatchRun.prepare(adapter, chosen, layers, token_budget=token_budget)
+    if batch.segment_ids is not None:
+        _check_single(run.layout.source.tolist(), examples)
+    provenance = Provenance(
+        model_name=adapter.model_name,
+        layers=tuple(layers),
+        heads={name: selection.heads for name, selection in mapped.items()},
     )
+    sequences = run.sequences
+    found: dict[int, GroupMaps] = {}
+    with run.progress(progress, "mapping") as ticking:
+        for members, part in run.parts():
+            wanted = [number for number in members if not is_whole or number in examples]
+            places = [
+                ResponsePlace.of(members.index(n), sequences.attention_mask[n], sequences.response_mask[n])
+                for n in wanted
+            ]
+            probe = GroupMapProbe(mapped, places)
+            with attach(run.adapter, probe, ticking, layers=run.layers):
+                run.adapter.forward(part)
+            for number, place, sums in zip(wanted, places, probe.means, strict=True):
+                columns = torch.tensor(place.tokens, device=part.input_ids.device)
+                found[number] = GroupMaps(
+                    local_map=sums.maps["local"][None],
+                    global_map=sums.maps["global"][None],
+                    columns=(columns + int(run.layout.start[number]))[None],
+                    input_ids=part.input_ids[place.row, columns][None],
+                    provenance=provenance,
+                    **{
+                        f"{name}_{kind}_share": share[name][None].clamp(max=1.0)
+                        for kind, share in (("prompt", sums.before), ("first", sums.first))
+                        for name in mapped
+                    },
+                )
+    order = examples if is_whole else range(len(examples))
+    maps = [found[number] for number in order]
+    # Joining copies: maps of a long response take long to copy.
+    return maps[0] if len(maps) == 1 else GroupMaps.concatenate(maps)
 
 
-class _GroupMapProbe(Probe):
-    """Sums the maps of each group's heads over the response."""
-
-    def __init__(self, groups: dict[str, HeadSelection], example: int, inside: Tensor) -> None:
-        self._groups = groups
-        self._example = example
-        self._inside = inside
-        self._total: dict[str, Tensor] = {}
-
-    def observe(self, site: str, layer: int | None, value: Value, batch: TokenBatch) -> None:
-        assert isinstance(value, Attention)
-        assert layer is not None
-        rows = value.rows(self._inside)[self._example][..., self._inside]  # [head, query, key]
-        for name, selection in self._groups.items():
-            of_layer = [(head, weight) for number, head, weight in selection.heads if number == layer]
-            if not of_layer:
-                continue
-            heads, weights = zip(*of_layer, strict=True)
-            if max(heads) >= len(rows):
-                raise ParameterError(f"layer {layer} has heads 0..{len(rows) - 1}, got {list(heads)}")
-            share = torch.tensor(weights, dtype=rows.dtype, device=rows.device)
-            part = torch.einsum("h,hqk->qk", share, rows[list(heads)])
-            total = self._total.get(name)
-            # Layers may lie on different devices.
-            self._total[name] = part if total is None else total + part.to(total.device)
-
-    def maps(self) -> dict[str, Float[Tensor, "query key"]]:
-        """Return the weighted mean of each group."""
-        return {
-            name: total / sum(weight for _, _, weight in self._groups[name].heads)
-            for name, total in self._total.items()
-        }
+def _check_single(sources: list[int], examples: list[int]) -> None:
+    """Check that each example is one sequence; `sources` says of each sequence in which of them it is."""
+    for place, example in enumerate(examples):
+        if (count := sources.count(place)) != 1:
+            raise ParameterError(
+                f"example {example} packs {count} sequences, but maps need one sequence "
+                "in each example: use batch.sequences()[0]"
+            )
 
 
 def _run_for_entropy(

@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +19,7 @@ import attnprobe
 from attnprobe import DenseAttention, FactoredAttention, reductions
 from attnprobe.adapters import output_check
 from attnprobe.adapters import transformers as transformers_adapter
+from attnprobe.rl.whole_pass import WholePassAdapter
 from attnprobe.testing.tiny_models import VOCABULARY, tiny_model
 
 FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -185,6 +187,8 @@ def test_receiver_statistics_cost_one_product_more() -> None:
         ("mistral", "sdpa", {"span_ignores": ("prompt",), "entropy": True}),
         ("gpt_oss", "eager", {}),
         ("bloom", "eager", {}),
+        ("llama", "eager", {"value_weighted": True}),
+        ("llama with LoRA", "sdpa", {"value_weighted": True}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -200,13 +204,45 @@ def test_no_layer_waits_for_the_device(
     monkeypatch.setattr(output_check, "_SUSPICIOUS", float("inf"))
     found = []
     for layers in (4, 8):
-        model = tiny_model(family, implementation=implementation, num_hidden_layers=layers).to(dtype)
+        model = tiny_model(family.split()[0], implementation=implementation, num_hidden_layers=layers)
+        if "LoRA" in family:
+            model = get_peft_model(model, LoraConfig(r=2, target_modules=["o_proj"])).eval()
+        model = model.to(dtype)
         plain_waits = waits_in(plain(model, 48))
         options = {"entropy": False, **settings}
         found.append(
             waits_in(lambda m=model, o=options: attnprobe.measure(m, batch_of(48, 2), **o)) - plain_waits
         )
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [("llama", "sdpa"), ("gemma2", "eager"), ("mistral", "sdpa"), ("gpt_oss", "eager"), ("bloom", "eager")],
+)
+def test_no_layer_of_group_maps_waits_for_the_device(family: str, implementation: str) -> None:
+    """Which tiles there are is known from the batch and the mask, before the first layer."""
+    found = []
+    batch = batch_of(48, 2)
+    for layers in (4, 8):
+        model = tiny_model(family, implementation=implementation, num_hidden_layers=layers)
+        before = waits_in(plain(model, 48))
+        found.append(
+            waits_in(lambda m=model: attnprobe.group_maps(m, batch, [0, 2], global_heads=[1, 2])) - before
+        )
+    assert found[0] == found[1]
+
+
+def test_group_maps_multiply_only_what_they_show() -> None:
+    """The heads of both groups, each once, over the rows of the response: less than half of all pairs."""
+    tokens, model = 2048, long_model()
+    batch = batch_of(tokens)
+    heads = {"local": [(0, 0), (1, 2)], "global": [(0, 0), (2, 1), (2, 2)]}
+    extra = flops(lambda: attnprobe.group_maps(model, batch, heads)) - flops(plain(model, tokens))
+    response, before = tokens - tokens // 4, tokens // 4
+    pairs = response * (response / 2 + before)
+    # Tiles reach beyond the diagonal. Beside the products there are the sums of both groups.
+    assert extra <= 1.15 * 4 * pairs * 2 * (WIDTH + 2)
 
 
 @pytest.mark.parametrize(("right_padded", "most"), [(True, 1), (False, 2)])
@@ -369,6 +405,32 @@ def test_a_batch_goes_in_chunks_that_fit_the_budget() -> None:
             torch.testing.assert_close(
                 getattr(chunked, name), getattr(whole, name), equal_nan=True, rtol=1e-4, atol=1e-5
             )
+
+
+def test_logits_that_are_computed_in_chunks_split_no_batch() -> None:
+    """The estimate counts a chunk of them; all of them where the adapter cannot run the head alone."""
+    vocabulary, batch = 4000, batch_of(64, batch=6)
+    model = tiny_model("llama", vocab_size=vocabulary)
+    sizes = []
+
+    class Sizes(attnprobe.Probe):
+        def observe(self, site, layer, value, batch):
+            if layer == 0:
+                sizes.append(value.batch_size)
+
+    plain = attnprobe.adapter_for(model)
+    whole = WholePassAdapter(model, model)
+    logits, chunk = 6 * 48 * vocabulary * 4, 100 * vocabulary * 4
+    budget = 6 * 64 * plain.activation_bytes + chunk
+    with patch.object(transformers_adapter, "LOGITS_AT_ONCE", 100 * vocabulary):
+        assert plain.logits_bytes(6, 48) <= chunk
+        assert whole.logits_bytes(6, 48) == logits
+        for adapter, expected in ((plain, [6]), (whole, [2, 2, 2])):
+            sizes.clear()
+            with attnprobe.attach(adapter, Sizes()), Operations() as operations:
+                attnprobe.measure(adapter, batch, memory_budget=budget)
+            assert sizes == expected
+            assert operations.largest <= budget
 
 
 @pytest.mark.usefixtures("as_users_call")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnprobe import DenseAttention, FactoredAttention, PatternError
+from attnprobe.attention import probability_tiles, tiles
 from attnprobe.attention.listening import carries_positions, listen
 from attnprobe.attention.masks import CausalMask
-from attnprobe.attention.operator import Attention, key_positions
+from attnprobe.attention.operator import Attention, Submatrix, key_positions
 from attnprobe.errors import AttnprobeError, ParameterError
 from attnprobe.testing.reference import dense_pattern
 from attnprobe.testing.strategies import CallInputs, call_inputs, patterns
@@ -80,6 +82,41 @@ def test_bfloat16_inputs_are_reduced_in_float32(inputs: CallInputs) -> None:
     expected = DenseAttention(dense_pattern(inputs.query, inputs.key, **inputs.options))
     assert attention.band(3).dtype == torch.float32
     torch.testing.assert_close(attention.band(3).double(), expected.band(3), rtol=1e-5, atol=1e-5)
+
+
+def assembled(attention: Attention, part: Submatrix) -> torch.Tensor:
+    """The blocks of a part, put together; no pair may be in two of them."""
+    shape = (len(part.heads), len(part.queries), len(part.keys))
+    answer = torch.zeros(shape, dtype=attention.dtype)
+    times = torch.zeros(shape, dtype=torch.long)
+    for queries, keys, block in attention.blocks(part):
+        answer[:, queries, keys] = block
+        times[:, queries, keys] += 1
+    assert int(times.max()) <= 1
+    return answer
+
+
+@given(inputs=call_inputs(), data=st.data(), sizes=st.tuples(st.integers(1, 7), st.integers(1, 9)))
+def test_blocks_of_a_part_are_that_part_of_the_pattern(
+    inputs: CallInputs, data: st.DataObject, sizes: tuple[int, int]
+) -> None:
+    """Any heads, and any queries and keys, with gaps too, whatever the size of a tile."""
+    pattern = dense_pattern(inputs.query, inputs.key, **inputs.options)
+    batch, heads, queries, keys = pattern.shape
+    offset = keys - queries
+    rows = sorted(data.draw(st.sets(st.integers(0, queries - 1), min_size=1)))
+    own = [row + offset for row in rows]
+    before = sorted(data.draw(st.sets(st.integers(0, own[0] - 1)))) if own[0] else []
+    chosen = sorted(data.draw(st.sets(st.integers(0, heads - 1), min_size=1)))
+    part = Submatrix(data.draw(st.integers(0, batch - 1)), chosen, rows, [*before, *own])
+    expected = pattern[part.example][chosen][:, rows][:, :, part.keys]
+    assert torch.equal(assembled(DenseAttention(pattern), part), expected)
+    with (
+        patch.multiple(probability_tiles, TILE_QUERIES=sizes[0], TILE_KEYS=sizes[1]),
+        patch.object(tiles, "TILE_KEYS", sizes[1]),
+    ):
+        found = assembled(factored(inputs), part)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
 @given(pattern=patterns())

@@ -136,7 +136,8 @@ def maps_of(seed: int = 0, examples: int = 4, tokens: int = 6) -> GroupMaps:
     random = drawn(seed)
     columns = torch.arange(tokens).expand(examples, -1) + 5
     ids = (random(examples, tokens) * 99).long()
-    return GroupMaps(*(random(examples, tokens, tokens) for _ in range(2)), columns, ids, PROVENANCE)
+    maps, shares = (random(examples, tokens, tokens) for _ in range(2)), random(4, examples, tokens)
+    return GroupMaps(*maps, columns, ids, PROVENANCE, *shares)
 
 
 def groups_of(seed: int = 0) -> HeadGroups:
@@ -919,7 +920,8 @@ COLUMNS = {
     "receiver_fai", "entropy", "span", "receiver_kurtosis", "receiver_gini", "local", "global", "receiver",
     "preplan", "anchor", "dominated", "intro", "anchor_preplan", "local_map", "global_map", "span_ignoring",
     "share_on_first", "share_on_plan", "share_on_prompt", "share_from_plan_on_first",
-    "share_from_plan_on_plan", "share_from_plan_on_prompt",
+    "share_from_plan_on_plan", "share_from_plan_on_prompt", "local_prompt_share", "global_prompt_share",
+    "local_first_share", "global_first_share",
 }  # fmt: skip
 
 
@@ -999,4 +1001,7 @@ def test_the_table_of_maps_has_a_line_for_each_pair_of_tokens() -> None:
         query, key = row.position - 5, row.key_position - 5
         assert row.local_map == float(maps.local_map[row.example, query, key])
         assert row.token_id == int(maps.input_ids[row.example, query])
+        assert row.local_prompt_share == float(maps.local_prompt_share[row.example, query])
+        assert row.global_first_share == float(maps.global_first_share[row.example, query])
         assert key <= query
+    assert bool(maps.local_first_share[1, 3:].isnan().all())

@@ -182,6 +182,16 @@ class Adapter(ABC):
         assert logits is not None
         return reduce(logits)
 
+    def logits_bytes(self, examples: int, positions: int) -> int:
+        """Return roughly how many bytes the logits take that `reduced_logits` holds at once.
+
+        Args:
+            examples: the number of sequences.
+            positions: the number of positions of each whose logits are wanted.
+        """
+        # In the model's dtype: at most four bytes each.
+        return 4 * self.vocabulary_size * examples * positions
+
     def check_next_token_logits(self, purpose: str, otherwise: str = "") -> None:
         """Check that the model predicts the next token, which something needs.
 

@@ -89,7 +89,10 @@ class Reading(ForwardWatch):
                 layer = self._architecture.layers[number]
                 if "value_norms" in self._sites:
                     watch = ProjectionWatch(
-                        layer.attention, self._where(number), partial(self._show_norms, number)
+                        layer.attention,
+                        self._where(number),
+                        partial(self._show_norms, number),
+                        self._gathering,
                     )
                     self._projections[number] = watch
                     stack.enter_context(watch.installed())

@@ -228,9 +228,10 @@ class TransformersAdapter(Adapter):
         self, batch: TokenBatch, logits_at: Int[Tensor, " position"], reduce: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "batch position"]:
         """Run the model, and return what `reduce` makes of the logits, of a few positions at a time."""
-        size = max(1, LOGITS_AT_ONCE // (batch.batch_size * self.vocabulary_size))
+        size = self._positions_at_once(batch.batch_size)
         head = HeadAlone(self.model)
-        if len(logits_at) <= size or not self._runs_head_alone(batch) or not head.is_known:
+        alone = self._runs_head_alone and batch.model_inputs is None and head.is_known
+        if len(logits_at) <= size or not alone:
             return super().reduced_logits(batch, logits_at, reduce)
         batch = batch.to(self.device)
         with head.kept():
@@ -249,11 +250,25 @@ class TransformersAdapter(Adapter):
                 begin += size
         return torch.cat(found, dim=1)
 
-    def _runs_head_alone(self, batch: TokenBatch) -> bool:
-        """Whether a pass over this batch is one plain call of the model or of PEFT's wrapper around it."""
+    def logits_bytes(self, examples: int, positions: int) -> int:
+        """Return roughly how many bytes of logits are held at once: all, or those of a few positions.
+
+        What the layers gave is kept for the others: less than the layers held before.
+        """
+        if self._runs_head_alone and HeadAlone(self.model).is_known:
+            positions = min(positions, self._positions_at_once(examples))
+        return super().logits_bytes(examples, positions)
+
+    def _positions_at_once(self, examples: int) -> int:
+        """Return for how many positions logits are computed at a time, where the head runs alone."""
+        return max(1, LOGITS_AT_ONCE // (examples * self.vocabulary_size))
+
+    @property
+    def _runs_head_alone(self) -> bool:
+        """Whether a pass over text is one plain call of the model or of PEFT's wrapper around it."""
         kind = type(self)
         own = (kind.forward, kind._logits) == (TransformersAdapter.forward, TransformersAdapter._logits)
-        return own and self._keeps_logits and batch.model_inputs is None
+        return own and self._keeps_logits
 
     @contextmanager
     def suppressed(self, suppression: Suppression, layers: Sequence[int]) -> Iterator[None]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from attnprobe.adapters.base import evaluation_mode
 from attnprobe.adapters.forward_call import Columns
 from attnprobe.adapters.hooks import after_forward, before_forward
 from attnprobe.adapters.wrappers import class_names
+from attnprobe.attention.checks import judge_later
 from attnprobe.attention.operator import reduction_dtype
 from attnprobe.errors import UnsupportedModelError
 
@@ -41,12 +42,21 @@ class ProjectionWatch:
         attention: the layer's attention module.
         where: the layer and the model, for messages.
         show: is shown the norms of the tokens of the pass.
+        gathering: opens a context in which checks wait until the pass ends.
     """
 
-    def __init__(self, attention: nn.Module, where: str, show: Show) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        where: str,
+        show: Show,
+        gathering: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._attention = attention
         self._where = where
         self._show = show
+        self._gathering = gathering
+        self._version = 0
         self._call: AttentionCall | None = None
         self._columns = Columns(0, 0, has_cache=False)
         self._projection: nn.Module | None = None
@@ -68,6 +78,8 @@ class ProjectionWatch:
         """Learn what the layer's attention call was: its projection should come next."""
         self.reset()
         self._call, self._columns = call, columns
+        assert call.output is not None
+        self._version = _version(call.output)
 
     def reset(self) -> None:
         """Forget a call, as when a pass has failed."""
@@ -85,12 +97,13 @@ class ProjectionWatch:
         if given is None or given.numel() != flat.numel() or given.shape[-1] != flat.shape[-1]:
             return
         given = given.detach().reshape(flat.shape)
-        if not torch.equal(given, flat.to(given.dtype)):
+        # A gate may be multiplied into it where it is.
+        if _version(call.output) != self._version or not _are_equal(given, flat):
             return
         if len(parts) > 1:
             raise self._refusal(f"{_named(module)} is given options besides the output of the attention")
         self._projection = module
-        with torch.no_grad(), torch.autocast(given.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(given.device.type, enabled=False), self._gathering():
             self._norms = self._norms_of(module, call, given)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -109,8 +122,8 @@ class ProjectionWatch:
                 "be a gate or a norm before the projection"
             )
         drops = any(part.training and part.p > 0 for part in module.modules() if isinstance(part, nn.Dropout))
-        is_same = projected is not None and projected.numel() == returned.numel()
-        if not drops and not (is_same and bool((projected.reshape(returned.shape) == returned).all())):  # type: ignore[union-attr]
+        fits = projected is not None and projected.numel() == returned.numel()
+        if not drops and not (fits and _are_equal(projected.reshape(returned.shape), returned.detach())):  # type: ignore[union-attr]
             raise self._refusal(
                 f"{_named(self._attention)} does not return what its projection, {_named(projection)}, gives"
             )
@@ -132,11 +145,10 @@ class ProjectionWatch:
             raise self._refusal(
                 f"its values are {list(call.value.shape)} for {heads} heads and {columns.count} tokens"
             )
-        matrix = _matrix_of(module, given)
-        if matrix is None:
-            raise self._refusal(
-                f"{_named(module)}, which is given the output of its attention, is not linear"
-            )
+        refused = self._refusal(
+            f"{_named(module)}, which is given the output of its attention, is not linear"
+        )
+        matrix = _matrix_of(module, given, refused)
         if matrix.shape[0] != heads * size:
             raise self._refusal(
                 f"{_named(module)} takes {matrix.shape[0]} numbers, but the values of {heads} heads have "
@@ -157,8 +169,32 @@ def _named(module: nn.Module) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-def _matrix_of(module: nn.Module, given: Tensor) -> Float[Tensor, "input output"] | None:
-    """Return the matrix of a linear module, without its bias; None if it is not linear."""
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 where nobody counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _are_equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; the device is asked only if it must be."""
+    # Those of other kinds, such as sharded ones, may have no memory of their own.
+    is_plain = type(ours) is type(theirs) is Tensor
+    if is_plain and (ours.data_ptr(), ours.stride(), ours.dtype) == (
+        theirs.data_ptr(),
+        theirs.stride(),
+        theirs.dtype,
+    ):
+        return True
+    return torch.equal(ours, theirs.to(ours.dtype))
+
+
+def _matrix_of(
+    module: nn.Module, given: Tensor, refused: UnsupportedModelError
+) -> Float[Tensor, "input output"]:
+    """Return the matrix of a linear module, without its bias; the check that it is linear may wait.
+
+    Raises:
+        UnsupportedModelError: `refused`, when the check is judged, if the module is not linear.
+    """
     while WRAPPED in module._modules:
         inner = module._modules[WRAPPED]
         assert inner is not None
@@ -176,13 +212,20 @@ def _matrix_of(module: nn.Module, given: Tensor) -> Float[Tensor, "input output"
     with _undisturbed(module):
         zero = module.forward(torch.zeros_like(given[:1, :1])).float()
         identity = torch.eye(width, dtype=given.dtype, device=given.device)[None]
-        matrix = module.forward(identity).float()[0] - zero[0]
+        matrix: Tensor = module.forward(identity).float()[0] - zero[0]
         some = given[:1, -4:]
         expected, found = module.forward(some).float(), some.float() @ matrix + zero
-    scale = float(expected.abs().max()) + 1e-30
     # An input scale for quantised activations makes small errors; a norm makes large ones.
     tolerance = 0.05 if given.dtype.itemsize == 2 else 0.01
-    return matrix if float((expected - found).abs().max()) <= tolerance * scale else None
+
+    def judge(numbers: list[float]) -> None:
+        error, scale = numbers
+        # NaN is an error too.
+        if not error <= tolerance * (scale + 1e-30):
+            raise refused
+
+    judge_later([(expected - found).abs().amax(), expected.abs().amax()], judge)
+    return matrix
 
 
 @contextmanager

@@ -9,7 +9,7 @@ left to others: what a row's scores sum to (row_sums), and which blocks answer a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnprobe.attention.kernels import Kernel, Question, Setting, chosen, compiles, product, row_products
 from attnprobe.attention.masks import CausalMask, split_mask
-from attnprobe.attention.operator import reduction_dtype
+from attnprobe.attention.operator import Submatrix, reduction_dtype, take
 from attnprobe.errors import PatternError
 
 BAND_QUERIES = 32
@@ -102,6 +102,23 @@ class BlockScores:
     def are_products(self) -> bool:
         """Whether scores are nothing but scaled products of query and key, the mask aside."""
         return self.softcap is None and self.bias is None
+
+    def part(self, part: Submatrix) -> BlockScores:
+        """Return the scores of some heads, queries and keys of one example, each head with its own keys."""
+        bias = self.bias
+        if bias is not None:
+            bias = bias[part.example if bias.shape[0] > 1 else 0]
+            bias = take(bias, 0, part.heads) if len(bias) > 1 else bias
+            bias = take(take(bias, 1, part.queries), 2, part.keys)[None]
+        query = take(self.query[part.example], 0, part.heads)
+        key = take(self.key[part.example], 0, [head // self.group_size for head in part.heads])
+        return replace(
+            self,
+            query=take(query, 1, part.queries)[None],
+            key=take(key, 1, part.keys)[None],
+            bias=bias,
+            mask=self.mask.part(part),
+        )
 
     def kernel(self, question: Question, columns: int = 1) -> Kernel:
         """Return the kernel that answers a question about these scores."""

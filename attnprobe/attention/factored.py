@@ -7,30 +7,30 @@ questions of `attnprobe.attention.Attention` in memory linear in T:
 - `attend` and `receive` go through tiles of `exp(score - log_sum_exp)` that fit a processor's cache or,
   where the table of kernels says so, through a fused kernel.
 - `band` multiplies blocks of queries with the few keys near them, all blocks in one product.
-- `rows` computes the chosen rows.
+- `rows` computes the chosen rows, and `blocks` the tiles of some heads, queries and keys.
 
 The sums of the rows are computed when it is made, and nothing is stored later: neither the answer nor the
 cost of a question depends on earlier questions. What is left to others: the scores of a block
-(block_scores), the sums (row_sums), which blocks to visit (tiles), the fused kernel (fused_sums), when it is
+(block_scores), the sums (row_sums), the tiles (probability_tiles), the fused kernel (fused_sums), when it is
 used (kernels), and reading the inputs of a call (adapters).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.attention import fused_sums
-from attnprobe.attention.block_scores import BAND_QUERIES, LOG2_E, BlockScores
+from attnprobe.attention.block_scores import BAND_QUERIES, BlockScores
 from attnprobe.attention.kernels import Kernel, Question, piece_bytes, product
 from attnprobe.attention.masks import CausalMask
-from attnprobe.attention.operator import Attention
+from attnprobe.attention.operator import Attention, Submatrix, take
+from attnprobe.attention.probability_tiles import probability_tiles
 from attnprobe.attention.row_sums import sum_rows
-from attnprobe.attention.tiles import TILE_KEYS, TILE_QUERIES, Tile, plan_tiles, query_slices
+from attnprobe.attention.tiles import query_slices
 from attnprobe.errors import PatternError
 from attnprobe.validation import ArrayLike, as_tensor, brief
 
@@ -148,7 +148,7 @@ class FactoredAttention(Attention):
             return fused_sums.attended(self.scores, self._sums.log_sum_exp, features)
         shape = (self.batch_size, self.head_count, self.query_count, features.shape[-1])
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        for tile, probability in self._tiles():
+        for tile, probability in probability_tiles(self.scores, self._sums.log_sum_exp):
             answer[:, :, tile.queries] += product(probability, features[:, None, tile.keys], self.dtype)
         return answer
 
@@ -172,7 +172,7 @@ class FactoredAttention(Attention):
         answer = torch.zeros(shape, dtype=self.dtype, device=self.device)
         # Queries of the prompt usually have no weight.
         counted = (weights != 0).any(-1).any(0).tolist() if counted is None else counted
-        for tile, probability in self._tiles(start, stop, counted):
+        for tile, probability in probability_tiles(self.scores, self._sums.log_sum_exp, start, stop, counted):
             # [batch, 1, feature, query] @ [batch, head, query, key]
             answer[..., tile.keys] += product(weights[:, None, tile.queries].mT, probability, self.dtype)
         return answer.mT.contiguous()
@@ -204,42 +204,16 @@ class FactoredAttention(Attention):
         score = self.scores.block(queries, slice(0, self.key_count))
         return score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
 
+    def blocks(
+        self, part: Submatrix
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "head block_query block_key"]]]:
+        """Yield tiles that hold all pairs of the part that are seen."""
+        scores = self.scores.part(part)
+        log_sum_exp = take(take(self._sums.log_sum_exp[part.example], 0, part.heads), 1, part.queries)
+        for tile, probability in probability_tiles(scores, log_sum_exp[None]):
+            yield tile.queries, tile.keys, probability[0]
+
     def column(self, keys: ArrayLike | int) -> Float[Tensor, "batch head query"]:
         """Return `A[t, keys[b]]`."""
         score = self.scores.column(self._check_keys(keys))
         return score.sub_(self._sums.log_sum_exp).exp_()
-
-    def _tiles(
-        self, start: int = 0, stop: int | None = None, counted: Sequence[bool] | None = None
-    ) -> Iterator[tuple[Tile, Float[Tensor, "batch head query key"]]]:
-        """Yield the tiles that hold all pairs at these distances, with their part of `A`.
-
-        Blocks of queries without a counted one are left out.
-        """
-        reaches = self.scores.mask.reaches(TILE_QUERIES)
-        if counted is not None:
-            reaches = [reach for reach in reaches if any(counted[reach.queries])]
-        plan = plan_tiles(reaches, self.query_offset, start, stop)
-        for number, tiles in groupby(plan, key=lambda tile: tile.key_block):
-            block = slice(number * TILE_KEYS, min((number + 1) * TILE_KEYS, self.key_count))
-            scaled = self.scores.scaled_keys(block) if self.scores.are_products else None
-            for tile in tiles:
-                yield tile, self._probability(tile, block.start, scaled)
-
-    def _probability(
-        self, tile: Tile, first_key: int, scaled: Float[Tensor, "batch_head block_key d"] | None
-    ) -> Float[Tensor, "batch head query key"]:
-        """Return the part of `A` in a tile; `scaled` holds the scaled keys from `first_key` on, if usable."""
-        log_sum_exp = self._sums.log_sum_exp[:, :, tile.queries, None]
-        if scaled is None:
-            part = self.scores.block(tile.queries, tile.keys).sub_(log_sum_exp).exp_()
-        else:
-            near = scaled[:, tile.keys.start - first_key : tile.keys.stop - first_key]
-            part = self.scores.products(tile.queries, near).sub_(log_sum_exp * LOG2_E).exp2_()
-            if tile.needs_mask:
-                part.masked_fill_(~self.scores.mask.block(tile.queries, tile.keys), 0.0)
-        if tile.last_diagonal is not None:
-            part.tril_(tile.last_diagonal)
-        if tile.first_diagonal is not None:
-            part.triu_(tile.first_diagonal)
-        return part

@@ -8,6 +8,7 @@ makes one from its arguments. What is left to others: the scores of the pairs th
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from attnprobe.attention.operator import Submatrix, take
 from attnprobe.attention.tiles import Reach
 from attnprobe.errors import PatternError
 
@@ -140,6 +142,26 @@ class CausalMask:
         start = _segment_starts(segment_ids).to(self.first.device)[:, -queries:]
         return ((self.first < start) & (self.last >= self.first)).any()
 
+    def part(self, part: Submatrix) -> CausalMask:
+        """Return the mask of some heads, queries and keys of one example."""
+        causal = CausalMask.causal(len(part.queries), len(part.keys), None, self.first.device)
+        if self.plain:
+            return causal
+        if self.exact is not None:
+            exact = self.exact[part.example if len(self.exact) > 1 else 0]
+            exact = take(exact, 0, part.heads) if len(exact) > 1 else exact
+            return _exactly(take(take(exact, 1, part.queries), 2, part.keys)[None], causal)
+        example = part.example if len(self.first) > 1 else 0
+        keys = torch.tensor(part.keys, device=self.first.device)
+        first = torch.searchsorted(keys, take(self.first[example], 0, part.queries))
+        last = torch.searchsorted(keys, take(self.last[example], 0, part.queries), right=True) - 1
+        limits = []
+        for block in _few_queries(len(part.queries)):
+            few = part.queries[block]
+            met = _met(self.limits, few[0], few[-1] + 1)
+            limits.append(Reach(block, *(bisect_left(part.keys, key) for key in met)))
+        return CausalMask(first[None], last[None], None, plain=False, limits=limits)
+
     def block(self, queries: slice | Tensor, keys: slice) -> Bool[Tensor, "#batch #head query key"]:
         """Return the mask of one block."""
         if self.exact is not None:
@@ -184,21 +206,23 @@ class CausalMask:
         answer = []
         for begin in range(0, count, size):
             end = min(begin + size, count)
-            met = self.limits[begin // _FEW : -(-end // _FEW)]
-            answer.append(
-                Reach(
-                    slice(begin, end),
-                    min(part.first for part in met),
-                    max(part.stop for part in met),
-                    max(part.common_first for part in met),
-                    min(part.common_stop for part in met),
-                )
-            )
+            answer.append(Reach(slice(begin, end), *_met(self.limits, begin, end)))
         return answer
 
 
 def _few_queries(count: int) -> list[slice]:
     return [slice(begin, min(begin + _FEW, count)) for begin in range(0, count, _FEW)]
+
+
+def _met(limits: Sequence[Reach], begin: int, end: int) -> tuple[int, int, int, int]:
+    """Return the keys of a `Reach` of the queries from `begin` up to `end`."""
+    met = limits[begin // _FEW : -(-end // _FEW)]
+    return (
+        min(part.first for part in met),
+        max(part.stop for part in met),
+        max(part.common_first for part in met),
+        min(part.common_stop for part in met),
+    )
 
 
 def _limits(

@@ -3,8 +3,8 @@
 A layer's attention, for one batch, is a matrix `A` for each head: row `t` says how query `t` spreads its
 attention over the keys `s <= t`. Everything that attnprobe computes comes from four questions about that
 matrix: `attend` (`A @ F`), `receive` (`A.T @ G`), `band` (the diagonals near the main one) and `rows`
-(chosen rows, for pictures). `column` is `attend` for a single key, and nearly free. Metrics are written once,
-in terms of these questions.
+(chosen rows, for pictures). `column` is `attend` for a single key, and nearly free; `blocks` gives
+rows of some heads piece by piece, for sums over heads. Metrics are written once, in terms of these questions.
 
 `DenseAttention` answers them from an existing pattern; it is short and obvious, and the oracle for
 `attnprobe.attention.factored.FactoredAttention`, which answers them from query and key without ever storing a
@@ -16,18 +16,50 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from attnprobe.attention.checks import judge_later
+from attnprobe.attention.tiles import TILE_QUERIES
 from attnprobe.errors import ParameterError, PatternError
 from attnprobe.validation import ArrayLike, as_tensor, brief, whole_number
 
 NARROW_BAND = 1024
 """A band of up to this width may reach beyond the first key; a wider one only to the first key."""
+
+
+@dataclass(frozen=True)
+class Submatrix:
+    """A part of an attention: some heads, queries and keys of one example, as `Attention.blocks` is asked.
+
+    These are numbers that the processor has, so that no layer waits for a device to plan its work.
+
+    Attributes:
+        example: the example.
+        heads: the heads.
+        queries: indices of queries, ascending.
+        keys: indices of keys, ascending. The last of them are the queries' own.
+    """
+
+    example: int
+    heads: Sequence[int]
+    queries: Sequence[int]
+    keys: Sequence[int]
+
+
+def take(values: Tensor, axis: int, numbers: Sequence[int]) -> Tensor:
+    """Return some entries along an axis: without a copy, if they are neighbours in ascending order.
+
+    >>> take(torch.arange(4), 0, [1, 2]), take(torch.arange(4), 0, [0, 2])
+    (tensor([1, 2]), tensor([0, 2]))
+    """
+    if isinstance(numbers, range) or list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
+        return values.narrow(axis, numbers[0], len(numbers))
+    return values.index_select(axis, torch.tensor(numbers, device=values.device))
 
 
 class Attention(ABC):
@@ -105,6 +137,15 @@ class Attention(ABC):
     @abstractmethod
     def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of `A`, dense: for pictures and checks, since each holds every key."""
+
+    @abstractmethod
+    def blocks(
+        self, part: Submatrix
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "head block_query block_key"]]]:
+        """Yield a part of `A` in blocks: which of the part's queries and keys, and the entries.
+
+        No pair is in two blocks, and one that is in none has probability 0. The blocks are not to be changed.
+        """
 
     def column(self, keys: ArrayLike | int) -> Float[Tensor, "batch head query"]:
         """Return `A[t, keys[b]]`: what each query gives to one key of each example; 0 for a key of -1.
@@ -356,6 +397,16 @@ class DenseAttention(Attention):
     def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of the pattern."""
         return self.pattern[:, :, self._check_rows(queries)]
+
+    def blocks(
+        self, part: Submatrix
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "head block_query block_key"]]]:
+        """Yield a part of the pattern, some queries at a time."""
+        pattern = take(self.pattern[part.example], 0, part.heads)
+        for begin in range(0, len(part.queries), TILE_QUERIES):
+            queries = slice(begin, min(begin + TILE_QUERIES, len(part.queries)))
+            block = take(take(pattern, 1, part.queries[queries]), 2, part.keys)
+            yield queries, slice(0, len(part.keys)), block
 
     def row_mass(self) -> Float[Tensor, "batch head query"]:
         """Return the sum of each row."""

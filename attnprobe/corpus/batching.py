@@ -23,7 +23,7 @@ class Budget:
 
     Attributes:
         tokens: how many tokens, padding included; at least one row is run.
-        memory: roughly how many bytes their activations and logits may take.
+        memory: roughly how many bytes their activations may take, and the logits that are held at once.
     """
 
     tokens: int = TOKEN_BUDGET
