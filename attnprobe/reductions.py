@@ -152,37 +152,54 @@ def mean_distance_left(
     return total / count.masked_fill(count == 0, torch.nan)
 
 
-def near_band(
-    attention: Attention, window: int, horizon: Horizon
-) -> Float[Tensor, "batch head query distance"] | None:
-    """Return one band for both WAAD and FAI; None where a single band does not suit both."""
+class NearReductions(NamedTuple):
+    """What WAAD and FAI take from near pairs.
+
+    Attributes:
+        shortfall: of each row, how far its WAAD falls short of the window, times the row's mass.
+        received: what each key receives within the horizon.
+    """
+
+    shortfall: Float[Tensor, "batch head query"]
+    received: Float[Tensor, "batch head key"]
+
+
+def near_reductions(
+    attention: Attention, window: int, horizon: Horizon, rows: Bool[Tensor, "batch query"]
+) -> NearReductions | None:
+    """Return what WAAD and FAI share: one look at the near pairs; None where one does not suit both."""
     low, high = _distances_within(attention, horizon)
-    width = max(min(window, attention.key_count), high + 1)
-    return attention.band(width) if _goes_by_band(attention, low, high) and width <= WIDEST_BAND else None
+    window = min(window, attention.key_count)
+    if not _goes_by_band(attention, low, high) or max(window, high + 1) > WIDEST_BAND:
+        return None
+    distance = torch.arange(window, device=attention.device, dtype=attention.dtype)
+    return NearReductions(*attention.near_sums(window - distance, rows.to(attention.dtype), low, high))
 
 
 def windowed_distance_by_row(
     attention: Attention,
     window: int,
-    near: Float[Tensor, "batch head query distance"] | None = None,
+    shortfall: Float[Tensor, "batch head query"] | None = None,
 ) -> Float[Tensor, "batch head query"]:
     """Return the WAAD of each row (Eq. 9 of arXiv 2510.13554v2).
 
-    `near` is the band from distance 0, if known. A window that reaches beyond the first key caps
+    `shortfall` is that of `near_reductions`, if known. A window that reaches beyond the first key caps
     nothing, and costs no more than one that ends there.
     """
     window = min(window, attention.key_count)
-    if window == attention.key_count and near is None:
+    if shortfall is None and window == attention.key_count:
         # No distance is capped: this is the plain mean distance, which needs no band as wide as the text.
         return attention.mean_distance().clamp(min=0.0)
     # min(t - s, W) is W, less what near keys fall short of it: far keys need not be visited.
     waad = window * attention.row_mass()
-    # In pieces, so that memory does not grow with the window.
-    for start in range(0, window, WIDEST_BAND):
-        stop = min(start + WIDEST_BAND, window)
-        piece = attention.band(stop - start, start) if near is None else near[..., start:stop]
-        distance = torch.arange(start, stop, device=attention.device, dtype=attention.dtype)
-        waad = waad - piece @ (window - distance)
+    if shortfall is not None:
+        waad = waad - shortfall
+    else:
+        # In pieces, so that memory does not grow with the window.
+        for start in range(0, window, WIDEST_BAND):
+            stop = min(start + WIDEST_BAND, window)
+            distance = torch.arange(start, stop, device=attention.device, dtype=attention.dtype)
+            waad = waad - attention.band(stop - start, start) @ (window - distance)
     # Rounding can leave the first token, which sees only itself, slightly below 0.
     return waad.clamp(min=0.0)
 
@@ -191,37 +208,22 @@ def received_by_key(
     attention: Attention,
     rows: Bool[Tensor, "batch query"],
     horizon: Horizon,
-    near: Float[Tensor, "batch head query distance"] | None = None,
     counted: Callable[[], Sequence[bool]] | None = None,
 ) -> Float[Tensor, "batch head key"]:
     """Return what each key receives from the marked rows within its horizon.
 
-    This is the numerator of Eq. 10 of arXiv 2510.13554v2. `near` is the band from distance 0, if known;
-    `counted` returns which rows are marked in some example, if the caller can tell.
+    This is the numerator of Eq. 10 of arXiv 2510.13554v2. `counted` returns which rows are marked in some
+    example, if the caller can tell.
     """
     low, high = _distances_within(attention, horizon)
     weights = rows.to(attention.dtype)
-    if not _goes_by_band(attention, low, high):
-        known = None if counted is None else counted()
-        received = attention.receive(
-            weights[..., None], start=low, stop=high + 1, counted=known, nonnegative=True
-        )
-        return received[..., 0]
-    width = high - low + 1
-    band = attention.band(width, low) if near is None else near[..., low : high + 1]
-    # Key s receives band[t, j] from the query at s + low + j. These entries form a diagonal of the band,
-    # which a stride of width + 1 follows. Zeros stand in for the queries before and after.
-    first = low - attention.query_offset
-    padding = max(0, -first)
-    # The products are written where they are needed: fresh memory costs more than they do.
-    padded = band.new_empty(*band.shape[:2], padding + attention.query_count + low + width - 1, width)
-    inside = slice(padding, padding + attention.query_count)
-    padded[:, :, : inside.start] = 0.0
-    padded[:, :, inside.stop :] = 0.0
-    torch.mul(band, weights[:, None, :, None], out=padded[:, :, inside])
-    shape = (*band.shape[:2], attention.key_count, width)
-    strides = (*padded.stride()[:3], width + 1)
-    return padded.as_strided(shape, strides, (first + padding) * width).sum(-1)
+    if _goes_by_band(attention, low, high):
+        return attention.near_sums(weights.new_empty(0), weights, low, high).by_key
+    known = None if counted is None else counted()
+    received = attention.receive(
+        weights[..., None], start=low, stop=high + 1, counted=known, nonnegative=True
+    )
+    return received[..., 0]
 
 
 def _distances_within(attention: Attention, horizon: Horizon) -> tuple[int, int]:

@@ -200,15 +200,21 @@ def add_rows(
     missing = response_mask.shape[1] - attention.query_count
     known_rows = MarkedRows() if marked is None else marked
     giving = response_mask if influence_rows is None else influence_rows
-    # One band serves both WAAD and FAI.
-    near = reductions.near_band(attention, window, horizon)
     drafted = min(drafted, attention.query_count)
     guesses = None
     if drafted:
         last = torch.arange(attention.query_count - drafted, attention.query_count)
         guesses = attention.rows(last)
     reads = reductions.read_rows(attention, keys, span=span)
-    waad = reductions.windowed_distance_by_row(attention, window, near)
+
+    def lasting(rows: Tensor) -> Tensor:
+        """Return which rows of this pass are marked and will not be taken back."""
+        rows = check_mask(attention, rows[:, missing:])
+        return rows & (torch.arange(rows.shape[1], device=rows.device) < rows.shape[1] - drafted)
+
+    # One look at the near pairs serves both WAAD and FAI.
+    near = reductions.near_reductions(attention, window, horizon, lasting(giving))
+    waad = reductions.windowed_distance_by_row(attention, window, None if near is None else near.shortfall)
 
     def with_earlier(now: Tensor | None, earlier: Tensor | None) -> Tensor | None:
         """Put rows `[batch, head, row, ...]` behind those of earlier passes; NaN where none was computed."""
@@ -219,15 +225,13 @@ def add_rows(
         return now if before is None or earlier is None else torch.cat([earlier, now], dim=2)
 
     def received(
-        rows: Tensor, earlier: Tensor | None, within: Horizon, band: Tensor | None, unknown: Tensor | None
+        rows: Tensor, earlier: Tensor | None, within: Horizon, now: Tensor | None, unknown: Tensor | None
     ) -> tuple[Tensor, _Addends | None]:
         """Add what this pass's keys received to what the columns had received before; NaN where unknown."""
-        every, rows = rows, check_mask(attention, rows[:, missing:])
-        lasting = rows.clone()
-        lasting[:, rows.shape[1] - drafted :] = False
-        now = reductions.received_by_key(
-            attention, lasting, within, band, lambda: known_rows.of(every)[missing:]
-        )
+        if now is None:
+            now = reductions.received_by_key(
+                attention, lasting(rows), within, lambda: known_rows.of(rows)[missing:]
+            )
         total = now.new_zeros(*now.shape[:2], columns)
         if earlier is not None:
             total[..., : earlier.shape[-1]] = earlier
@@ -236,7 +240,7 @@ def add_rows(
             total = total.masked_fill(unknown.to(total.device)[:, None], torch.nan)
         if guesses is None:
             return total, None
-        given = guesses * rows[:, None, rows.shape[1] - drafted :, None]
+        given = guesses * rows[:, None, rows.shape[1] - drafted :, None].to(guesses.device)
         drafts = _Addends(total, *_within(given, attention, within))
         return drafts.total(columns), drafts
 
@@ -248,7 +252,8 @@ def add_rows(
 
     lacking = absent(giving)
     unknown = None if lacking is None else reductions.rows_in_horizon(lacking, *horizon, None) > 0
-    sums, drafts = received(giving, None if before is None else before.received, horizon, near, unknown)
+    now = None if near is None else near.received
+    sums, drafts = received(giving, None if before is None else before.received, horizon, now, unknown)
     sums_far, drafts_far = None, None
     if far_horizon == horizon and not missing and influence_rows is None:
         sums_far, drafts_far = sums, drafts

@@ -53,7 +53,8 @@ def _without_towers(decoder: nn.Module) -> Iterator[nn.Module]:
 def _table_size(module: nn.Module) -> int | None:
     """Return how many positions a module's own table of positions holds, if it has one."""
     # A backend's wrapper stands where the table was.
-    tables = {name: child._modules.get(WRAPPED) or child for name, child in module.named_children()}
+    children = ((name, child) for name, child in module._modules.items() if child is not None)
+    tables = {name: child._modules.get(WRAPPED) or child for name, child in children}
     sizes = [
         table.num_embeddings - int(getattr(table, "offset", 0))
         for name, table in tables.items()

@@ -27,7 +27,8 @@ from attnprobe.attention import fused_sums
 from attnprobe.attention.block_scores import BAND_QUERIES, BlockScores
 from attnprobe.attention.kernels import Kernel, Question, piece_bytes, product
 from attnprobe.attention.masks import CausalMask
-from attnprobe.attention.operator import Attention, Submatrix, take
+from attnprobe.attention.near_sums import near_sums
+from attnprobe.attention.operator import Attention, NearSums, Submatrix, take
 from attnprobe.attention.probability_tiles import probability_tiles
 from attnprobe.attention.row_sums import sum_rows
 from attnprobe.attention.tiles import query_slices
@@ -197,6 +198,18 @@ class FactoredAttention(Attention):
             score = self.scores.band(queries, width, start)
             answer[:, :, queries, :width] = score.sub_(self._sums.log_sum_exp[:, :, queries, None]).exp_()
         return answer
+
+    def near_sums(
+        self,
+        weights: Float[Tensor, " distance"],
+        rows: Float[Tensor, "batch query"],
+        low: int,
+        high: int,
+    ) -> NearSums:
+        """Return sums over near pairs, by query and by key."""
+        if not self.scores.are_products:
+            return super().near_sums(weights, rows, low, high)
+        return near_sums(self.scores, self._sums.log_sum_exp, weights, rows, low, high)
 
     def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
         """Return chosen rows of `A`, dense."""

@@ -240,6 +240,25 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor, factor: float) -> None:
+    """Add `factor * left @ right` to a total in place, as exact as `product`.
+
+    >>> total = torch.ones(1, 1, 2, 2)
+    >>> add_product(total, torch.ones(1, 1, 2, 3), torch.ones(1, 1, 3, 2), 2.0)
+    >>> total[0, 0]
+    tensor([[7., 7.],
+            [7., 7.]])
+    """
+    dtype = total.dtype
+    kernel = chosen(Question.PRODUCT, Setting(left.device.type, left.dtype))
+    if kernel is Kernel.HALF:
+        total += product(left, right, dtype).mul_(factor)
+        return
+    flat = total.flatten(0, -3), left.to(dtype).flatten(0, -3), right.to(dtype).flatten(0, -3)
+    with _without_tf32() if kernel is Kernel.EXACT else nullcontext():
+        flat[0].baddbmm_(*flat[1:], alpha=factor)
+
+
 def row_products(
     rows: Float[Tensor, "batch head row d"], vector: Float[Tensor, "batch head d"]
 ) -> Float[Tensor, "batch head row"]:

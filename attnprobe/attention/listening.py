@@ -88,7 +88,7 @@ def flash_attention(
 
     With `positions`, the keys' positions are attended to as further columns of the value (see
     `carried_features`). The kernel needs query, key and value of the same width, so query and key get as many
-    columns of zeros.
+    columns of zeros; and all get some more, since a width that is no multiple of 4 slows it down.
 
     >>> q = torch.zeros(1, 1, 2, 8)
     >>> flash_attention(q, q, q, causal=True).log_sum_exp
@@ -101,9 +101,10 @@ def flash_attention(
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
     if positions:
         columns = carried_features(key.shape[2], value.dtype, value.device)
+        columns = torch.nn.functional.pad(columns, (0, -(width + columns.shape[1]) % 4))
         query = torch.nn.functional.pad(query, (0, columns.shape[1]))
         key = torch.nn.functional.pad(key, (0, columns.shape[1]))
-        # [batch, key_head, key, d + 3]
+        # [batch, key_head, key, d + 3 or more]
         value = torch.cat([value, columns.expand(*value.shape[:2], -1, -1)], dim=-1)
     output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, causal, attn_mask=mask, scale=scale

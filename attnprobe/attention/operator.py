@@ -4,7 +4,8 @@ A layer's attention, for one batch, is a matrix `A` for each head: row `t` says 
 attention over the keys `s <= t`. Everything that attnprobe computes comes from four questions about that
 matrix: `attend` (`A @ F`), `receive` (`A.T @ G`), `band` (the diagonals near the main one) and `rows`
 (chosen rows, for pictures). `column` is `attend` for a single key, and nearly free; `blocks` gives
-rows of some heads piece by piece, for sums over heads. Metrics are written once, in terms of these questions.
+rows of some heads piece by piece, for sums over heads; and `near_sums` sums over a band that is never stored.
+Metrics are written once, in terms of these questions.
 
 `DenseAttention` answers them from an existing pattern; it is short and obvious, and the oracle for
 `attnprobe.attention.factored.FactoredAttention`, which answers them from query and key without ever storing a
@@ -18,6 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -60,6 +62,13 @@ def take(values: Tensor, axis: int, numbers: Sequence[int]) -> Tensor:
     if isinstance(numbers, range) or list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
         return values.narrow(axis, numbers[0], len(numbers))
     return values.index_select(axis, torch.tensor(numbers, device=values.device))
+
+
+class NearSums(NamedTuple):
+    """What is summed over near pairs; see `Attention.near_sums`."""
+
+    by_query: Float[Tensor, "batch head query"]
+    by_key: Float[Tensor, "batch head key"]
 
 
 class Attention(ABC):
@@ -133,6 +142,35 @@ class Attention(ABC):
         All entries at distances of `key_count` or more are zeros: a band wider than both `key_count` and
         `NARROW_BAND` raises `ParameterError` rather than fill the memory with them.
         """
+
+    def near_sums(
+        self,
+        weights: Float[Tensor, " distance"],
+        rows: Float[Tensor, "batch query"],
+        low: int,
+        high: int,
+    ) -> NearSums:
+        """Return two sums over near pairs: of each query over distances, and of each key over queries.
+
+        The first is `sum over j of A[t, t - j] weights[j]`, the second `sum over t of rows[t] A[t, s]` at
+        distances `low <= t - s <= high`. Both come from one band; where it need not be sorted by distance,
+        it is never stored.
+        """
+        start = 0 if len(weights) else min(low, self.key_count)
+        band = self.band(max(len(weights), high + 1) - start, start)
+        by_query = band[..., : len(weights)] @ weights
+        width = high - low + 1
+        # Key s receives band[t, low + j] from the query at s + low + j. These entries form a diagonal of the
+        # band, which a stride of width + 1 follows. Zeros stand in for the queries before and after.
+        first = low - self.query_offset
+        padding = max(0, -first)
+        padded = band.new_zeros(*band.shape[:2], padding + self.query_count + low + width - 1, width)
+        inside = slice(padding, padding + self.query_count)
+        torch.mul(band[..., low - start : high + 1 - start], rows[:, None, :, None], out=padded[:, :, inside])
+        shape = (*band.shape[:2], self.key_count, width)
+        strides = (*padded.stride()[:3], width + 1)
+        by_key = padded.as_strided(shape, strides, (first + padding) * width).sum(-1)
+        return NearSums(by_query, by_key)
 
     @abstractmethod
     def rows(self, queries: ArrayLike) -> Float[Tensor, "batch head row key"]:
