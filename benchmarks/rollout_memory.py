@@ -94,8 +94,9 @@ def main() -> None:
     first, last = min(options.rows), max(options.rows)
     for kind, found in peaks.items():
         cells = [f"{peak / 2**20:.0f} MiB, {peak / (rows * each):.1f}" for rows, peak in found.items()]
-        further = (found[last] - found[first]) / ((last - first) * each) if last > first else float("nan")
-        print("| " + " | ".join([kind, *cells, f"{further:.2f}"]) + " |", flush=True)
+        added = found[last] - found[first]
+        cells.append(f"{added / ((last - first) * each):.2f}" if last > first else "")
+        print("| " + " | ".join([kind, *cells]) + " |", flush=True)
     if options.output:
         options.output.write_text(
             json.dumps({**vars(options), "output": None, "peaks": peaks}, indent=2) + "\n"
