@@ -230,8 +230,9 @@ def group_maps(
     """Return the group maps of responses, for pictures; nothing else stores a map.
 
     This runs the model again: groups are known only after `measure`, and keeping the maps of all heads
-    until then would take the memory that attnprobe exists to save. It costs no more than `measure` did. The
-    maps of several responses are those that `GroupMaps.concatenate` makes of the maps of each.
+    until then would take the memory that attnprobe exists to save. It costs about as much as `measure`
+    without entropy. The maps of several responses are those that `GroupMaps.concatenate` makes of the maps of
+    each.
 
     Args:
         model: a model that an adapter knows.
@@ -288,15 +289,18 @@ def group_maps(
             with attach(run.adapter, probe, ticking, layers=run.layers):
                 run.adapter.forward(part)
             for number, place, sums in zip(wanted, places, probe.means, strict=True):
-                columns = torch.tensor(place.tokens, device=part.input_ids.device)
+                # Layers may lie on different devices.
+                device = part.input_ids.device
+                columns = torch.tensor(place.tokens, device=device)
                 found[number] = GroupMaps(
-                    local_map=sums.maps["local"][None],
-                    global_map=sums.maps["global"][None],
+                    local_map=sums.maps["local"][None].to(device),
+                    global_map=sums.maps["global"][None].to(device),
                     columns=(columns + int(run.layout.start[number]))[None],
                     input_ids=part.input_ids[place.row, columns][None],
                     provenance=provenance,
+                    # Rounding may take a share beyond 1.
                     **{
-                        f"{name}_{kind}_share": share[name][None].clamp(max=1.0)
+                        f"{name}_{kind}_share": share[name][None].clamp(max=1.0).to(device)
                         for kind, share in (("prompt", sums.before), ("first", sums.first))
                         for name in mapped
                     },

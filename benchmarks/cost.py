@@ -197,17 +197,22 @@ def time_in_turn(tokens: int, layers: int, rounds: int, subjects: list[str]) -> 
 def memory_of(tokens: int, layers: int, name: str) -> dict[str, int]:
     """Return the bytes of this process with the model loaded, and the most that it held in a call."""
     call = prepared(name, {}, layers, tokens)
-    forget = Path("/proc/self/clear_refs")
-    if forget.exists():
-        # Building the model is not part of the call: on Linux the peak so far can be reset.
-        forget.write_text("5")
-    loaded = peak_bytes()
+    loaded = forget_peak()
     call()
     return {"loaded": loaded, "peak": peak_bytes()}
 
 
+def forget_peak() -> int:
+    """Forget what this process held so far, such as while it built a model; return what it holds now."""
+    forget = Path("/proc/self/clear_refs")
+    # On Linux only: elsewhere the peak stays.
+    if forget.exists():
+        forget.write_text("5")
+    return peak_bytes()
+
+
 def peak_bytes() -> int:
-    """Return the most memory that this process has held."""
+    """Return the most bytes that this process has held."""
     # What `getrusage` tells of a process on Linux is at least what its parent held when it was started.
     status = Path("/proc/self/status")
     if status.exists():

@@ -230,8 +230,8 @@ def calls() -> list[Call]:
         Call(
             "group_maps",
             attnprobe.group_maps,
-            {"model": model, "batch": batch, "heads": heads, "example": 1},
-            {"model": "model", "batch": "batch", "example": "index"},
+            {"model": model, "batch": batch, "heads": heads, "example": 1, "token_budget": 4096},
+            {"model": "model", "batch": "batch", "example": "indices", "token_budget": "optional count"},
         ),
         Call(
             "group_maps own",

@@ -63,6 +63,15 @@ KINDS: dict[str, Kind] = {
     ),
     "optional count": Kind((*NOT_ONE_NUMBER, *constants(0, -1, 2.5, 1.0)), NUMPY_NUMBERS),
     "index": Kind((*NOT_ONE_NUMBER, *constants(10**6, -(10**6), 2.5, None)), NUMPY_NUMBERS),
+    "indices": Kind(
+        (
+            *WORDS,
+            *STRANGERS,
+            *constants([], {}, NAN, INF, 1j, b"1", torch.ones(2), np.ones(2), True, torch.tensor(True)),
+            *constants(10**6, -(10**6), -1, 2.5, [10**6], [0.5], [[0]], ["a"], [True, False, True]),
+        ),
+        (*NUMPY_NUMBERS, ("list", lambda v: [v]), ("numpy", lambda v: np.array([v])), ("set", lambda v: {v})),
+    ),
     "distance": Kind((*NOT_ONE_NUMBER, *constants(-1, 0.5, None)), NUMPY_NUMBERS),
     "share": Kind(
         (*NOT_ONE_NUMBER, *constants(0, -0.1, 1.5, 100, None, torch.tensor([0.3]))),
