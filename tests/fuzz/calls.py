@@ -383,7 +383,7 @@ def calls() -> list[Call]:
                 "tokens": "mask",
                 "horizon": "horizon",
                 "heads": "heads",
-                "batch_size": "count",
+                "batch_size": "optional count",
             },
         ),
         Call(
@@ -409,7 +409,7 @@ def calls() -> list[Call]:
                 "seed": "distance",
                 "horizon": "horizon",
                 "min_remaining": "count",
-                "batch_size": "count",
+                "batch_size": "optional count",
             },
         ),
         Call(
