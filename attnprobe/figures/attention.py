@@ -113,7 +113,7 @@ def _draw_maps(named: dict[str, Tensor], first: int, panels: list[Any] | None) -
     with look():
         norm = matplotlib.colors.LogNorm(high / 10**_DECADES, high, clip=True)
         colours = matplotlib.colors.LinearSegmentedColormap.from_list("attention", _COLOURS)
-        colours.set_bad("white")
+        colours = colours.with_extremes(bad="white")
         if panels is None:
             # Constrained layout would leave room around pictures whose shape is fixed.
             figure = new_figure(2.4 if len(pooled) > 1 else 2.75, layout="compressed")

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from attnprobe.colours import SCORE_LOOKS, ScoreLook
-from attnprobe.figures.paper import INK, PALE, AxesLike, FigureLike, given_axes, look, new_figure
+from attnprobe.figures.paper import INK, PALE, TEXT_SIZE, AxesLike, FigureLike, given_axes, look, new_figure
 from attnprobe.figures.reading import (
     Within,
     first_column,
@@ -120,7 +120,7 @@ def _draw_curve(
     panel.set_ylabel(f"{shown.label}\n({_unit(scores, name, shown)})".replace(" of ", "\nof "))
     panel.locator_params(axis="y", nbins=4)
     panel.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-    panel.yaxis.get_offset_text().set_fontsize(panel.yaxis.get_ticklabels()[0].get_fontsize())
+    panel.yaxis.get_offset_text().set_fontsize(TEXT_SIZE)
 
 
 def _unit(scores: TokenScores, name: str, shown: ScoreLook) -> str:

@@ -101,9 +101,7 @@ def span_grid(
 
 def _colours() -> Any:
     """Return a map of colours for values of which none is missing, and pale grey for missing ones."""
-    colours = import_matplotlib().colormaps["cividis"].copy()
-    colours.set_bad("#eeeeee")
-    return colours
+    return import_matplotlib().colormaps["cividis"].with_extremes(bad="#eeeeee")
 
 
 def _mark(panel: Any, name: str, mask: Tensor, cells: int) -> None:
