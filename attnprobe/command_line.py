@@ -7,7 +7,6 @@ standard error; progress is shown only if that is a terminal. What is left to ot
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -23,15 +22,6 @@ from attnprobe.errors import AttnprobeError, AttnprobeWarning, MissingDependency
 out, err = Console(), Console(stderr=True)
 
 AUTO = "auto"
-
-# Read by other libraries when they are imported.
-_QUIET = {
-    "TQDM_DISABLE": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_VERBOSITY": "error",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 def shows_progress() -> bool:
@@ -78,8 +68,6 @@ def interruptible() -> Iterator[list[str]]:
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keep other libraries' bars, log lines and warnings from the terminal; a warning of ours is one line."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

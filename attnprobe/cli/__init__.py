@@ -37,9 +37,8 @@ def main() -> None:
     except AttnprobeError as error:
         _complain(str(error))
         sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; nothing was written")
-        sys.exit(130)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
     if isinstance(code, int) and code:
         sys.exit(code)
 
