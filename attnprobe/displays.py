@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -102,7 +103,7 @@ def _picture(draw: Callable[[], Any], description: str) -> str:
     from attnprobe.figures.paper import png
 
     try:
-        image = base64.b64encode(png(draw(), 160)).decode()
+        image = base64.b64encode(_with_palette(png(draw(), 160))).decode()
     except AttnprobeError:
         return ""
     # An image, not SVG elements: those bring styles and ids that reach into the rest of the page.
@@ -110,6 +111,15 @@ def _picture(draw: Callable[[], Any], description: str) -> str:
         f'<img src="data:image/png;base64,{image}" alt="{html.escape(description)}" '
         f'style="width:{_WIDTH}px;max-width:100%">'
     )
+
+
+def _with_palette(image: bytes) -> bytes:
+    """Return a PNG image with 128 colours, which is a third of the size."""
+    from PIL import Image  # matplotlib needs it, too
+
+    stream = io.BytesIO()
+    Image.open(io.BytesIO(image)).convert("RGB").quantize(128).save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
 
 
 def _first_with_response(mask: Tensor) -> int:
