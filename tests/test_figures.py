@@ -195,7 +195,7 @@ def test_hostile_texts_are_drawn_as_they_are(tmp_path: Path) -> None:
         figure = figures.tokens(scores, attnprobe.find_rhythm(scores))
     drawn = figure.axes[0].texts
     assert not any(text.get_usetex() or text.get_parse_math() for text in drawn)
-    shown = ("⟨200B⟩", "↵", "␛[31m")
+    shown = ("⟨200B⟩", "↵", "⟨1B⟩[31m")
     expected = [*HOSTILE[:6], *shown, "<b>"]
     assert [text.get_text() for text in drawn] == expected * 4
     # As XML, since SVG keeps text as text.

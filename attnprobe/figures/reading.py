@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from attnprobe.batch import TokenBatch
@@ -46,20 +47,16 @@ def _check_rhythm(scores: TokenScores, rhythm: Rhythm, example: int) -> None:
     ours, theirs = list(scores.waad.shape), list(rhythm.preplan.shape)
     if ours != theirs:
         raise ResultError(f"the scores are [example, token] = {ours}, the rhythm {theirs}")
-    if scores.input_ids is not None:
-        batch = TokenBatch(scores.input_ids.cpu(), _all_tokens(scores.input_ids), scores.response_mask.cpu())
-        check_same_tokens(batch, rhythm, "the rhythm")
-        if rhythm.response_mask is not None:
-            _check_response(batch, rhythm.response_mask, "the rhythm", example)
-    elif rhythm.response_mask is not None and bool(
-        (rhythm.response_mask.cpu() != scores.response_mask.cpu()).any()
-    ):
-        raise ResultError("the rhythm describes other response tokens than the scores")
+    if rhythm.response_mask is not None:
+        inside = scores.response_mask.cpu()
+        ids = (
+            torch.zeros_like(inside, dtype=torch.long) if scores.input_ids is None else scores.input_ids.cpu()
+        )
+        batch = TokenBatch(ids, torch.ones_like(inside), inside)
+        if scores.input_ids is not None:
+            check_same_tokens(batch, rhythm, "the rhythm")
+        _check_response(batch, rhythm.response_mask, "the rhythm", example)
     _check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
-
-
-def _all_tokens(ids: Tensor) -> Tensor:
-    return (ids == ids).cpu()
 
 
 def shown_columns(mask: Tensor, example: int, within: Within) -> list[int]:

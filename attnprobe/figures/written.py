@@ -34,6 +34,10 @@ _HEADING, _BAR, _MARGIN = 13.0, 30.0, 3.0
 _MARKS = {"preplan": "v", "anchor": "D"}
 # Characters without width, and the joiners, which between letters change how these are drawn.
 _WIDTHLESS, _JOINERS = "\u200b\u2060\ufeff\u00ad\u200e\u200f", "\u200c\u200d"
+# `visible` has pictures for control characters, which few fonts have.
+_CONTROLS = {chr(0x2400 + code): f"\u27e8{code:02X}\u27e9" for code in range(0x20)} | {
+    "\u2421": "\u27e87F\u27e9"
+}
 # Tried for characters that the font lacks: they are no part of matplotlib, and may not be installed.
 _FALLBACKS = (
     "DejaVu Sans",
@@ -121,7 +125,7 @@ def tokens(
 
 
 def _score_names(scores: TokenScores, score: ScoreNames) -> list[str]:
-    names = [score] if isinstance(score, str) else list(score)
+    names: list[Any] = list(score) if isinstance(score, list | tuple) else [score]
     if not names:
         raise ParameterError("score must be a score's name, or several; got none")
     for name in names:
@@ -147,10 +151,10 @@ def _texts(scores: TokenScores, batch: Any, example: int, columns: list[int]) ->
 
 
 def _shown(text: str) -> str:
-    """Return a token's text as it is drawn: on one line, and with codes for what has no width."""
+    """Return a token's text as it is drawn: on one line, and with codes for what has no width or no glyph."""
     line = on_one_line(visible(text)).replace("\t", "\u21e5")
     hidden = _WIDTHLESS if line.strip(_JOINERS) else _WIDTHLESS + _JOINERS
-    return "".join(f"\u27e8{ord(each):04X}\u27e9" if each in hidden else each for each in line)
+    return "".join(_CONTROLS.get(c, f"\u27e8{ord(c):04X}\u27e9" if c in hidden else c) for c in line)
 
 
 def _laid_out(texts: list[str], room: float, font: Any) -> Iterator[_Placed]:
