@@ -32,10 +32,16 @@ def test_its_links_lead_somewhere() -> None:
 
 
 @pytest.mark.slow
-def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In IPython, which Jupyter runs too: every result is shown in a form of its own, not as its repr."""
-    interactive = pytest.importorskip("IPython.core.interactiveshell", reason="the test group has IPython")
+def test_it_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: Any) -> None:
+    """In IPython, which Jupyter runs too: every result is shown in a form of its own, not as its repr.
+
+    With the model that other tests have loaded: loading takes longer than all the rest.
+    """
+    interactive = pytest.importorskip(
+        "IPython.core.interactiveshell", reason="the notebook group has IPython"
+    )
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setattr("attnprobe.models.load_model", lambda: smollm2)
     monkeypatch.chdir(tmp_path)
     shell = interactive.InteractiveShell()
     shell.history_manager.enabled = False

@@ -115,5 +115,5 @@ def harmless(text: str) -> str:
     >>> harmless("so\\x1b[31m\\x9b") == "so\\u241b[31m\\u27e89B\\u27e9"
     True
     """
-    shown = (f"\u27e8{ord(c):02X}\u27e9" if "\x80" <= c < "\xa0" else c for c in visible(text))
+    shown = (f"\u27e8{ord(c):04X}\u27e9" if "\x80" <= c < "\xa0" else c for c in visible(text))
     return "".join(shown).replace("\r\n", "\n").replace("\r", "\n")

@@ -33,7 +33,7 @@ _LINE, _FILLED = 15.0, 9.6
 _HEADING, _BAR, _MARGIN = 13.0, 30.0, 3.0
 _MARKS = {"preplan": "v", "anchor": "D"}
 # Characters without width, and the joiners, which between letters change how these are drawn.
-_WIDTHLESS, _JOINERS = "\u200b\u2060\ufeff\u00ad\u200e\u200f", "\u200c\u200d"
+_WIDTHLESS, _JOINERS = "\u200b\u2060\ufeff\u00ad", "\u200c\u200d"
 # `visible` has pictures for control characters, which few fonts have.
 _CONTROLS = {chr(0x2400 + code): f"\u27e8{code:02X}\u27e9" for code in range(0x20)} | {
     "\u2421": "\u27e87F\u27e9"
