@@ -112,7 +112,7 @@ def _style(score: str, share: float) -> Style | None:
 def harmless(text: str) -> str:
     """Return a text without characters that a terminal would obey, each as a symbol or its code.
 
-    >>> harmless("so\\x1b[31m\\x9b") == "so\\u241b[31m\\u27e89B\\u27e9"
+    >>> harmless("so\\x1b[31m\\x9b") == "so\\u241b[31m\\u27e8009B\\u27e9"
     True
     """
     shown = (f"\u27e8{ord(c):04X}\u27e9" if "\x80" <= c < "\xa0" else c for c in visible(text))
