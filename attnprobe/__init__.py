@@ -58,7 +58,7 @@ from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
 
 if TYPE_CHECKING:
-    from attnprobe import corpus, models, rl, testing
+    from attnprobe import corpus, figures, models, rl, testing
     from attnprobe.corpus import load_scores
 
 __all__ = [
@@ -105,6 +105,7 @@ __all__ = [
     "compare_groups",
     "corpus",
     "couplings",
+    "figures",
     "find_rhythm",
     "group_maps",
     "group_stability",
@@ -126,7 +127,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the packages that not everyone needs on first use."""
-    if name in ("corpus", "models", "rl", "testing"):
+    if name in ("corpus", "figures", "models", "rl", "testing"):
         return importlib.import_module(f"attnprobe.{name}")
     if name == "load_scores":
         return importlib.import_module("attnprobe.corpus").load_scores

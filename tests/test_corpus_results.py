@@ -314,10 +314,14 @@ def test_a_corpus_is_scored_from_the_command_line(command: Any, place: Path, tmp
     [
         (("compare", "scores"), "--by"),
         (("summary", "nowhere"), "no folder of scores"),
-        (("in.jsonl", "-o", "out", "--horizon", "10"), "--horizon must be"),
-        (("in.jsonl", "-o", "out", "--credit", "much"), "--credit must be"),
-        (("in.jsonl", "-o", "out", "--dtype", "float8", "--model", "model"), "--dtype must be"),
-        (("in.jsonl", "-o", "out", "--device", "abacus", "--model", "model"), "--device abacus"),
+        (("nowhere.jsonl", "-o", "out"), "no input at nowhere.jsonl"),
+        (("in.jsonl", "-o", "out", "--horizon", "10"), "--horizon: a horizon must be"),
+        (("in.jsonl", "-o", "out", "--credit", "much"), "--credit: it must be"),
+        (("in.jsonl", "-o", "out", "--dtype", "float8", "--model", "model"), "--dtype: dtype must be"),
+        (
+            ("in.jsonl", "-o", "out", "--device", "abacus", "--model", "model"),
+            "--device: the device 'abacus'",
+        ),
         (("in.jsonl", "-o", "out", "--ray-workers", "2", "--groups-only"), "do not go with"),
         (("summary", "scores", "--where", "ok"), "field=value"),
     ],
@@ -327,5 +331,5 @@ def test_wrong_words_are_explained(
 ) -> None:
     monkeypatch.chdir(place)
     code, printed = command(*words)
-    assert code == 1
+    assert code == 2
     assert told in " ".join(printed.split())

@@ -33,9 +33,11 @@ def test_the_wheel_holds_the_package(built: Path) -> None:
     wanted = {"attnprobe/py.typed", "attnprobe/report/page.html.jinja", "attnprobe/rl/__init__.py"}
     assert wanted <= set(names)
     inside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "attnprobe").rglob("*.py")}
-    # The plug-in for verl lies beside the package, since it has to say so if the package cannot be imported.
-    assert {name for name in names if name.endswith(".py")} == inside | {"attnprobe_verl.py"}
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"attnprobe", "attnprobe_verl.py"}
+    # The command and the plug-in for verl lie beside the package: they have something to say before it is, or
+    # if it cannot be, imported.
+    beside = {"attnprobe_command.py", "attnprobe_verl.py"}
+    assert {name for name in names if name.endswith(".py")} == inside | beside
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"attnprobe"} | beside
 
 
 def test_the_wheel_names_what_it_needs(built: Path) -> None:
@@ -59,7 +61,7 @@ def test_the_wheel_names_what_it_needs(built: Path) -> None:
         "packaging",
     }
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra")}
-    assert {"transformer-lens", "nnsight", "trl", "verl", "report", "all"} <= extras
+    assert {"transformer-lens", "nnsight", "trl", "verl", "report", "figures", "all"} <= extras
     assert "License-Expression: Apache-2.0" in lines
 
 

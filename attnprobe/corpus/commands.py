@@ -8,22 +8,32 @@ others: everything that computes something.
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from attnprobe.errors import ParameterError
+from attnprobe.command_line import (
+    AUTO,
+    check_place,
+    err,
+    interruptible,
+    out,
+    parse_horizon,
+    quiet_libraries,
+    say,
+    shows_progress,
+    usage,
+)
+from attnprobe.errors import ParameterError, ResultError
 
 REJECTED = 3
 """The exit code if all rows are done, but some of them could not be scored."""
-
-out, err = Console(), Console(stderr=True)
 
 
 class _ScoresByDefault(TyperGroup):
@@ -121,18 +131,35 @@ def score(
 
     Exit code 3: all rows are done, but some were rejected; rejected.jsonl says why.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from attnprobe import corpus
+    from attnprobe.heads import check_shares
     from attnprobe.layer_selection import parse_layers
+    from attnprobe.models import model_name
 
+    with usage("SOURCE"):
+        if not source.exists():
+            raise ResultError(f"there is no input at {source}")
+    with usage("--layers"):
+        chosen_layers = parse_layers(layers)
+    with usage("--horizon"):
+        chosen_horizon = parse_horizon(horizon)
+    with usage("--credit"):
+        chosen_credit = _credit(credit)
+    with usage("--quantile"):
+        check_shares(quantile, receivers=1)
+    if ray_workers is not None and (groups_only or dtype is not None):
+        told = "--groups-only and --dtype do not go with --ray-workers"
+        raise typer.BadParameter(told, param_hint="--ray-workers")
+    with usage("--model"):
+        model_name(model)
     settings = corpus.CorpusSettings(
-        layers=parse_layers(layers),
+        layers=chosen_layers,
         window=window,
-        horizon=_horizon(horizon),
+        horizon=chosen_horizon,
         entropy=entropy,
         receivers=receivers,
         head_quantile=quantile,
-        credit=_credit(credit),
+        credit=chosen_credit,
         chat=chat,
         longest=longest,
     )
@@ -152,27 +179,33 @@ def score(
         "rows_per_shard": rows_per_shard,
         "token_budget": token_budget,
         "seed": seed,
-        "progress": True,
+        "progress": shows_progress(),
     }
-    if ray_workers is not None:
-        if groups_only or dtype is not None:
-            raise ParameterError("--groups-only and --dtype do not go with --ray-workers")
-        found = corpus.score_with_ray(
-            source,
-            output,
-            model=model,
-            workers=ray_workers,
-            cpus_per_worker=cpus_per_worker,
-            gpus_per_worker=gpus_per_worker,
-            device=device,
-            **options,
-        )
-    else:
-        err.print("Loading libraries ...")
-        loaded = _loaded(model, device, dtype)
-        found = corpus.score(
-            source, output, model=loaded.model, tokenizer=loaded.tokenizer, groups_only=groups_only, **options
-        )
+    with interruptible() as kept, quiet_libraries():
+        kept.append(f"what is in {output}; the same command continues")
+        if ray_workers is not None:
+            found = corpus.score_with_ray(
+                source,
+                output,
+                model=model,
+                workers=ray_workers,
+                cpus_per_worker=cpus_per_worker,
+                gpus_per_worker=gpus_per_worker,
+                device=device,
+                **options,
+            )
+        else:
+            place, kind = check_place(device or AUTO, dtype)
+            say("Loading libraries ...")
+            loaded = _loaded(model, place, kind)
+            found = corpus.score(
+                source,
+                output,
+                model=loaded.model,
+                tokenizer=loaded.tokenizer,
+                groups_only=groups_only,
+                **options,
+            )
     if groups_only:
         out.print(f"Head groups: [bold]{escape(str(output / 'groups.safetensors'))}[/]")
         return
@@ -204,8 +237,10 @@ def summary(
     """Summarise a folder of scores as a table, and as the page summary.html in it."""
     from attnprobe import corpus
 
-    opened = _chosen(corpus.load_scores(scores), where)
-    found = corpus.summarize(opened, tokenizer=_tokenizer(tokenizer, opened), top=top, sample=sample)
+    with _reads_scores(scores), usage("--where"):
+        opened = _chosen(corpus.load_scores(scores), where)
+    with interruptible(), quiet_libraries():
+        found = corpus.summarize(opened, tokenizer=_tokenizer(tokenizer, opened), top=top, sample=sample)
     incomplete = "" if opened.is_complete else "; the run is not complete"
     rows = f"{found.rows} of {found.row_count} rows, {found.rejected} rejected{incomplete}"
     out.print(f"{rows}; {found.tokens} response tokens", soft_wrap=True)
@@ -256,14 +291,20 @@ def compare(
     from attnprobe import corpus
 
     if (second is None) == (by is None):
-        raise ParameterError("name a second folder, or a field with --by, to compare with")
-    scores = corpus.load_scores(first)
+        raise typer.BadParameter(
+            "name a second folder, or a field with --by, to compare with", param_hint="SECOND"
+        )
+    with _reads_scores(first):
+        scores = corpus.load_scores(first)
     if by is not None:
-        pair = scores.where(by, False), scores.where(by, True)
+        with usage("--by"):
+            pair = scores.where(by, False), scores.where(by, True)
     else:
         assert second is not None
-        pair = scores, corpus.load_scores(second)
-    found = corpus.compare(*pair, paired=paired)
+        with _reads_scores(second):
+            pair = scores, corpus.load_scores(second)
+    with interruptible():
+        found = corpus.compare(*pair, paired=paired)
     table = Table(title=f"{found.rows[0]} and {found.rows[1]} rows", title_justify="left")
     names = ("first", "second") if by is None else (f"{by} is false", f"{by} is true")
     for title in ("mean", *names, "difference", "interval"):
@@ -286,53 +327,44 @@ def report(
 ) -> None:
     """Write the report of one answer, to which the summary's page then links; its model is run again."""
     from attnprobe import corpus
+    from attnprobe.models import model_name
 
-    err.print("Loading libraries ...")
-    loaded = _loaded(model, None, None)
-    page = corpus.report_row(
-        corpus.load_scores(scores), row, model=loaded.model, tokenizer=loaded.tokenizer, source=source
-    )
+    with _reads_scores(scores):
+        opened = corpus.load_scores(scores)
+    with usage("--model"):
+        model_name(model)
+    with interruptible(), quiet_libraries():
+        say("Loading libraries ...")
+        loaded = _loaded(model, *check_place(AUTO, None))
+        page = corpus.report_row(opened, row, model=loaded.model, tokenizer=loaded.tokenizer, source=source)
     out.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
-
-
-def _horizon(text: str) -> tuple[int, int | None]:
-    low, dash, high = text.partition("-")
-    if not (dash and low.isdecimal() and (high.isdecimal() or not high)):
-        raise ParameterError(f"--horizon must be such as 10-100, or 10- to the end; got {text!r}")
-    return int(low), int(high) if high else None
 
 
 def _credit(name: str | None) -> Any:
     if name is None:
         return None
     if name not in _CREDITS:
-        raise ParameterError(f"--credit must be {', '.join(_CREDITS)}; got {name!r}")
+        raise ParameterError(f"it must be {', '.join(_CREDITS)}; got {name!r}")
     from attnprobe import rl
 
     return getattr(rl, _CREDITS[name])()
 
 
-def _loaded(name: str | None, device: str | None, dtype: str | None) -> Any:
-    """Load a model, and put it where it is to run."""
-    import torch
-    import transformers
+@contextmanager
+def _reads_scores(folder: Path) -> Iterator[None]:
+    """Take a folder that holds no scores for wrong usage."""
+    if folder.is_dir():
+        yield
+        return
+    with usage("SCORES"):
+        yield
 
+
+def _loaded(name: str | None, place: Any, dtype: Any) -> Any:
+    """Load a model, and put it where it is to run."""
     from attnprobe.models import load_model
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    loaded = load_model(name, progress=True)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in kinds:
-        raise ParameterError(f"--dtype must be {', '.join(kinds)}; got {dtype!r}")
-    try:
-        loaded.model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise ParameterError(f"--device {device} cannot be used: {error}") from error
-    if dtype is not None:
-        loaded.model.to(kinds[dtype])
-    return loaded
+    return load_model(name, device=place, dtype=dtype, progress=shows_progress())
 
 
 def _tokenizer(name: str | None, scores: Any) -> Any:
@@ -355,7 +387,7 @@ def _chosen(scores: Any, where: list[str] | None) -> Any:
     for condition in where or ():
         field, equals, text = condition.partition("=")
         if not equals:
-            raise ParameterError(f"--where must be field=value; got {condition!r}")
+            raise ParameterError(f"it must be field=value; got {condition!r}")
         try:
             value = json.loads(text)
         except ValueError:

@@ -572,6 +572,31 @@ def calls() -> list[Call]:
         ),
         # models
         Call("load_model", load_model, {"source": "x"}, {"source": "path"}),
+        # figures
+        *(
+            Call(
+                f"figures.{name}",
+                lambda name=name, **options: str(getattr(attnprobe.figures, name)(**options)),
+                {"scores": scores, "rhythm": rhythm, "example": 0} | more,
+                {"scores": "result", "rhythm": "result", "example": "index"} | kinds,
+            )
+            for name, more, kinds in (
+                ("rhythm", {}, {}),
+                ("tokens", {"batch": batch, "score": "fai"}, {"score": "word"}),
+            )
+        ),
+        Call(
+            "figures.heads",
+            lambda **options: str(attnprobe.figures.heads(**options)),
+            {"groups": heads},
+            {"groups": "result"},
+        ),
+        Call(
+            "figures.head_map",
+            lambda **options: str(attnprobe.figures.head_map(model, batch, **options)),
+            {"layer": 1, "head": 2, "example": 0},
+            {"layer": "index", "head": "index", "example": "index"},
+        ),
         Call(
             "tokens of the model",
             lambda **options: attnprobe.adapter_for(**options).layers,
