@@ -1,11 +1,11 @@
-"""How large a report is, and how soon a browser can use it, by the length of the answer and the number of heads.
+"""How large a report is, and how soon a browser can use it, by the length of the answer and its heads.
 
     python -m benchmarks.report_page                 # all sizes; a few minutes
     python -m benchmarks.report_page --keep pages/   # and keep the pages
 
-The results are made up: their numbers have the spread of real ones, which decides how well they compress. "Ready" is
-the time from the start of navigation until the page has set its mark, the median of five loads in a headless
-Chromium; the longest frame is that of scrolling through the text.
+The results are made up: their numbers have the spread of real ones, which decides how well they compress.
+"Ready" is the time from the start of navigation until the page has set its mark, the median of five loads in
+a headless Chromium; the longest frame is that of scrolling through the text.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SIZES = (
 )
 PROMPT = 32
 WORDS = (
-    "the of to and in is that we so total cost each dollars pens notebooks first then buys pays gets change find "
-    "calculate multiply add number problem equals therefore because since let us check answer step by"
-).split()
+    *("the", "of", "to", "and", "in", "is", "that", "we", "so", "total", "cost", "each", "dollars", "pens"),
+    *("then", "buys", "pays", "gets", "change", "find", "calculate", "add", "number", "problem", "check"),
+)
 
 
 def made_up(tokens: int, layers: int, heads: int, seed: int = 0) -> dict[str, Any]:

@@ -305,7 +305,7 @@ def test_token_scores_are_exact(measured: dict[str, Any]) -> None:
         "waad": scores.waad[1, 20:],
         "fai": scores.fai[1, 20:],
         "receivers": scores.receiver_fai[1, 20:],
-        "all": statistics.fai[1, :, :, 20:].flatten(0, 1).mean(0),
+        "all": statistics.fai[1, :, :, 20:].double().flatten(0, 1).mean(0).float(),
         "entropy": scores.entropy[1, 20:],
         "gamma0": gamma[1, 20:].float(),
     }
@@ -551,9 +551,7 @@ def test_maps_are_of_one_example_or_of_all(model: Any, measured: dict[str, Any],
         for name, value in {**results, "maps": both}.items()
     }
     alone, whole = Page(Report(**selected).html()).entry(), Page(pages[0]).entry()
-    for changed in ("facts",):
-        assert alone.pop(changed) != whole.pop(changed) or example == 0
-    assert whole == alone
+    assert {name for name in whole if whole[name] != alone[name]} <= {"facts"}
     with pytest.raises(ResultError, match="other tokens than example"):
         Report(**results, maps=other, example=example)
 
@@ -667,7 +665,9 @@ class TestErrors:
     def test_results_that_were_computed_from_others(self, name: str, field: str, value: Any) -> None:
         results = make_results()
         scores = attnprobe.score_tokens(results["statistics"], results["heads"])
-        results |= {"scores": scores, "rhythm": attnprobe.find_rhythm(scores), "maps": make_maps(40)}
+        # Without their last row, maps do not hold all that FAI is a mean over, and only names are compared.
+        maps = make_maps(40).at_columns(slice(0, 39))
+        results |= {"scores": scores, "rhythm": attnprobe.find_rhythm(scores), "maps": maps}
         Report(**results)
         of = scores.provenance if name != "maps" else attnprobe.Provenance()
         changed = dataclasses.replace(of, **{field: value})
@@ -739,25 +739,17 @@ class TestErrors:
         other = dataclasses.replace(maps, global_map=maps.global_map.flip(2).tril())
         with pytest.raises(ResultError, match=r"maps are of another answer.*example 0.*FAI.*of 30 tokens"):
             Report(**make_results(), maps=other)
-        # Without their last row, maps do not hold all that FAI is a mean over.
-        part = dataclasses.replace(
-            other,
-            **{n: getattr(other, n)[:, :39, :39] for n in ("local_map", "global_map")},
-            columns=other.columns[:, :39],
-        )
-        Report(**make_results(), maps=part)
+        Report(**make_results(), maps=other.at_columns(slice(0, 39)))
 
     @pytest.mark.parametrize("name", ["waad", "fai", "entropy"])
     def test_scores_that_do_not_follow_from_the_statistics(self, measured: dict[str, Any], name: str) -> None:
         """Of the same model, tokens and heads by all that they say of themselves."""
         results = {key: value for key, value in measured.items() if key != "maps"}
         scores = results["scores"]
-        changed = dataclasses.replace(scores, **{name: getattr(scores, name).flip(1)[:, :60]})
-        shifted = dataclasses.replace(scores, **{name: 2 * getattr(scores, name)})
-        for wrong in (changed, shifted):
-            told = name if name == "entropy" else name.upper()
-            with pytest.raises(ResultError, match=f"scores are of other statistics.*example 1.*{told}"):
-                Report(**{**results, "scores": wrong, "rhythm": attnprobe.find_rhythm(wrong)}, example=1)
+        wrong = dataclasses.replace(scores, **{name: 1.2 * getattr(scores, name)})
+        told = name if name == "entropy" else name.upper()
+        with pytest.raises(ResultError, match=f"scores are of other statistics.*example 1.*{told}"):
+            Report(**{**results, "scores": wrong, "rhythm": attnprobe.find_rhythm(wrong)}, example=1)
 
     def test_a_rhythm_of_other_scores(self) -> None:
         results = make_results()

@@ -1,9 +1,9 @@
 """Whether the numbers of results follow from one another, whatever their names and ids say.
 
-Two answers to the same words after different prompts, two checkpoints of one name, and results that were made by
-hand look alike to a comparison of ids. But scores are means of statistics, changes are those of scores, and
-FAI is a mean of the map's entries (Eq. 10 of arXiv 2510.13554v2): `checks` calls these, and each recomputes what
-should agree. What is left to others: names, ids, columns and settings (checks).
+Two answers to the same words after different prompts, two checkpoints of one name, and results that were made
+by hand look alike to a comparison of ids. But scores are means of statistics, changes are those of scores,
+and FAI is a mean of the map's entries (Eq. 10 of arXiv 2510.13554v2): `checks` calls these, and each
+recomputes what should agree. What is left to others: names, ids, columns and settings (checks).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whether results belong together: the same tokens, example, model, window, horizon, layers and heads.
 
 A report of results that do not belong together would show numbers next to the wrong tokens, or attribute them
-to the wrong model and heads. `Report` calls `check_results_fit` when it is made, and `check_weights`. Names, ids
-and columns are compared here; whether the numbers themselves follow from one another, `agreement` checks. What
-is left to others: whether each result is valid in itself (the results' own modules).
+to the wrong model and heads. `Report` calls `check_results_fit` when it is made, and `check_weights`. Names,
+ids and columns are compared here; whether the numbers themselves follow from one another, `agreement` checks.
+What is left to others: whether each result is valid in itself (the results' own modules).
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def check_weights(weights: Any, batch: TokenBatch, example: int) -> dict[str, Te
         gamma = as_float_tensor(values, f"weights[{name!r}]")
         if gamma.shape != batch.input_ids.shape:
             raise ParameterError(
-                f"weights[{name!r}] must be [batch, token] = {list(batch.input_ids.shape)}, as the batch; got "
-                f"{list(gamma.shape)}"
+                f"weights[{name!r}] must be [batch, token] = {list(batch.input_ids.shape)}, as the batch; "
+                f"got {list(gamma.shape)}"
             )
         inside = batch.response_mask[example].to(gamma.device)
         undefined = (~gamma[example].isfinite() & inside).nonzero()[:, 0].tolist()

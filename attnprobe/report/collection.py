@@ -3,8 +3,8 @@
     attnprobe.Reports([before, after], compare=(0, 1)).save("training.html")
 
 Two answers of a model, an answer of two models, or a policy before and after training. The page opens each
-entry when it is chosen, and compares in the browser. What is left to others: a single report (document), and the
-page (page).
+entry when it is chosen, and compares in the browser. What is left to others: a single report (document), and
+the page (page).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One example as the data of an entry of the page: everything that its views show, ready for JSON.
 
 `Report` calls `entry_data`, and assets/data.js reads it when the entry is opened. Token scores are exact;
-scores of all heads and maps are rounded (packing, maps), and the page says so. What is left to others: whether
-the results fit together (checks), and the page around the entries (page).
+scores of all heads and maps are rounded (packing, maps), and the page says so. What is left to others:
+whether the results fit together (checks), and the page around the entries (page).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def entry_data(shown: Shown) -> dict[str, Any]:
         "notes": visible(shown.notes or ""),
         "prompt": (own_prompt if shown.prompt is None else visible(shown.prompt)) or "",
         "line": _line(shown, tokens, pairs),
-        "facts": list(_facts(shown).items()),
+        "facts": [list(fact) for fact in _facts(shown).items()],
         "window": shown.statistics.window,
         "horizon": list(shown.statistics.horizon),
         "lookback": shown.rhythm.lookback,
@@ -100,7 +100,7 @@ def _flags(tokens: tuple[ResponseToken, ...]) -> Tensor:
 
 
 def _links(pairs: tuple[CoupledPair, ...], place: dict[int, int], name: str) -> Tensor:
-    """Return the place of each anchor's preplan or intro among the response's tokens; -1 where there is none."""
+    """Return the place of each anchor's preplan or intro among the response's tokens; -1 without one."""
     links = torch.full((len(place),), -1)
     for pair in pairs:
         token: ResponseToken | None = getattr(pair, name)
@@ -113,7 +113,8 @@ def _scores(shown: Shown, columns: list[int]) -> list[dict[str, Any]]:
     """Return the scores by which the text can be coloured, exactly as they are."""
     scores, example = shown.scores, shown.example
     unit = "" if not shown.statistics.value_weighted else "units of the residual stream"
-    everyone = floats(shown.statistics.fai[example]).flatten(0, 1).nanmean(0)
+    # In float64, so that the mean does not depend on the order in which heads are summed.
+    everyone = shown.statistics.fai[example].double().flatten(0, 1).nanmean(0)
     found: list[tuple[str, str, str, str, Tensor | None]] = [
         ("waad", "WAAD", "how far back the local heads look", "tokens", scores.waad[example]),
         ("fai", "FAI", "how much later tokens read it through the global heads", unit, scores.fai[example]),

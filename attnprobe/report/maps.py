@@ -1,8 +1,8 @@
 """The report's pictures of attention: the mean maps of the local and the global heads, ready to be drawn.
 
-`entry` calls `map_data`, and assets/maps.js draws it. The map of a long response is pooled, since a page cannot
-show more cells than a screen has pixels; what a query cannot read, the upper triangle, is not stored. What is
-left to others: computing maps (measurement), and who reads whom exactly (reads).
+`entry` calls `map_data`, and assets/maps.js draws it. The map of a long response is pooled, since a page
+cannot show more cells than a screen has pixels; what a query cannot read, the upper triangle, is not stored.
+What is left to others: computing maps (measurement), and who reads whom exactly (reads).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from attnprobe.report.packing import deflated, floats, packed
 
 MOST_CELLS = 512
 DECADES = 4.0
-"""Attention this many decades below the largest is stored as "less": it spans many, and the lowest are noise."""
+"""Attention this many decades below the largest is stored as "less": the lowest values are noise."""
 _LEVELS = 255
 
 

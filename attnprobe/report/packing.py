@@ -1,7 +1,7 @@
 """Numbers and texts in the form in which the page holds them: base64, rounded and deflated, and safe JSON.
 
-`entry`, `maps`, `reads` and `heads` pack with these, and assets/data.js unpacks. What is left to others: which
-numbers a page needs.
+`entry`, `maps`, `reads` and `heads` pack with these, and assets/data.js unpacks. What is left to others:
+which numbers a page needs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The page around the entries: one self-contained HTML file with its styles, its script, and nothing fetched.
 
 `Report` and `Reports` call `page_html`. The styles and the script lie in assets/, in files that each have one
-purpose; they are put into the page in the order of `SCRIPTS`, without a build step. The page's content security
-policy lets a browser run only this script, and fetch nothing. What is left to others: the entries (entry), words
-and markup (page.html.jinja), and everything that is drawn (assets).
+purpose; they are put into the page in the order of `SCRIPTS`, without a build step. The page's content
+security policy lets a browser run only this script, and fetch nothing. What is left to others: the entries
+(entry), words and markup (page.html.jinja), and everything that is drawn (assets).
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def page_frame(page: str, title: str) -> str:
 def _content_security_policy(script: str) -> str:
     """Return a policy that allows this script by its hash, inline styles, and no fetching.
 
-    Texts are written as texts, which already keeps hostile ones from becoming markup; this is a second line of
-    defence.
+    Texts are written as texts, which already keeps hostile ones from becoming markup; this is a second line
+    of defence.
     """
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'"

@@ -2,8 +2,8 @@
 
 `Report` reads its response here. Results are tensors over a whole batch; a page shows one response, token by
 token. `read_response` gathers the tokens, `coupled_pairs` the preplans and anchors that belong together, and
-`influence_rows` how many rows each token's FAI is a mean over. What is left to others: whether the results fit
-together (checks), what is packed into the page (entry), and how things look (assets).
+`influence_rows` how many rows each token's FAI is a mean over. What is left to others: whether the results
+fit together (checks), what is packed into the page (entry), and how things look (assets).
 """
 
 from __future__ import annotations

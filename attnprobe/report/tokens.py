@@ -1,6 +1,6 @@
-"""The range of a score that colours show: its extremes are clipped, so that one token does not fade the others.
+"""The range of a score that colours show: extremes are clipped, so that one token does not fade the others.
 
-Static figures call this; the page does the same in assets/colours.js, and a test holds both together.
+Static figures call this; the page does the same in assets/scores.js, and a test holds both together.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Texts made visible: characters that a page cannot hold, that have no width, or that would rearrange it.
 
-The report and the page of a corpus show every text of a model through `visible`. `byte_marks` says what stands
-for tokens that are only part of a character. What is left to others: escaping (the template, and the page's
-own script, which writes texts as texts).
+The report and the page of a corpus show every text of a model through `visible`. `byte_marks` says what
+stands for tokens that are only part of a character. What is left to others: escaping (the template, and the
+page's own script, which writes texts as texts).
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def byte_marks(texts: Sequence[str]) -> dict[int, str]:
         end = begin + 1
         while end < len(texts) and not texts[end]:
             end += 1
-        raw = texts[begin][-1:].encode("utf-8", "surrogatepass") if texts[begin] else b""
+        # A replacement character stands for bytes that are not known.
+        raw = texts[begin][-1:].replace("\ufffd", "").encode("utf-8", "surrogatepass")
         # A single byte has no parts: the tokens after it are empty for another reason, as those of an image.
         if 1 < end - begin <= len(raw):
             exact = end - begin == len(raw)
@@ -78,7 +79,8 @@ def _visible_character(text: str, place: int) -> str:
     if code == 0x7F:
         return "\u2421"
     if 0xD800 <= code <= 0xDFFF:
-        # A lone surrogate cannot be encoded; a tokenizer should not produce one, but a page must not fail on it.
+        # A lone surrogate cannot be encoded; a tokenizer should not produce one, but a page must not fail on
+        # it.
         return "\ufffd"
     if character in _DIRECTION_MARKS:
         return f"{_named(code)}{character}"

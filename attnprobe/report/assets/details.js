@@ -8,7 +8,8 @@ function showDetails() {
   if (token < 0) {
     numbersPanel.replaceChildren(element("p", { class: "soft" },
       "Select a token in the text, the curves, a table or a map, and its numbers appear here, with arcs to the tokens that it reads and that read it. Or press an arrow key."));
-    linksBox.replaceChildren();
+    linksBox.replaceChildren(element("div", { class: "links" },
+      strongest(entry, "waad", PREPLAN, "Strongest preplans"), strongest(entry, "fai", ANCHOR, "Strongest anchors")));
     return;
   }
   const rows = [...entry.scores, ...entry.headScores].map((score) => scoreRow(score, token));
@@ -18,6 +19,19 @@ function showDetails() {
     ...rhythmLines(entry, token),
   );
   linksBox.replaceChildren(...linksPanel(entry, token));
+}
+
+const STRONGEST_SHOWN = 8;
+
+// The strongest peaks, to begin with; those over few rows are not among them.
+function strongest(entry, key, flag, title) {
+  const score = entry.score(key);
+  const peaks = Array.from(entry.flags.keys()).filter((i) => entry.has(i, flag) && score.isSound(i));
+  peaks.sort((i, j) => score.values[j] - score.values[i] || i - j);
+  const rows = peaks.slice(0, STRONGEST_SHOWN).map((i) =>
+    element("li", {}, tokenButton(entry, i), element("span", { class: "share" }, formatScore(score.values[i]))));
+  const list = rows.length ? element("ol", {}, ...rows) : element("p", { class: "soft" }, "none");
+  return element("div", {}, element("h3", {}, title), list);
 }
 
 function scoreRow(score, token) {
