@@ -440,13 +440,21 @@ def test_colours_are_those_of_the_chosen_score(browser: Any, saved: Path, result
 # ---- how it looks ------------------------------------------------------------------------------------
 
 
+TOKEN_COLOURS = """() => {
+  const of = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  return Array.from(document.querySelectorAll("#panes .pane:first-child .token"), (each) => {
+    const style = getComputedStyle(each), background = of(style.backgroundColor);
+    const isClear = background.length === 4 && background[3] === 0;
+    return { classes: each.className, ink: of(style.color).slice(0, 3),
+      background: isClear ? null : background.slice(0, 3) };
+  });
+}"""
+
+
 def token_colours(page: Any) -> list[dict[str, Any]]:
-    return page.evaluate("""() => Array.from(document.querySelectorAll("#panes .pane:first-child .token"), (each) => {
-      const style = getComputedStyle(each), of = (colour) => colour.match(/[\\d.]+/g).map(Number);
-      const background = of(style.backgroundColor);
-      return { classes: each.className, ink: of(style.color).slice(0, 3),
-        background: background.length === 4 && background[3] === 0 ? null : background.slice(0, 3) };
-    })""")
+    """Return the computed colours of each token of the first text."""
+    found: list[dict[str, Any]] = page.evaluate(TOKEN_COLOURS)
+    return found
 
 
 def luminance(channels: list[float]) -> float:
@@ -484,7 +492,8 @@ def test_every_token_can_be_read_and_the_strongest_stands_out(
                 strongest, weakest = int(waad.argmax()), int(waad.argmin())
                 outstanding = contrast(colours[strongest]["background"], PAGES[scheme])
                 assert outstanding > 2 * contrast(colours[weakest]["background"], PAGES[scheme])
-        dim = page.evaluate("""() => Array.from(document.querySelectorAll("p, li, dt, dd, h1, h2, h3, label, summary, footer, td, th, button, small"))
+        dim = page.evaluate("""() => Array.from(document.querySelectorAll("p, li, dt, dd, h1, h2, h3, label, "
+          + "summary, footer, td, th, button, small"))
           .filter((each) => each.offsetParent && !each.closest(".text")).map((each) => {
             let behind = each, colour;
             const of = (text) => text.match(/[\\d.]+/g).map(Number);
@@ -696,7 +705,8 @@ def test_a_comparison_tells_what_was_gained_and_lost(
         assert page.eval_on_selector_all("#compare-text .only-a", "all => all.length") == 60 - common
         rows = page.eval_on_selector_all(
             "#compare-peaks tr[data-change]",
-            "all => all.map(each => [each.dataset.change, each.dataset.kind, ...Array.from(each.cells).slice(3).map(c => c.textContent)])",
+            "all => all.map(each => [each.dataset.change, each.dataset.kind,"
+            " ...Array.from(each.cells).slice(3).map(cell => cell.textContent)])",
         )
         # Columns of A that B has too, by where they are in B.
         moved = (

@@ -190,12 +190,12 @@ class Curves {
 
   drawPeaks(context, score, y, top) {
     if (!score.peak) return;
-    const colour = pageColour(`--${score.ramp}`);
+    const colour = pageColour(`--${score.ramp}`), page = pageColour("--page");
     for (let i = this.first; i <= this.last; i++) {
       if (!this.entry.has(i, score.peak) || Number.isNaN(score.values[i])) continue;
       symbol(context, score.peak === PREPLAN ? "down" : "diamond", this.x(i), Math.max(top + 3, y(score.values[i])), 4);
-      context.fillStyle = score.isFew(i) ? pageColour("--page") : colour;
-      context.strokeStyle = score.isFew(i) ? colour : pageColour("--page");
+      context.fillStyle = score.isFew(i) ? page : colour;
+      context.strokeStyle = score.isFew(i) ? colour : page;
       context.lineWidth = 1;
       context.fill();
       context.stroke();

@@ -35,8 +35,7 @@ function openEntry(number) {
   // What lies below the first screen waits until that can be used.
   setTimeout(() => {
     if (state.entry !== entry) return;
-    showPairs(entry);
-    markPairs(state.token);
+    preparePairs(entry);
     grid.open(entry);
     maps.open(entry).then(() => maps.show(state.token));
     showHeadTable();

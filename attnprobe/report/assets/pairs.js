@@ -3,6 +3,25 @@
 const BEFORE = 3, AFTER = 2;
 const pairsSection = document.getElementById("pairs");
 
+// A long table is made when it comes into view.
+const FEW_PAIRS = 100;
+let pairsWaiting = null;
+
+function preparePairs(entry) {
+  pairsWaiting = entry;
+  if (entry.preplanOf.reduce((sum, preplan) => sum + (preplan >= 0), 0) <= FEW_PAIRS) makePairs();
+  else pairsSection.querySelector("table").replaceChildren();
+}
+
+function makePairs() {
+  if (pairsWaiting === null) return;
+  showPairs(pairsWaiting);
+  pairsWaiting = null;
+  markPairs(state.token);
+}
+
+new IntersectionObserver((seen) => seen.some((each) => each.isIntersecting) && makePairs()).observe(pairsSection);
+
 function showPairs(entry) {
   const anchors = Array.from(entry.preplanOf.keys()).filter((i) => entry.preplanOf[i] >= 0);
   const about = pairsSection.querySelector(".about");

@@ -7,6 +7,7 @@ function startPrint() {
   isPrinting = true;
   openedForPrint = Array.from(document.querySelectorAll("#prompt:not([open])"));
   for (const details of openedForPrint) details.open = true;
+  makePairs();
   redraw();
 }
 
