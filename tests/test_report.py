@@ -337,6 +337,25 @@ def test_rows_of_fai_are_counted(horizon: tuple[int, int | None]) -> None:
         assert sum(s + low <= t <= last for t in columns) == int(found[s])
 
 
+def test_fai_is_defined_where_there_are_rows(model: Any) -> None:
+    """As a model's own measurement has it, in responses with a gap and with padding on the left."""
+    padded = torch.ones(2, 40, dtype=torch.long)
+    padded[1, :5] = 0
+    mask = torch.zeros(2, 40, dtype=torch.bool)
+    mask[:, 10:20] = mask[:, 24:] = True
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(5))
+    batch = attnprobe.TokenBatch.from_ids(ids, padded, response_mask=mask)
+    statistics = attnprobe.measure(model, batch, horizon=(2, 5))
+    heads = attnprobe.classify_heads(statistics)
+    scores = attnprobe.score_tokens(statistics, heads)
+    for example in (0, 1):
+        rows = influence_rows(batch, statistics, example)
+        assert rows is not None
+        assert torch.equal(rows[mask[example]] > 0, ~scores.fai[example, mask[example]].isnan())
+        maps = attnprobe.group_maps(model, batch, heads, example=example)
+        Report(batch, statistics, heads, scores, attnprobe.find_rhythm(scores), maps, example=example)
+
+
 def test_rows_of_another_segment_are_counted_where_the_batch_knows_it() -> None:
     results = make_results()
     statistics = dataclasses.replace(results["statistics"], influence_rows="answer")

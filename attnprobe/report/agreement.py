@@ -136,7 +136,7 @@ def _check_agree(ours: Float[Tensor, " token"], theirs: Float[Tensor, " token"],
     if not bool(known.any()):
         return
     scale = float(ours[known].abs().max())
-    outside = (ours - theirs).abs() > _RELATIVE * ours.abs() + _OF_LARGEST * scale
+    outside = (ours - theirs).abs() > _RELATIVE * ours.abs() + _OF_LARGEST * scale + 1e-12
     outside &= known
     if float(outside.sum()) > _MOST_OUTSIDE * float(known.sum()):
         token = int((ours - theirs).abs().masked_fill(~known, -1).argmax())

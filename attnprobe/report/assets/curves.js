@@ -143,7 +143,13 @@ class Curves {
     return this.limits.get(score);
   }
 
+  // Whether tokens are closer together than marks are wide.
+  get isDense() {
+    return this.last - this.first + 1 > this.width / 2;
+  }
+
   drawBands(context, top) {
+    if (this.isDense) return;
     context.fillStyle = this.colours.band;
     const half = Math.max(1, this.x(1) - this.x(0)) / 2;
     this.entry.preplanOf.forEach((preplan, anchor) => {
@@ -172,7 +178,7 @@ class Curves {
     const joins = (i) => i > 0 && !entry.isAfterGap(i) && !Number.isNaN(score.values[i]) && !Number.isNaN(score.values[i - 1]);
     for (const isDashed of [false, true]) {
       context.setLineDash(isDashed ? [3, 3] : []);
-      context.lineWidth = isDashed ? 1 : 1.5;
+      context.lineWidth = isDashed || this.isDense ? 1 : 1.5;
       context.beginPath();
       let isOpen = false;
       for (let i = Math.max(0, this.first - 1); i <= Math.min(entry.count - 1, this.last + 1); i++) {
@@ -193,10 +199,10 @@ class Curves {
     const colour = pageColour(`--${score.ramp}`), page = pageColour("--page");
     for (let i = this.first; i <= this.last; i++) {
       if (!this.entry.has(i, score.peak) || Number.isNaN(score.values[i])) continue;
-      symbol(context, score.peak === PREPLAN ? "down" : "diamond", this.x(i), Math.max(top + 3, y(score.values[i])), 4);
+      symbol(context, score.peak === PREPLAN ? "down" : "diamond", this.x(i), Math.max(top + 3, y(score.values[i])), this.isDense ? 2.2 : 4);
       context.fillStyle = score.isFew(i) ? page : colour;
       context.strokeStyle = score.isFew(i) ? colour : page;
-      context.lineWidth = 1;
+      context.lineWidth = this.isDense ? 0.5 : 1;
       context.fill();
       context.stroke();
     }
