@@ -365,7 +365,7 @@ def test_arcs_are_the_eight_strongest_of_the_map(browser: Any, saved: Path, resu
                     100 * share, abs=0.051 if share < 0.0995 else 0.51
                 )
             rest = 100 * (1 - float(attention[40].sum()))
-            assert page.text_content(".shares").startswith(f"{round(rest)}% to the prompt (or to a sink)")
+            assert page.text_content(".shares").startswith(f"{round(rest)}% outside the response")
         page.click("#links ol.reads .token-button")
         assert selected(page) == PROMPT + int(results["maps"].local_map[0, 40, :40].argmax())
 

@@ -50,12 +50,13 @@ function svgElement(tag, attributes) {
   return made;
 }
 
-// "x% to the prompt, y% to the first token, z% to itself", as far as it is known.
+// The shares of a token's attention, in words: "x% to the prompt, y% to the first token, z% to itself", as far as it is known.
 function sharesLine(entry, i, group) {
   const { prompt, first, self, isRest } = entry.reads[group];
   const known = (values) => values !== null && !Number.isNaN(values[i]);
   const parts = [];
-  if (known(prompt)) parts.push(`${formatShare(prompt[i])} to the prompt${isRest ? " (or to a sink)" : ""}`);
+  // Older maps know only what is left of a row: on the prompt, between the turns, or in a sink.
+  if (known(prompt)) parts.push(`${formatShare(prompt[i])} ${isRest ? "outside the response (to the prompt, or a sink)" : "to the prompt"}`);
   if (known(first)) parts.push(`${formatShare(first[i])} to the first token`);
   if (known(self)) parts.push(`${formatShare(self[i])} to itself`);
   return parts.length ? `${parts.join(", ")}.` : "The maps do not hold this token.";

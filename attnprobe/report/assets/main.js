@@ -21,6 +21,7 @@ const comparison = compareSection ? new Comparison(openEntry) : null;
 function openEntry(number) {
   const entry = entryOf(number);
   if (state.entry === entry) return;
+  clearSelection();
   Object.assign(state, { entry, token: -1, hover: -1, head: -1 });
   if (!entry.score(state.score)) state.score = "waad";
   entry.headScores = [];
@@ -163,12 +164,7 @@ byId("head").addEventListener("change", (event) => {
   event.target.title = isKnown ? "" : "There is no such head: write it as L11H1";
   if (isKnown) pickHead(head);
 });
-entryButtons.forEach((button, number) => button.addEventListener("click", () => openFresh(number)));
-
-function openFresh(number) {
-  clearSelection();
-  openEntry(number);
-}
+entryButtons.forEach((button, number) => button.addEventListener("click", () => openEntry(number)));
 
 function clearSelection() {
   if (state.entry && state.head >= 0) pickHead(-1);
@@ -203,8 +199,8 @@ document.addEventListener("keydown", (event) => {
 });
 
 darkScheme.addEventListener("change", redraw);
-new ResizeObserver(() => showArcs()).observe(byId("panes"));
-byId("panes").addEventListener("scroll", () => state.token >= 0 && requestAnimationFrame(showArcs), { capture: true, passive: true });
+// Tokens move when the text gets another width, and when chunks of it are laid out.
+panes[0].onMove = () => state.entry && showArcs();
 
 // ---- the address --------------------------------------------------------------------------------------
 

@@ -25,21 +25,35 @@ class TextPane {
     this.entry = entry;
     this.tokens = [];
     this.flow = element("div", { class: "flow", role: "presentation" });
-    let chunk = null;
+    let chunk = null, length = 0;
+    const close = () => {
+      // About as high as it will be, so that the scroll bar stays where it is.
+      if (chunk) chunk.style.containIntrinsicBlockSize = `auto ${1.75 * Math.ceil(length / 100 + 1)}rem`;
+    };
     for (let i = 0; i < entry.count; i++) {
       const isBreak = i > 0 && /[\r\n]$/.test(entry.texts[i - 1]) && chunk.childElementCount >= CHUNK;
       if (chunk === null || isBreak) {
+        close();
+        length = 0;
         chunk = element("div", { class: "chunk", role: "presentation" });
         this.flow.append(chunk);
       }
+      length += entry.texts[i].length + (/[\r\n]/.test(entry.texts[i]) ? 60 : 0);
       if (entry.isAfterGap(i)) chunk.append(element("span", { class: "gap", "aria-hidden": "true" }, "\n⋯\n"));
       this.tokens.push(tokenElement(entry, i));
       chunk.append(this.tokens[i]);
     }
+    close();
     this.box.replaceChildren(this.flow);
+    this.observer?.disconnect();
+    this.observer = new ResizeObserver(() => this.onMove());
+    this.observer.observe(this.flow);
     this.box.scrollTop = 0;
     this.setTabStop(0);
   }
+
+  // Called when tokens may have moved; what is drawn over them has to follow.
+  onMove() {}
 
   setTabStop(i) {
     if (this.tokens[this.tabStop]) this.tokens[this.tabStop].tabIndex = -1;
