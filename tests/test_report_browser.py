@@ -648,6 +648,23 @@ def test_what_was_not_measured_is_said(browser: Any, folder: Path) -> None:
         assert selected(page) == PROMPT
 
 
+def test_in_a_notebooks_frame_it_works_as_well(browser: Any, results: dict[str, Any]) -> None:
+    """Where it has no address of its own, and may not touch the page around it."""
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    shown = Report(**results)._repr_html_()
+    page.set_content(f"<!DOCTYPE html><body>{shown}{shown}</body>")
+    for frame in page.frames[1:]:
+        until(frame, "document.querySelector('#heads-figure .scale') !== null")
+        frame.click('#panes .token[data-column="20"]')
+        assert frame.text_content(".chosen .soft").strip() == "column 20"
+    assert len(page.frames) == 3
+    page.close()
+    assert problems == []
+
+
 # ---- several reports ---------------------------------------------------------------------------------
 
 
