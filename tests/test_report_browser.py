@@ -271,6 +271,12 @@ def test_a_selection_is_followed_everywhere(browser: Any, saved: Path, results: 
         assert float(lines[2].removeprefix("attention ≈ ")) == pytest.approx(exact, rel=0.03)
         page.mouse.click(box["x"] + 44 + 20.5 / 60 * size, box["y"] + 2 + 47.5 / 60 * size)
         assert selected(page) == PROMPT + 47
+        told = page.eval_on_selector_all(
+            "#pairs tr[data-anchor]", "all => all.map(each => [Number(each.dataset.anchor), each.textContent])"
+        )
+        assert [PROMPT + place for place, _ in told] == [anchor for _, anchor in results["rhythm"].pairs(0)]
+        for place, text in told:
+            assert ("mean over" in text) == (0 < rows_left(place, 60) < 10)
         preplan, anchor = results["rhythm"].pairs(0)[2]
         page.click(f'#pairs tr[data-anchor="{anchor - PROMPT}"] td.context:nth-child(5) button')
         assert selected(page) == anchor
@@ -631,7 +637,7 @@ def test_what_was_not_measured_is_said(browser: Any, folder: Path) -> None:
     results["scores"] = dataclasses.replace(results["scores"], entropy=None, receiver_fai=None)
     results["heads"] = dataclasses.replace(results["heads"], receiver_heads=None, receiver_kurtosis=None)
     with View(browser, Report(**results).save(folder / "less.html"), "#t=8") as page:
-        assert "group_maps" in page.text_content("#maps")
+        assert "group_maps" in page.inner_text("#maps")
         assert "group_maps" in page.text_content("#links")
         assert "token ids are shown" in page.text_content("#line")
         assert page.query_selector(".arcs") is None

@@ -97,7 +97,8 @@ class Comparison {
   showSummary(most, score) {
     const { a, b, pairs } = this;
     const summary = document.getElementById("compare-summary");
-    summary.textContent = `${plural(pairs.length, "token")} in both; ${a.count - pairs.length} only in A, ${b.count - pairs.length} only in B.`;
+    const onlyA = a.count - pairs.length, onlyB = b.count - pairs.length;
+    summary.textContent = `${plural(pairs.length, "token")} in both; ${onlyA} only in A, ${onlyB} only in B.`;
     const legend = document.getElementById("compare-legend");
     legend.replaceChildren();
     if (Number.isNaN(most)) {
@@ -106,7 +107,8 @@ class Comparison {
     }
     const ramp = element("span", { class: "ramp" });
     ramp.style.background = gradientOf("difference");
-    legend.append(element("span", { class: "scale" }, `lower in B: ≤ −${formatScore(most)}`, ramp, `≥ ${formatScore(most)}: higher in B`));
+    const size = formatScore(most);
+    legend.append(element("span", { class: "scale" }, `lower in B: ≤ −${size}`, ramp, `≥ ${size}: higher in B`));
   }
 
   // Peaks that only one of the two has: of tokens in both, and of tokens in one.
@@ -152,7 +154,9 @@ class Comparison {
         ...groups.map((names) => element("td", {}, names)),
         ...[a, b].map((heads) => element("td", { class: "number" }, formatScore(heads.span[head])))));
     }
-    const none = isSame ? "All heads are in the same groups." : "The two have other layers or numbers of heads, and their heads cannot be compared.";
+    const none = isSame
+      ? "All heads are in the same groups."
+      : "The two have other layers or numbers of heads, and their heads cannot be compared.";
     fillTable("compare-heads", ["head", "group in A", "group in B", "span in A", "span in B"], rows, none);
   }
 
@@ -166,7 +170,8 @@ class Comparison {
       lines.push(`${score(span.entry).name}: ${score(span.entry).written(span.place)}`);
     } else {
       const [i, j] = this.pairs[span.pair];
-      lines.push(`A, column ${a.columns[i]}: ${score(a).name} ${score(a).written(i)}`, `B, column ${b.columns[j]}: ${score(b).name} ${score(b).written(j)}`);
+      lines.push(`A, column ${a.columns[i]}: ${score(a).name} ${score(a).written(i)}`);
+      lines.push(`B, column ${b.columns[j]}: ${score(b).name} ${score(b).written(j)}`);
       const difference = this.differences[span.pair];
       lines.push(`difference: ${Number.isNaN(difference) ? "not shown" : formatScore(difference)}`);
     }
@@ -187,6 +192,7 @@ function fillTable(id, titles, rows, none) {
     table.replaceChildren(element("tbody", {}, element("tr", {}, element("td", {}, none))));
     return;
   }
-  const head = titles.map((title) => element("th", { scope: "col", class: /column|span/.test(title) ? "number" : "" }, title));
+  const kind = (title) => (/column|span/.test(title) ? "number" : "");
+  const head = titles.map((title) => element("th", { scope: "col", class: kind(title) }, title));
   table.replaceChildren(element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
 }

@@ -66,7 +66,10 @@ class Curves {
     this.width = width - LEFT - RIGHT;
     this.height = height;
     const context = sized(this.base, width, height);
-    this.colours = { ink: pageColour("--ink"), soft: pageColour("--soft"), grid: pageColour("--line"), band: pageColour("--band"), hatch: pageColour("--hatch") };
+    this.colours = {
+      ink: pageColour("--ink"), soft: pageColour("--soft"), grid: pageColour("--line"), band: pageColour("--band"),
+      hatch: pageColour("--hatch"),
+    };
     context.font = FONT;
     panels.forEach((score, k) => this.drawPanel(context, score, 4 + k * (PANEL + PANEL_GAP)));
     this.drawAxis(context, height - AXIS + 2);
@@ -175,7 +178,8 @@ class Curves {
     context.strokeStyle = colour;
     context.fillStyle = colour;
     context.lineJoin = "round";
-    const joins = (i) => i > 0 && !entry.isAfterGap(i) && !Number.isNaN(score.values[i]) && !Number.isNaN(score.values[i - 1]);
+    const isKnown = (i) => !Number.isNaN(score.values[i]);
+    const joins = (i) => i > 0 && !entry.isAfterGap(i) && isKnown(i) && isKnown(i - 1);
     for (const isDashed of [false, true]) {
       context.setLineDash(isDashed ? [3, 3] : []);
       context.lineWidth = isDashed || this.isDense ? 1 : 1.5;
@@ -186,7 +190,7 @@ class Curves {
         if (isWanted && !isOpen) context.moveTo(this.x(i - 1), y(score.values[i - 1]));
         if (isWanted) context.lineTo(this.x(i), y(score.values[i]));
         isOpen = isWanted;
-        const isAlone = !isDashed && !Number.isNaN(score.values[i]) && !joins(i) && !(i + 1 < entry.count && joins(i + 1));
+        const isAlone = !isDashed && isKnown(i) && !joins(i) && !(i + 1 < entry.count && joins(i + 1));
         if (isAlone) context.fillRect(this.x(i) - 1.5, y(score.values[i]) - 1.5, 3, 3);
       }
       context.stroke();
@@ -199,7 +203,8 @@ class Curves {
     const colour = pageColour(`--${score.ramp}`), page = pageColour("--page");
     for (let i = this.first; i <= this.last; i++) {
       if (!this.entry.has(i, score.peak) || Number.isNaN(score.values[i])) continue;
-      symbol(context, score.peak === PREPLAN ? "down" : "diamond", this.x(i), Math.max(top + 3, y(score.values[i])), this.isDense ? 2.2 : 4);
+      const height = Math.max(top + 3, y(score.values[i])), size = this.isDense ? 2.2 : 4;
+      symbol(context, score.peak === PREPLAN ? "down" : "diamond", this.x(i), height, size);
       context.fillStyle = score.isFew(i) ? page : colour;
       context.strokeStyle = score.isFew(i) ? colour : page;
       context.lineWidth = this.isDense ? 0.5 : 1;
@@ -271,7 +276,8 @@ class Curves {
 
   down(event) {
     // A finger scrolls the page; only a mouse or a pen draws a range.
-    if (event.button === 0 && event.pointerType !== "touch") this.drag = { from: event.offsetX, to: event.offsetX, start: this.at(event) };
+    if (event.button !== 0 || event.pointerType === "touch") return;
+    this.drag = { from: event.offsetX, to: event.offsetX, start: this.at(event) };
   }
 
   up(event) {

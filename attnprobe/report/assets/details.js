@@ -7,14 +7,16 @@ function showDetails() {
   const { entry, token } = state;
   if (token < 0) {
     numbersPanel.replaceChildren(element("p", { class: "soft" },
-      "Select a token in the text, the curves, a table or a map, and its numbers appear here, with arcs to the tokens that it reads and that read it. Or press an arrow key."));
+      "Select a token in the text, the curves, a table or a map, and its numbers appear here, with arcs to the "
+      + "tokens that it reads and that read it. Or press an arrow key."));
     linksBox.replaceChildren(element("div", { class: "links" },
       strongest(entry, "waad", PREPLAN, "Strongest preplans"), strongest(entry, "fai", ANCHOR, "Strongest anchors")));
     return;
   }
   const rows = [...entry.scores, ...entry.headScores].map((score) => scoreRow(score, token));
   numbersPanel.replaceChildren(
-    element("p", { class: "chosen" }, tokenText(entry, token), element("span", { class: "soft" }, ` column ${entry.columns[token]}`)),
+    element("p", { class: "chosen" }, tokenText(entry, token),
+      element("span", { class: "soft" }, ` column ${entry.columns[token]}`)),
     element("dl", { class: "numbers" }, ...rows.flat()),
     ...rhythmLines(entry, token),
   );
@@ -37,7 +39,8 @@ function strongest(entry, key, flag, title) {
 function scoreRow(score, token) {
   const unit = score.unit && !Number.isNaN(score.values[token]) ? ` ${score.unit}` : "";
   const value = `${score.isRounded && !Number.isNaN(score.values[token]) ? "≈ " : ""}${formatScore(score.values[token])}`;
-  const few = score.isFew(token) ? element("span", { class: "few-note" }, ` mean over ${plural(score.entry.rows[token], "row")}`) : "";
+  const note = () => element("span", { class: "few-note" }, ` mean over ${plural(score.entry.rows[token], "row")}`);
+  const few = score.isFew(token) ? note() : "";
   return [
     element("dt", {}, score.name),
     element("dd", { "data-score": score.key }, element("b", {}, value), unit, few),
@@ -49,12 +52,14 @@ function rhythmLines(entry, token) {
   const lines = [];
   const roles = roleNames(entry, token);
   const told = element("p", { class: "roles" });
-  if (roles.length) told.append(...roles.flatMap((role, k) => [k ? " " : "", element("span", { class: `sample ${role}` }, role)]));
+  const sample = (role) => element("span", { class: `sample ${role}` }, role);
+  if (roles.length) told.append(...roles.flatMap((role, k) => [k ? " " : "", sample(role)]));
   else told.append(element("span", { class: "soft" }, "no peak"));
   const preplan = entry.preplanOf[token], intro = entry.introOf[token];
+  const named = (i) => [tokenButton(entry, i), ` in column ${entry.columns[i]}`];
   if (preplan === token) told.append(" its own preplan");
-  else if (preplan >= 0) told.append(" of the preplan ", tokenButton(entry, preplan), ` in column ${entry.columns[preplan]}`);
-  if (intro >= 0) told.append("; its phrase was opened by ", tokenButton(entry, intro), ` in column ${entry.columns[intro]}`);
+  else if (preplan >= 0) told.append(" of the preplan ", ...named(preplan));
+  if (intro >= 0) told.append("; its phrase was opened by ", ...named(intro));
   lines.push(told);
   if (entry.rows !== null) {
     const rows = entry.rows[token];

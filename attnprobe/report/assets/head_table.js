@@ -41,7 +41,8 @@ function showHeadTable() {
 
 function headCell(heads, head, column) {
   if (column.key === "head") {
-    return element("td", {}, element("button", { type: "button", class: "token-button", onclick: () => pickHead(head) }, heads.name(head)));
+    const attributes = { type: "button", class: "token-button", onclick: () => pickHead(head) };
+    return element("td", {}, element("button", attributes, heads.name(head)));
   }
   if (column.key === "group") return element("td", {}, heads.groupNames(head).join(", ") || "–");
   return element("td", { class: "number" }, column.written(column.values[head]));

@@ -36,7 +36,8 @@ function describeHead(heads, head) {
 function headLine(heads, head) {
   const [layer, number] = [heads.layers[Math.floor(head / heads.count)], head % heads.count];
   const bits = heads.data.waad.bits;
-  return `${heads.name(head)} (layer ${layer}, head ${number}): ${describeHead(heads, head).join("; ")}. Its WAAD and FAI are rounded to ${bits} bits (≈).`;
+  const told = `${heads.name(head)} (layer ${layer}, head ${number}): ${describeHead(heads, head).join("; ")}.`;
+  return `${told} Its WAAD and FAI are rounded to ${bits} bits (≈).`;
 }
 
 class HeadGrid {
@@ -158,9 +159,13 @@ class HeadGrid {
     event.preventDefault();
     event.stopPropagation();
     const current = state.head < 0 ? 0 : state.head, next = current + by;
-    const sameLayer = Math.floor(next / this.heads.count) === Math.floor(current / this.heads.count);
+    const layerOf = (head) => Math.floor(head / this.heads.count);
+    // Up and down stay in the layer, left and right in the grid.
+    const isThere = event.key === "ArrowUp" || event.key === "ArrowDown"
+      ? layerOf(next) === layerOf(current)
+      : next >= 0 && next < this.heads.size;
     if (state.head < 0) pickHead(0);
-    else if (next >= 0 && next < this.heads.size && (Math.abs(by) > 1 || sameLayer || this.heads.count === 1)) pickHead(next);
+    else if (isThere) pickHead(next);
   }
 }
 

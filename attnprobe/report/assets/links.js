@@ -50,13 +50,15 @@ function svgElement(tag, attributes) {
   return made;
 }
 
-// The shares of a token's attention, in words: "x% to the prompt, y% to the first token, z% to itself", as far as it is known.
+// The shares of a token's attention, in words: "x% to the prompt, y% to the first token, z% to itself", as far as
+// they are known.
 function sharesLine(entry, i, group) {
   const { prompt, first, self, isRest } = entry.reads[group];
   const known = (values) => values !== null && !Number.isNaN(values[i]);
   const parts = [];
   // Older maps know only what is left of a row: on the prompt, between the turns, or in a sink.
-  if (known(prompt)) parts.push(`${formatShare(prompt[i])} ${isRest ? "outside the response (to the prompt, or a sink)" : "to the prompt"}`);
+  const where = isRest ? "outside the response (to the prompt, or a sink)" : "to the prompt";
+  if (known(prompt)) parts.push(`${formatShare(prompt[i])} ${where}`);
   if (known(first)) parts.push(`${formatShare(first[i])} to the first token`);
   if (known(self)) parts.push(`${formatShare(self[i])} to itself`);
   return parts.length ? `${parts.join(", ")}.` : "The maps do not hold this token.";
@@ -65,7 +67,8 @@ function sharesLine(entry, i, group) {
 // The panel of links in the details.
 function linksPanel(entry, i) {
   if (entry.reads === null) {
-    const how = "This report was made without maps. To see where a token looks, and what looks back, pass Report(..., maps): group_maps makes them.";
+    const how = "This report was made without maps. To see where a token looks, and what looks back, pass "
+      + "Report(..., maps): group_maps makes them.";
     return [element("p", { class: "soft" }, how)];
   }
   const choice = element("div", { class: "choice", role: "radiogroup", "aria-label": "Whose reads" });
@@ -82,7 +85,8 @@ function linksPanel(entry, i) {
     const rows = links.map((link) => {
       const bar = element("span", { class: `bar-of ${kind}`, "aria-hidden": "true" });
       bar.style.width = `${Math.round(100 * link.share / links[0].share)}%`;
-      return element("li", {}, tokenButton(entry, link.token), element("span", { class: "share" }, formatShare(link.share)), bar);
+      const share = element("span", { class: "share" }, formatShare(link.share));
+      return element("li", {}, tokenButton(entry, link.token), share, bar);
     });
     const list = rows.length ? element("ol", { class: kind }, ...rows) : element("p", { class: "soft" }, "none");
     lists.append(element("div", {}, element("h3", { class: kind }, title), list));

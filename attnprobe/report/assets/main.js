@@ -10,7 +10,7 @@ function entryOf(number) {
   return opened.get(number);
 }
 
-const panes = [new TextPane(byId("panes").appendChild(element("div", { class: "pane" })), { isMain: true, label: "The answer" })];
+const panes = [new TextPane(newPane(), { isMain: true, label: "The answer" })];
 const curves = new Curves(byId("curves-figure"));
 const grid = new HeadGrid(byId("heads-figure"));
 const maps = new Maps(byId("maps"));
@@ -88,11 +88,14 @@ function fillBeside() {
   placePanes();
 }
 
+function newPane() {
+  return byId("panes").appendChild(element("div", { class: "pane" }));
+}
+
 // A second text beside the first, where one is wanted.
 function placePanes() {
   if (state.beside && panes.length === 1) {
-    const container = byId("panes").appendChild(element("div", { class: "pane" }));
-    panes.push(new TextPane(container, { isMain: false, label: "The answer again" }));
+    panes.push(new TextPane(newPane(), { isMain: false, label: "The answer again" }));
     panes[1].open(state.entry);
     panes[1].mark(state.token, true);
     showMatches();

@@ -134,7 +134,8 @@ class MapPicture {
     const first = cell * block, last = Math.min(tokens.length, first + block) - 1;
     let text = "";
     for (let row = first; row <= last && text.length < 40; row++) text += entry.label(tokens[row]);
-    const columns = first === last ? `column ${entry.columns[tokens[first]]}` : `columns ${entry.columns[tokens[first]]}–${entry.columns[tokens[last]]}`;
+    const [begin, end] = [first, last].map((row) => entry.columns[tokens[row]]);
+    const columns = first === last ? `column ${begin}` : `columns ${begin}–${end}`;
     return `${columns} “${text.length > 40 ? `${text.slice(0, 40)}…` : text}”`;
   }
 
@@ -163,7 +164,7 @@ class MapPicture {
 
 class Maps {
   constructor(section) {
-    this.about = section.querySelector(".about");
+    [this.about, this.missing, this.pooled] = [".about", ".missing", ".pooled"].map((name) => section.querySelector(name));
     this.container = document.getElementById("maps-figure");
     this.pictures = ["local", "global"].map((group) => new MapPicture(this.container, group));
     this.legend = element("div", { class: "legend" });
@@ -172,14 +173,13 @@ class Maps {
 
   async open(entry) {
     const has = entry.data.maps !== null;
-    this.container.hidden = this.legend.hidden = !has;
-    if (!has) {
-      this.about.textContent = "This report was made without maps; group_maps computes them with one more run of the model.";
-      return;
-    }
+    this.container.hidden = this.legend.hidden = this.about.hidden = !has;
+    this.missing.hidden = has;
+    if (!has) return;
     const { block } = entry.data.maps;
-    const pooled = block > 1 ? ` The response is long: each cell covers ${block} × ${block} tokens and shows the largest attention among them.` : "";
-    this.about.textContent = `Each row belongs to a token of the response and shows which earlier response tokens it reads: the mean over the heads of a group. A line along the diagonal means that tokens read the last few before them; a strong column is a token that many later ones read. Attention to the prompt is not shown. Values are rounded (≈).${pooled}`;
+    this.pooled.textContent = block > 1
+      ? `The response is long: each cell covers ${block} × ${block} tokens and shows the largest attention among them.`
+      : "";
     const maps = await entry.maps();
     if (state.entry !== entry) return;
     for (const picture of this.pictures) picture.open(entry, maps);
@@ -189,7 +189,8 @@ class Maps {
   showLegend({ high, decades }) {
     const ramp = element("span", { class: "ramp" });
     ramp.style.background = gradientOf("map");
-    this.legend.replaceChildren(element("span", { class: "scale" }, `attention ≤ ${formatScore(high * 10 ** -decades)}`, ramp, `${formatScore(high)} (logarithmic)`));
+    const low = `attention ≤ ${formatScore(high * 10 ** -decades)}`;
+    this.legend.replaceChildren(element("span", { class: "scale" }, low, ramp, `${formatScore(high)} (logarithmic)`));
   }
 
   draw() {

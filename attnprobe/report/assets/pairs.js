@@ -20,7 +20,8 @@ function makePairs() {
   markPairs(state.token);
 }
 
-new IntersectionObserver((seen) => seen.some((each) => each.isIntersecting) && makePairs()).observe(pairsSection);
+const pairsObserver = new IntersectionObserver((seen) => seen.some((each) => each.isIntersecting) && makePairs());
+pairsObserver.observe(pairsSection);
 
 function showPairs(entry) {
   const anchors = Array.from(entry.preplanOf.keys()).filter((i) => entry.preplanOf[i] >= 0);
@@ -30,8 +31,9 @@ function showPairs(entry) {
   about.textContent = anchors.length
     ? `Every anchor that coincides with a preplan or follows one ${near}. A distance of 0 means that the same token is both.`
     : `This response has no anchor at a preplan or ${near} after one.`;
-  const titles = [["column", true], ["preplan"], ["WAAD", true], ["column", true], ["anchor"], ["FAI", true], ["distance", true], ["dominated"], ["intro"]];
-  const head = titles.map(([title, isNumber]) => element("th", { scope: "col", class: isNumber ? "number" : "" }, title));
+  const titles = ["column", "preplan", "WAAD", "column", "anchor", "FAI", "distance", "dominated", "intro"];
+  const kind = (title) => (["column", "WAAD", "FAI", "distance"].includes(title) ? "number" : "");
+  const head = titles.map((title) => element("th", { scope: "col", class: kind(title) }, title));
   const rows = anchors.map((anchor) => pairRow(entry, entry.preplanOf[anchor], anchor));
   pairsSection.querySelector("table").replaceChildren(
     element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
@@ -64,5 +66,6 @@ function context(entry, i, role) {
 function markPairs(token) {
   for (const row of pairsSection.querySelectorAll("tr.selected")) row.classList.remove("selected");
   if (token < 0) return;
-  for (const row of pairsSection.querySelectorAll(`tr[data-preplan="${token}"], tr[data-anchor="${token}"]`)) row.classList.add("selected");
+  const own = `tr[data-preplan="${token}"], tr[data-anchor="${token}"]`;
+  for (const row of pairsSection.querySelectorAll(own)) row.classList.add("selected");
 }
