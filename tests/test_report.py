@@ -23,7 +23,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import attnprobe
-from attnprobe.errors import AttnprobeError, MissingDependencyError, ParameterError, ResultError
+from attnprobe.errors import (
+    AttnprobeError,
+    BatchError,
+    MissingDependencyError,
+    ParameterError,
+    ResultError,
+)
 from attnprobe.maps import GroupMaps
 from attnprobe.report import Report, Reports
 from attnprobe.report.maps import DECADES, pool_map
@@ -292,6 +298,23 @@ def test_bytes_of_a_character_are_named_where_they_are_known() -> None:
     assert byte_marks(["\U0001f642", "", "x", "\u00e9", ""]) == {1: "⟨…⟩", 4: "⟨A9⟩"}
     # An image's tokens, and more empty tokens than the character has bytes, are something else.
     assert byte_marks(["<image>", "", "", "\u00e9", "", "", ""]) == {}
+
+
+def test_a_tokenizer_names_the_bytes_of_every_fragment() -> None:
+    """Of characters in fewer tokens than bytes, and of bytes that are no character."""
+    texts = ("x", "\U0001f642", "", "\ufffd", " cat", "")
+    known = [b"x", b"\xf0\x9f", b"\x99\x82", b"\xe4", b" cat", None]
+    assert byte_marks(texts, known) == {2: "⟨99 82⟩", 3: "⟨E4⟩"}
+
+    class Tokenizer:
+        def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+            return ["x", "\u00f0\u0141", "\u013b\u0124", "<0xE4>", "\u2581cat", "<pad>"][: len(ids)]
+
+    entry = Page(Report(**make_results(texts), tokenizer=Tokenizer()).html()).entry()
+    assert entry["marks"] == {"2": "⟨99 82⟩", "3": "⟨E4⟩"}
+    assert entry["texts"] == ["x", "\U0001f642", "", "", " cat", ""]
+    with pytest.raises(BatchError, match="tokenizer"):
+        Report(**make_results(), tokenizer="text")
 
 
 # ---- every number is that of the results ------------------------------------------------------------
@@ -793,7 +816,11 @@ class TestErrors:
         ("weights", "told"),
         [
             ({"a": torch.ones(2, 3)}, r"weights\['a'\].*\[2, 46\].*\[2, 3\]"),
-            ({"a": torch.full((2, 46), math.nan)}, r"weights\['a'\].*40 columns.*example 0.*6"),
+            (
+                {"a": torch.full((2, 46), math.nan)},
+                r"weights\['a'\].*nan in column 6 of example 0.*40 columns",
+            ),
+            ({"a": torch.full((2, 46), -0.5)}, r"weights\['a'\].*-0.5 in column 6 of example 0.*40 columns"),
             ({"a": "text"}, r"weights\['a'\]"),
             ({3: torch.ones(2, 46)}, "mapping"),
             (torch.ones(2, 46), "mapping"),

@@ -272,7 +272,8 @@ def test_a_selection_is_followed_everywhere(browser: Any, saved: Path, results: 
         page.mouse.click(box["x"] + 44 + 20.5 / 60 * size, box["y"] + 2 + 47.5 / 60 * size)
         assert selected(page) == PROMPT + 47
         told = page.eval_on_selector_all(
-            "#pairs tr[data-anchor]", "all => all.map(each => [Number(each.dataset.anchor), each.textContent])"
+            "#pairs tr[data-anchor]",
+            "all => all.map(each => [Number(each.dataset.anchor), each.textContent])",
         )
         assert [PROMPT + place for place, _ in told] == [anchor for _, anchor in results["rhythm"].pairs(0)]
         for place, text in told:

@@ -73,8 +73,8 @@ def check_weights(weights: Any, batch: TokenBatch, example: int) -> dict[str, Te
     """Return the weights of strategies by name.
 
     Raises:
-        ParameterError: something that is no mapping from names to `[batch, token]`, or weights that are not
-            defined on a token of the response.
+        ParameterError: something that is no mapping from names to `[batch, token]`, or weights that are
+            undefined, infinite or negative on a token of the response.
     """
     if weights is None:
         return {}
@@ -90,11 +90,12 @@ def check_weights(weights: Any, batch: TokenBatch, example: int) -> dict[str, Te
                 f"got {list(gamma.shape)}"
             )
         inside = batch.response_mask[example].to(gamma.device)
-        undefined = (~gamma[example].isfinite() & inside).nonzero()[:, 0].tolist()
-        if undefined:
+        own = gamma[example]
+        wrong = ((~own.isfinite() | (own < 0)) & inside).nonzero()[:, 0].tolist()
+        if wrong:
             raise ParameterError(
-                f"weights[{name!r}] are not finite in {len(undefined)} columns of the response of example "
-                f"{example}, the first of them {undefined[0]}"
+                f"weights[{name!r}] must be finite and not negative; they are {float(own[wrong[0]]):.3g} in "
+                f"column {wrong[0]} of example {example}, and wrong in {len(wrong)} columns of its response"
             )
         checked[name] = gamma
     return checked

@@ -25,6 +25,7 @@ from attnprobe.results import html_table
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
 from attnprobe.storage import PathLike, write_atomically
+from attnprobe.texts import token_bytes
 from attnprobe.validation import ArrayLike, IntLike, instance, whole_number
 
 if TYPE_CHECKING:
@@ -51,9 +52,11 @@ class Report:
         notes: your own text, shown below the heading.
         weights: the weights gamma `[batch, token]` that strategies of credit give the tokens, by name:
             `{"coupled": CoupledRhythmCredit()(scores)}`. The text can be coloured by each.
+        tokenizer: with it, tokens that are only part of a character are shown as their bytes; without it,
+            only where these follow from the character.
 
     Raises:
-        BatchError: something that is not a batch.
+        BatchError: something that is not a batch, or not a tokenizer.
         ParameterError: an example that the batch does not have, weights that do not fit the batch, or
             anything else in place of a result.
         ResultError: results of other tokens, examples, models, windows, horizons, layers or heads.
@@ -73,6 +76,7 @@ class Report:
         prompt: str | None = None,
         notes: str | None = None,
         weights: WeightsLike | None = None,
+        tokenizer: Any = None,
     ) -> None:
         batch = TokenBatch.of(batch)
         self.statistics: HeadStatistics = instance(
@@ -90,6 +94,9 @@ class Report:
         self.notes: str | None = notes if notes is None else instance(notes, str, "notes")
         check_results_fit(batch, statistics, heads, scores, rhythm, maps, self.example)
         self.weights: dict[str, Tensor] = check_weights(weights, batch, self.example)
+        self.tokenizer = tokenizer
+        if tokenizer is not None:
+            token_bytes(tokenizer, [])
         self.batch = batch if batch.texts is not None else replace(batch, texts=statistics.texts)
 
     def __repr__(self) -> str:
@@ -142,6 +149,7 @@ class Report:
                 self.title,
                 self.prompt,
                 self.notes,
+                self.tokenizer,
             )
         )
 

@@ -36,6 +36,7 @@ from attnprobe.report.response import (
 from attnprobe.report.visible_text import byte_marks, visible
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
+from attnprobe.texts import token_bytes
 
 _FLAGS = ("preplan", "anchor", "dominated", "intro")
 _GROUPS = ("local_heads", "global_heads", "receiver_heads")
@@ -56,6 +57,7 @@ class Shown:
     title: str
     prompt: str | None
     notes: str | None
+    tokenizer: Any = None
 
 
 def entry_data(shown: Shown) -> dict[str, Any]:
@@ -65,7 +67,11 @@ def entry_data(shown: Shown) -> dict[str, Any]:
     columns = [token.column for token in tokens]
     rows = influence_rows(shown.batch, shown.statistics, shown.example)
     place = {column: i for i, column in enumerate(columns)}
-    texts = [token.text for token in tokens]
+    ids = shown.batch.input_ids[shown.example, columns].tolist()
+    known = [] if shown.tokenizer is None else token_bytes(shown.tokenizer, ids)
+    marks = byte_marks([token.text for token in tokens], known)
+    # What stands for a fragment is no text, and is not searched.
+    texts = ["" if i in marks else token.text for i, token in enumerate(tokens)]
     own_prompt = prompt_text(shown.batch, shown.example)
     return {
         "title": visible(shown.title),
@@ -79,9 +85,9 @@ def entry_data(shown: Shown) -> dict[str, Any]:
         "enoughRows": enough_rows(shown.statistics.horizon),
         "hasTexts": shown.batch.texts is not None,
         "texts": texts,
-        "marks": {str(i): mark for i, mark in byte_marks(texts).items()},
+        "marks": {str(i): mark for i, mark in marks.items()},
         "columns": packed(torch.tensor(columns), "i4"),
-        "ids": packed(shown.batch.input_ids[shown.example, columns], "i4"),
+        "ids": packed(ids, "i4"),
         "rows": None if rows is None else packed(rows[columns], "i4"),
         "flags": packed(_flags(tokens), "u1"),
         "preplanOf": packed(_links(pairs, place, "preplan"), "i4"),

@@ -44,13 +44,14 @@ def on_one_line(text: str) -> str:
     return _NEWLINES.sub("\u21b5", text)
 
 
-def byte_marks(texts: Sequence[str]) -> dict[int, str]:
-    """Return what to show for empty tokens that hold bytes of the character before them, by their place.
+def byte_marks(texts: Sequence[str], known: Sequence[bytes | None] = ()) -> dict[int, str]:
+    """Return what to show for tokens that hold only bytes of a character, by their place.
 
-    The text of such a character belongs to its first token. Where it has as many tokens as bytes, the byte of
-    each is known; elsewhere only that it is a part.
+    The text of a character belongs to its first token, and those of the others are empty. `known` are the
+    bytes of each token, from `token_bytes`. Without them, where a character has as many tokens as bytes, the
+    byte of each is known; elsewhere only that it is a part.
 
-    >>> byte_marks(["\\u00e9", "", "a"]) == {1: "\\u27e8A9\\u27e9"}
+    >>> byte_marks(["\u00e9", "", "a"]) == {1: "\u27e8A9\u27e9"}
     True
     """
     marks: dict[int, str] = {}
@@ -65,9 +66,17 @@ def byte_marks(texts: Sequence[str]) -> dict[int, str]:
         if 1 < end - begin <= len(raw):
             exact = end - begin == len(raw)
             for i in range(begin + 1, end):
-                marks[i] = f"\u27e8{raw[i - begin]:02X}\u27e9" if exact else "\u27e8\u2026\u27e9"
+                marks[i] = _hexadecimal(raw[i - begin : i - begin + 1]) if exact else "\u27e8\u2026\u27e9"
         begin = end
+    for i, own in enumerate(known):
+        # The first byte of whatever is no character by itself lies above ASCII.
+        if own and own[0] >= 0x80 and not texts[i].replace("\ufffd", ""):
+            marks[i] = _hexadecimal(own)
     return marks
+
+
+def _hexadecimal(raw: bytes) -> str:
+    return f"\u27e8{raw.hex(' ').upper()}\u27e9"
 
 
 def _visible_character(text: str, place: int) -> str:

@@ -159,6 +159,7 @@ def report_of(
         title=f"Credit at step {step}, completion {number}",
         notes="\n".join(told),
         weights={type(credit.credit).__name__: gamma},
+        tokenizer=tokenizer_of(trainer),
     )
 
 
