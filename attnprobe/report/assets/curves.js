@@ -26,7 +26,7 @@ class Curves {
     this.first = 0;
     this.last = entry.count - 1;
     this.drag = null;
-    this.top.setAttribute("aria-valuemin", entry.columns[0]);
+    for (const name of ["aria-valuemin", "aria-valuenow"]) this.top.setAttribute(name, entry.columns[0]);
     this.top.setAttribute("aria-valuemax", entry.columns[entry.count - 1]);
     document.getElementById("unzoom").hidden = true;
     this.draw();

@@ -25,7 +25,7 @@ class MapPicture {
     this.maps = maps;
     this.codes = maps[this.group];
     this.rowOf = new Map(Array.from(maps.tokens, (token, row) => [token, row]));
-    this.top.setAttribute("aria-valuemin", entry.columns[0]);
+    for (const name of ["aria-valuemin", "aria-valuenow"]) this.top.setAttribute(name, entry.columns[0]);
     this.top.setAttribute("aria-valuemax", entry.columns[entry.count - 1]);
     this.draw();
   }
@@ -175,7 +175,10 @@ class Maps {
     const has = entry.data.maps !== null;
     this.container.hidden = this.legend.hidden = this.about.hidden = !has;
     this.missing.hidden = has;
-    if (!has) return;
+    if (!has) {
+      for (const picture of this.pictures) picture.maps = picture.entry = null;
+      return;
+    }
     const { block } = entry.data.maps;
     this.pooled.textContent = block > 1
       ? `The response is long: each cell covers ${block} × ${block} tokens and shows the largest attention among them.`
