@@ -765,6 +765,12 @@ def test_a_comparison_tells_what_was_gained_and_lost(
             }
         assert expected == {tuple(row) for row in rows}
         assert len(rows) == len(expected)
+        marked = page.eval_on_selector_all(
+            "#compare-text .both",
+            "all => all.map(each => [each.dataset.column, /gained|lost/.test(each.className)])",
+        )
+        changed_columns = {row[3] for row in rows if row[2] != "–" and row[3] != "–"}
+        assert changed_columns == {column for column, is_marked in marked if is_marked}
         changed = page.eval_on_selector_all(
             "#compare-heads tr[data-head]", "all => all.map(each => each.dataset.head)"
         )

@@ -38,6 +38,7 @@ class Comparison {
     this.offerScores(a, b);
     if (this.a !== a || this.b !== b) {
       Object.assign(this, { a, b, pairs: align(...alignmentKeys(a, b)) });
+      this.peaks = this.changedPeaks();
       this.showPeaks();
       this.showHeads();
     }
@@ -60,6 +61,7 @@ class Comparison {
     // As in the text of one answer, the strongest twentieth shares the strongest colour.
     const most = sizes.length ? sizes[sizes.length - 1 - Math.floor(CLIPPED_SHARE * sizes.length)] || 1 : NaN;
     const styles = rampStyles("difference"), parts = [];
+    const changes = new Map(this.peaks.map((peak) => [peak.j, peak.change]));
     const only = (entry, from, to, side) => {
       for (let i = from; i < to; i++) parts.push(this.token(entry, i, `only-${side}`));
     };
@@ -68,6 +70,7 @@ class Comparison {
       only(a, i, nextI, "a");
       only(b, j, nextJ, "b");
       const span = this.token(b, nextJ, "both");
+      if (changes.has(nextJ)) span.classList.add(changes.get(nextJ));
       span.pair = k;
       if (!Number.isNaN(differences[k])) {
         const style = styles[Math.round(32 * (1 + Math.max(-1, Math.min(1, differences[k] / most))))];
@@ -129,8 +132,8 @@ class Comparison {
   }
 
   showPeaks() {
-    const { a, b } = this, peaks = this.changedPeaks();
-    const rows = peaks.map(({ change, kind, i, j }) => {
+    const { a, b } = this;
+    const rows = this.peaks.map(({ change, kind, i, j }) => {
       const [entry, place] = j === undefined ? [a, i] : [b, j];
       const isFew = kind === "anchor" && ((i !== undefined && a.isFew(i)) || (j !== undefined && b.isFew(j)));
       return element("tr", { "data-change": change, "data-kind": kind },
