@@ -49,7 +49,7 @@ from attnprobe.measurement import group_maps, measure
 from attnprobe.probe import Attachment, Probe, attach
 from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
-from attnprobe.report import Report
+from attnprobe.report import Report, Reports
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.sentences import SentenceReceivers, sentence_ids
@@ -90,6 +90,7 @@ __all__ = [
     "Probe",
     "Provenance",
     "Report",
+    "Reports",
     "ResultError",
     "Rhythm",
     "SentenceReceiverProbe",

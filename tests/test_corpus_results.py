@@ -223,7 +223,6 @@ def test_pairs_are_compared_as_pairs(model, place: Path, tmp_path: Path) -> None
 
 def test_the_page_is_harmless_and_links_to_reports(model, place: Path) -> None:
     pytest.importorskip("jinja2")
-    pytest.importorskip("plotly")
     scores = attnprobe.load_scores(place / "scores")
     found = summarize(scores, tokenizer=tiny_tokenizer(), draws=5, resamples=20)
     row = found.notable[0].row

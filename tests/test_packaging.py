@@ -31,6 +31,9 @@ def test_the_wheel_holds_the_package(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     wanted = {"attnprobe/py.typed", "attnprobe/report/page.html.jinja", "attnprobe/rl/__init__.py"}
+    page = ROOT / "attnprobe/report/assets"
+    wanted |= {path.relative_to(ROOT).as_posix() for path in page.iterdir()}
+    assert "attnprobe/report/assets/main.js" in wanted
     assert wanted <= set(names)
     inside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "attnprobe").rglob("*.py")}
     # The command and the plug-in for verl lie beside the package: they have something to say before it is, or
@@ -78,6 +81,8 @@ def test_the_sdist_can_be_tested(built: Path) -> None:
         "CHANGELOG.md",
         "LICENSE",
         "tests/conftest.py",
+        "attnprobe/report/assets/page.css",
+        "attnprobe/report/assets/main.js",
     }
     assert wanted <= names
     assert "docs/metrics.md" in names

@@ -90,6 +90,7 @@ def report_row(
         group_maps(adapter, batch, groups),
         title=f"Row {number}" if read.id is None else f"Row {number}: {read.id}",
         notes=f"One answer of {scores.folder.name}, by the head groups of the whole corpus.",
+        tokenizer=tokenizer,
     )
     path = report_path(scores.folder, number)
     path.parent.mkdir(exist_ok=True)

@@ -309,6 +309,14 @@ def calls() -> list[Call]:
                 "example": "index",
             },
         ),
+        Call(
+            "Report weights",
+            lambda weights: attnprobe.Report(
+                batch, stats, heads, scores, rhythm, weights={"coupled": weights}
+            ).weights["coupled"],
+            {"weights": torch.full(tuple(batch.input_ids.shape), 1.5)},
+            {"weights": "weights"},
+        ),
         # analysis
         Call(
             "couplings",
