@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import attnprobe
+from attnprobe.colours import clipped_range
 from attnprobe.report import Report, Reports
-from attnprobe.report.tokens import clipped_range
 from attnprobe.testing.tiny_models import tiny_model
 from tests.report_results import HOSTILE, PROMPT, make_maps, make_results
 

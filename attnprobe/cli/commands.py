@@ -107,10 +107,16 @@ def report(
         say("Loading libraries ...")
         with quiet_libraries():
             import attnprobe
+            from attnprobe.rl import CoupledRhythmCredit, GlobalAnchorCredit, LocalChunkCredit
 
             reading = read(checked)
             scores = attnprobe.score_tokens(reading.statistics, reading.heads)
             rhythm = attnprobe.find_rhythm(scores, lookback=lookback)
+            strategies = {
+                "local chunk": LocalChunkCredit(),
+                "global anchor": GlobalAnchorCredit(),
+                "coupled rhythm": CoupledRhythmCredit(),
+            }
             if text:
                 _print_coloured(reading, scores, rhythm, color_by or "waad")
                 return
@@ -127,6 +133,8 @@ def report(
                 title=f"The reasoning rhythm of {reading.name}" if title is None else title,
                 prompt=checked.prompt,
                 notes=notes,
+                weights={name: strategy(scores) for name, strategy in strategies.items()},
+                tokenizer=reading.tokenizer,
             )
             page.save(path)
         kept.append(f"the page at {path}")

@@ -18,6 +18,7 @@ class Reading:
     """A model, its answer, and what its heads did."""
 
     model: Any
+    tokenizer: Any
     name: str
     batch: Any
     statistics: Any
@@ -62,4 +63,5 @@ def read(checked: Checked) -> Reading:
     heads = checked.groups
     if heads is None:
         heads = attnprobe.classify_heads(statistics, quantile=asked.quantile)
-    return Reading(loaded.model, loaded.name, batch, statistics, heads, loaded.tokenizer.decode(answer))
+    text = loaded.tokenizer.decode(answer)
+    return Reading(loaded.model, loaded.tokenizer, loaded.name, batch, statistics, heads, text)

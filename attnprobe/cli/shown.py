@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnprobe.colours import SCORE_LOOKS, clipped_range, shares
-from attnprobe.report.response import visible
+from attnprobe.report.visible_text import visible
 
 # For preplans, anchors and line breaks; in plain ASCII where a terminal can show no more.
 _MARKS = ("\u25be", "\u25c6", "\u21b5")

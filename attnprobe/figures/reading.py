@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, ResultError
-from attnprobe.report.checks import _check_provenance, _check_response
+from attnprobe.report.checks import check_provenance, check_response
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores, check_same_tokens
 from attnprobe.validation import IntLike, brief, instance, whole_number
@@ -55,8 +55,8 @@ def _check_rhythm(scores: TokenScores, rhythm: Rhythm, example: int) -> None:
         batch = TokenBatch(ids, torch.ones_like(inside), inside)
         if scores.input_ids is not None:
             check_same_tokens(batch, rhythm, "the rhythm")
-        _check_response(batch, rhythm.response_mask, "the rhythm", example)
-    _check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
+        check_response(batch, rhythm.response_mask, "the rhythm", example)
+    check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
 
 
 def shown_columns(mask: Tensor, example: int, within: Within) -> list[int]:

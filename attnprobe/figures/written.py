@@ -18,7 +18,7 @@ from attnprobe.colours import SCORE_LOOKS, clipped_range, shares
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.figures.paper import TEXT_SIZE, WIDTH, FigureLike, import_matplotlib, look, new_figure
 from attnprobe.figures.reading import Within, floats, read_scores, shown_columns
-from attnprobe.report.response import on_one_line, visible
+from attnprobe.report.visible_text import on_one_line, visible
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores, check_same_tokens
 from attnprobe.validation import IntLike, brief, choice, instance

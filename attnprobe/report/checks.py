@@ -46,7 +46,7 @@ def check_results_fit(
     for name, result in named.items():
         if result.response_mask is not None:
             check_same_tokens(batch, result, f"the {name}")
-            _check_response(batch, result.response_mask, f"the {name}", example)
+            check_response(batch, result.response_mask, f"the {name}", example)
     _check_heads(statistics, heads)
     measured = Provenance(
         statistics.model_name,
@@ -57,15 +57,15 @@ def check_results_fit(
         influence_rows=statistics.influence_rows,
         value_weighted=statistics.value_weighted,
     )
-    _check_provenance(measured, scores.provenance, "scores", "the statistics and head groups")
+    check_provenance(measured, scores.provenance, "scores", "the statistics and head groups")
     # Scores that were made by hand know nothing of what the rhythm may know.
-    _check_provenance(measured, rhythm.provenance, "rhythm", "the statistics and head groups")
-    _check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
+    check_provenance(measured, rhythm.provenance, "rhythm", "the statistics and head groups")
+    check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
     check_score_numbers(statistics, scores, example)
     check_rhythm_numbers(scores, rhythm, example)
     if maps is not None:
         _check_maps(batch, maps, example)
-        _check_provenance(measured, maps.provenance, "maps", "the statistics and head groups")
+        check_provenance(measured, maps.provenance, "maps", "the statistics and head groups")
         check_map_numbers(maps.select(maps_entry(maps, batch, example)), statistics, scores, example)
 
 
@@ -129,7 +129,7 @@ def _token_shape(result: Any) -> list[int]:
     return list(mask.shape)
 
 
-def _check_response(batch: TokenBatch, mask: Tensor, name: str, example: int) -> None:
+def check_response(batch: TokenBatch, mask: Tensor, name: str, example: int) -> None:
     """Check that a result describes the same tokens of the example as the batch."""
     ours, theirs = batch.response_mask[example].cpu(), mask[example].cpu()
     if bool((theirs != ours).any()):
@@ -151,7 +151,7 @@ def _heads_of(heads: HeadGroups) -> dict[str, tuple[tuple[int, int, float], ...]
     return found if heads.receiver_heads is None else {**found, "receiver": heads.receiver.heads}
 
 
-def _check_provenance(expected: Provenance, found: Provenance, name: str, source: str) -> None:
+def check_provenance(expected: Provenance, found: Provenance, name: str, source: str) -> None:
     """Check that a result was computed from what is shown with it, as far as both are known."""
     for field in ("model_name", "layers", "window", "horizon", "influence_rows", "value_weighted"):
         ours, theirs = getattr(expected, field), getattr(found, field)
