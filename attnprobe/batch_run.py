@@ -28,7 +28,7 @@ from attnprobe.validation import IntLike, whole_number
 MEMORY_BUDGET = 2 * 2**30
 """The default of `measure`'s memory budget, in bytes."""
 
-MOST_PADDING = 0.05
+MOST_PADDING = 0.03
 """No sequence is added to others if more than this share of them would then be padding, ..."""
 
 LEAST_BUSY = 0.125
