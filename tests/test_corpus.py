@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import attnprobe
 from attnprobe import HeadGroups, ParameterError, ResultError, adapter_for, classify_heads
 from attnprobe.batch_run import LEAST_BUSY, MOST_PADDING
-from attnprobe.corpus import Columns, CorpusSettings, score
+from attnprobe.corpus import Columns, CorpusSettings, RowScorer, score
 from attnprobe.corpus.batching import Budget, micro_batches
 from attnprobe.corpus.rows import Row
 from attnprobe.corpus.sources import open_source
@@ -239,6 +239,32 @@ def test_an_input_that_is_none_is_refused(tmp_path: Path) -> None:
             open_source(tmp_path / name)
 
 
+def test_no_file_of_a_folder_is_left_out_in_silence(tmp_path: Path) -> None:
+    """Whatever would not be read is named; what is clearly no rows may lie there, and marks are no rows."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [b'\xef\xbb\xbf{"n": 0}', b"\xef\xbb\xbf", {"n": 1}])
+    write_lines(folder / "b.JSONL", [{"n": 2}])
+    write_lines(folder / "c.ndjson", [{"n": 3}])
+    for name in ("README.md", ".gitattributes", "_SUCCESS"):
+        (folder / name).touch()
+    assert [row.values for row in open_source(folder, 10).window(0)] == [{"n": n} for n in range(4)]
+    for name, told in (
+        ("d.parquet", r"several kinds \(a.jsonl, d.parquet\)"),
+        ("d.jsonl.gz", r"holds d.jsonl.gz, which would not be read"),
+        ("d.json", r"holds d.json, which"),
+        ("more/d.jsonl", r"holds more, which"),
+        ("more.jsonl/d.jsonl", r"holds more.jsonl, which"),
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+        with pytest.raises(ResultError, match=told):
+            open_source(folder)
+        (folder / name).unlink()
+        if "/" in name:
+            (folder / name).parent.rmdir()
+
+
 def test_groups_may_be_given_saved_or_of_a_sample(model, tmp_path: Path) -> None:
     corpus = rows(12)
     source = write_lines(tmp_path / "in.jsonl", corpus)
@@ -263,6 +289,31 @@ def test_groups_may_be_given_saved_or_of_a_sample(model, tmp_path: Path) -> None
     assert lines_of(tmp_path / "only") == []
     assert run("only") == whole
     assert str(lines_of(tmp_path / "only")) == str(lines_of(tmp_path / "corpus"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"receivers": True}, "receivers are asked for, but the groups have none"),
+        ({"layers": [0]}, r"layers are \[0\], but those of the groups are \[0, 1\]"),
+        ({"head_quantile": 0.1}, "head_quantile is 0.1, but that of the groups is 0.25"),
+        ({"head_span": "ignoring"}, "made by plain spans"),
+    ],
+)
+def test_settings_that_saved_groups_contradict_are_refused(
+    model, tmp_path: Path, settings: Any, told: str
+) -> None:
+    """Whatever asks for another grouping is not passed over: in a run and in a stage."""
+    statistics = attnprobe.measure(model, rows(1)[0]["response_ids"], layers=[0, 1])
+    groups = classify_heads(statistics, quantile=0.25)
+    source = write_lines(tmp_path / "in.jsonl", rows(2))
+    with pytest.raises(ParameterError, match=told):
+        score(source, tmp_path / "out", model=model, groups=groups, settings=CorpusSettings(**settings))
+    stage = RowScorer(model, groups, settings=CorpusSettings(**settings))
+    with pytest.raises(ParameterError, match=told):
+        stage({"prompt_ids": [[1]], "response_ids": [[2, 3]]})
+    agreed = CorpusSettings(layers=[0, 1], head_quantile=0.25)
+    score(source, tmp_path / "out", model=model, groups=groups, settings=agreed)
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ def test_anything_that_changed_is_refused_with_what_differs(source: Path, model,
     changed = tmp_path / "in.jsonl"
     text = source.read_text()
     changed.write_text(text.replace('"r3"', '"r4"'))
-    same = tmp_path / "moved" / "in.jsonl"
+    same = tmp_path / "moved" / "renamed.jsonl"
     same.parent.mkdir()
     same.write_text(text)
     assert run(same, folder, model).continued == ROWS

@@ -204,22 +204,31 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def check_same(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to continue with anything but what a folder was begun with, and say what differs.
+def check_same(
+    folder: Path,
+    known: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    advice: str = "Continue it with the same, or name another folder",
+) -> None:
+    """Refuse to go on with anything but what a folder was begun with, and say what differs.
+
+    Files of the input may have other names: their content counts, and its order.
 
     Raises:
         ResultError: something differs.
     """
     found = []
     # As JSON gives it back, where tuples are lists.
-    asked = json.loads(json.dumps(asked))
+    known, asked = _without_names(known), _without_names(json.loads(json.dumps(asked)))
     for name in _COMPARED:
         found += _differences(name, known.get(name), asked.get(name))
     if found:
-        raise ResultError(
-            f"{folder} was begun with something else: {'; '.join(found[:5])}. Continue it with the same, or "
-            "name another folder"
-        )
+        raise ResultError(f"{folder} was begun with something else: {'; '.join(found[:5])}. {advice}")
+
+
+def _without_names(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    files = [{key: value for key, value in file.items() if key != "name"} for file in manifest["input"]]
+    return {**manifest, "input": files}
 
 
 def _differences(name: str, ours: Any, theirs: Any) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnprobe.adapters.base import Adapter, resolve_layers
 from attnprobe.analysis.agreement import stability_of
 from attnprobe.corpus.fingerprints import groups_fingerprint
 from attnprobe.corpus.folder import ScoreFolder
@@ -84,6 +85,36 @@ class Grouping:
         if self.sample is not None:
             return {"by": "sample", "rows": self.sample, "seed": self.seed}
         return {"by": "corpus"}
+
+
+def check_given(groups: HeadGroups, settings: CorpusSettings, adapter: Adapter) -> None:
+    """Check that saved groups fit a model, and that no setting asks for what only a new grouping would give.
+
+    Settings that are at their defaults ask for nothing: the groups' own layers, share and span then hold.
+
+    Raises:
+        ResultError: groups of other layers, another number of heads, or another model.
+        ParameterError: settings that the groups contradict.
+    """
+    groups.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
+    usual, wrong = CorpusSettings(), []
+    if settings.receivers and groups.receiver_heads is None:
+        wrong.append("receivers are asked for, but the groups have none")
+    if settings.layers != usual.layers:
+        asked = tuple(resolve_layers(settings.layers, adapter))
+        if asked != tuple(groups.layers):
+            wrong.append(f"layers are {list(asked)}, but those of the groups are {list(groups.layers)}")
+    if settings.head_quantile not in (usual.head_quantile, groups.quantile):
+        wrong.append(
+            f"head_quantile is {settings.head_quantile}, but that of the groups is {groups.quantile}"
+        )
+    if settings.head_span == "ignoring" and not groups.span_ignores:
+        wrong.append('head_span is "ignoring", but the groups were made by plain spans')
+    if wrong:
+        raise ParameterError(
+            f"the saved groups do not go with the settings: {'; '.join(wrong)}. Leave the settings out, or "
+            'group heads anew (groups="corpus")'
+        )
 
 
 def find_groups(

@@ -21,7 +21,7 @@ from attnprobe.corpus.bar import corpus_bar
 from attnprobe.corpus.batching import Budget
 from attnprobe.corpus.fingerprints import groups_fingerprint, model_fingerprint, tokenizer_fingerprint
 from attnprobe.corpus.folder import ScoreFolder, open_folder, write_shard
-from attnprobe.corpus.grouping import CorpusGroups, Grouping, Rows, find_groups
+from attnprobe.corpus.grouping import CorpusGroups, Grouping, Rows, check_given, find_groups
 from attnprobe.corpus.rows import Columns, Row, RowReader
 from attnprobe.corpus.schema import SCHEMA_VERSION
 from attnprobe.corpus.scorer import Scorer
@@ -184,7 +184,7 @@ class Job:
         if settings.entropy:
             adapter.check_next_token_logits("entropy", "pass CorpusSettings(entropy=False), or ")
         if grouping.given is not None:
-            grouping.given.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
+            check_given(grouping.given, settings, adapter)
         manifest = {
             "schema": SCHEMA_VERSION,
             "input": opened.files,

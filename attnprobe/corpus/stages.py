@@ -18,6 +18,7 @@ from attnprobe.corpus.bar import corpus_bar
 from attnprobe.corpus.batching import Budget
 from attnprobe.corpus.fingerprints import groups_fingerprint
 from attnprobe.corpus.folder import ShardEntry, check_same, open_folder, read_manifest, write_shard
+from attnprobe.corpus.grouping import check_given
 from attnprobe.corpus.rows import Columns, RowReader
 from attnprobe.corpus.run import CorpusRun, Job, model_and_tokenizer, run_of, score
 from attnprobe.corpus.scorer import Scorer
@@ -105,7 +106,7 @@ class RowScorer:
             model.to(self._device)
         adapter = adapter_for(model)
         settings = self._settings
-        self._groups.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
+        check_given(self._groups, settings, adapter)
         return (
             RowReader.of(
                 model, adapter, tokenizer, self._columns, chat=settings.chat, longest=settings.longest

@@ -241,6 +241,12 @@ def _stability(sums: BlockSums, scores: CorpusScores) -> GroupStability | None:
         spans,
         layers=layers,
         model_name=scores.provenance.model_name,
-        quantile=scores.manifest["settings"]["head_quantile"],
+        # Saved groups have their own share, whatever the settings say.
+        quantile=_quantile(scores),
         resamples=200,
     )
+
+
+def _quantile(scores: CorpusScores) -> float:
+    own = scores.groups.quantile
+    return float(scores.manifest["settings"]["head_quantile"]) if own is None else own
