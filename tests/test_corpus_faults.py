@@ -250,7 +250,8 @@ def test_two_runs_into_one_folder_are_refused(source: Path, model, tmp_path: Pat
     def second(module: Any, args: Any) -> None:
         if not refused:
             with pytest.raises(ResultError, match=f"another run is writing.*process {os.getpid()}") as error:
-                run(source, folder, tiny_model("llama", vocab_size=300))
+                # Before its model is loaded.
+                run(source, folder, "./no model")
             refused.append(error)
 
     hook = model.model.register_forward_pre_hook(second)

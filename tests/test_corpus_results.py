@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
 import os
 import sys
@@ -233,18 +235,37 @@ def test_the_page_is_harmless_and_links_to_reports(model, place: Path) -> None:
     assert "<b>bold" not in before
     assert f"attnprobe corpus report scores {row}" in before
     assert f'href="reports/{row}.html"' not in before
-    page = report_row(scores, row, model=model, tokenizer=tiny_tokenizer())
-    assert page == place / f"scores/reports/{row}.html"
-    assert f"Row {row}: r{row}" in page.read_text()
+    written = report_row(scores, row, model=model, tokenizer=tiny_tokenizer())
+    assert written == place / f"scores/reports/{row}.html"
+    assert f"Row {row}: r{row}" in written.read_text()
     saved = save_page(found, place / "scores").read_text()
     assert f'href="reports/{row}.html"' in saved
     assert "<script" not in saved
+    assert "All intervals on this page are 95% intervals" in saved
+    # A row that is not listed is linked too, and the command can be typed wherever the folder is.
+    few = dataclasses.replace(found, notable=found.notable[1:])
+    (place / "my scores/reports").mkdir(parents=True)
+    (place / f"my scores/reports/{row}.html").touch()
+    page = html.unescape(save_page(few, place / "my scores").read_text())
+    assert f'Reports of other rows: <a href="reports/{row}.html">{row}</a>' in page
+    assert f"attnprobe corpus report 'my scores' {found.notable[1].row}<" in page
     with pytest.raises(ResultError, match="cannot be scored: not JSON"):
         report_row(scores, 25, model=model)
     with pytest.raises(ResultError, match=r"model\.weights"):
         report_row(scores, 1, model=tiny_model("llama", vocab_size=300, seed=1))
     with pytest.raises(ParameterError, match="row"):
         report_row(scores, 26, model=model)
+
+
+def test_the_lift_of_a_token_is_that_of_a_coupling(place: Path, by_hand: list[dict[str, Any]]) -> None:
+    """Observed over chance, minus 1: 0 for a token that is a peak as often as any."""
+    found = summarize(attnprobe.load_scores(place / "scores"), draws=2, resamples=5)
+    ids = torch.tensor([token for row in rows(25) for token in row["response_ids"]])
+    peaks = torch.cat([line["anchor"] for line in by_hand])
+    for token in found.anchors:
+        is_it = ids == token.token_id
+        chance = float(peaks.double().mean())
+        assert token.lift == pytest.approx(float(peaks[is_it].double().mean()) / chance - 1)
 
 
 def test_a_summary_of_little_is_still_one(model, tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ class ScoreFolder:
         """The finished shards, in order."""
         return [self._entries[number] for number in sorted(self._entries)]
 
+    def rows_of(self, shard: int) -> int:
+        """Return how many rows of the input a shard is of, blank lines included, which it does not hold."""
+        size = int(self.manifest["rows_per_shard"])
+        return min(size, int(self.manifest["row_count"]) - shard * size)
+
     def find_finished(self, groups: str) -> None:
         """Find the shards that are whole and of these groups; all others will be written again.
 

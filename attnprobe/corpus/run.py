@@ -139,14 +139,14 @@ def score(
         fingerprint = groups_fingerprint(found)
         folder.find_finished(fingerprint)
         continued = sum(entry.rows for entry in folder.entries)
-        finished = sum(job.source.rows_in(entry.shard) for entry in folder.entries)
+        finished = sum(folder.rows_of(entry.shard) for entry in folder.entries)
         todo = [] if groups_only else [n for n in range(job.source.window_count) if not folder.is_finished(n)]
         with corpus_bar("scoring", job.source.row_count, shown=progress, finished=finished) as advance:
             for window, rows in zip(todo, read_ahead(todo, job.rows), strict=True):
                 scored = job.scorer.score(rows, found, advance)
                 folder.enter(write_shard(folder.path, window, scored, fingerprint))
                 # Blank lines.
-                advance(job.source.rows_in(window) - len(rows), 0)
+                advance(folder.rows_of(window) - len(rows), 0)
         return run_of(folder, found, continued)
 
 

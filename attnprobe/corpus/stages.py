@@ -234,14 +234,15 @@ def score_with_ray(
                 num_gpus=gpus,
             )
             rows = folder.manifest["row_count"]
+            finished = sum(folder.rows_of(entry.shard) for entry in folder.entries)
             with (
                 _errors_of_workers(ray),
-                corpus_bar("scoring", rows, shown=progress, finished=continued) as advance,
+                corpus_bar("scoring", rows, shown=progress, finished=finished) as advance,
             ):
                 for line in written.iter_rows():
                     entry = ShardEntry(**line)
                     folder.enter(entry)
-                    advance(entry.rows, entry.tokens)
+                    advance(folder.rows_of(entry.shard), entry.tokens)
         return run_of(folder, groups, continued)
 
 
