@@ -83,14 +83,15 @@ def test_other_families_are_scored_too(family: str, tmp_path: Path) -> None:
     assert_scored(lines_of(tmp_path / "out"), scored_by_hand(other, corpus, SETTINGS))
 
 
-def test_bad_rows_are_rejected_with_their_reason(model, tokenizer, tmp_path: Path) -> None:
+def test_bad_rows_are_rejected_with_their_reason(model, tokenizer, tmp_path: Path, capsys) -> None:
     """Each in the midst of good ones, which are scored; blank lines are no rows."""
     good = {"prompt": "Read", "response": "what the model reads"}
     lines = [part for bad in BAD_LINES for part in (good, b"  ", bad)]
     run = score(
         write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out", model=model, tokenizer=tokenizer,
-        settings=SETTINGS, rows_per_shard=7,
+        settings=SETTINGS, rows_per_shard=7, progress=True,
     )  # fmt: skip
+    assert capsys.readouterr().err.count(f" {len(lines)}/{len(lines)} ") == 2
     assert (run.rows, run.rejected) == (2 * len(BAD_LINES), len(BAD_LINES))
     rejected = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert [line["row"] for line in rejected] == list(range(2, 3 * len(BAD_LINES), 3))
@@ -248,7 +249,8 @@ def test_no_file_of_a_folder_is_left_out_in_silence(tmp_path: Path) -> None:
     write_lines(folder / "a.jsonl", [b'\xef\xbb\xbf{"n": 0}', b"\xef\xbb\xbf", {"n": 1}])
     write_lines(folder / "b.JSONL", [{"n": 2}])
     write_lines(folder / "c.ndjson", [{"n": 3}])
-    for name in ("README.md", ".gitattributes", "_SUCCESS"):
+    (folder / "scores").mkdir()
+    for name in ("README.md", ".gitattributes", "_SUCCESS", "scores/.lock"):
         (folder / name).touch()
     assert [row.values for row in open_source(folder, 10).window(0)] == [{"n": n} for n in range(4)]
     for name, told in (

@@ -372,6 +372,7 @@ def test_wrong_words_are_explained(
         (("summary", "nowhere"), "no folder of scores"),
         (("nowhere.jsonl", "-o", "out"), "there is no input"),
         (("report", "scores", "1", "--source", "other.jsonl"), "input[0].crc32"),
+        (("report", "scores", "1", "--source", "none.jsonl"), "Name the input that the scores are of"),
         (("in.jsonl", "-o", "scores", "--window", "5"), "settings.window was 10, and is now 5"),
         (("summary", "scores", "--where", "ok=True"), 'ok is "True"; ok is false (16 rows), true (9 rows)'),
         (("compare", "other", "--by", "name"), 'where name is false; name is "a" (2 rows)'),

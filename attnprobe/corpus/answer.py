@@ -26,6 +26,8 @@ from attnprobe.scores import score_tokens
 from attnprobe.storage import PathLike
 from attnprobe.validation import IntLike, instance, whole_number
 
+_NAME_THE_INPUT = "Name the input that the scores are of: --source, or source=..."
+
 
 def report_row(
     scores: CorpusScores,
@@ -53,9 +55,12 @@ def report_row(
     instance(scores, CorpusScores, "scores", "load_scores returns them")
     known = scores.manifest
     number = whole_number(row, "row", maximum=scores.row_count - 1)
-    opened = open_source(known["source"] if source is None else source, known["rows_per_shard"])
+    try:
+        opened = open_source(known["source"] if source is None else source, known["rows_per_shard"])
+    except ResultError as error:
+        raise ResultError(f"{error}. {_NAME_THE_INPUT}") from error
     # Before the model is loaded.
-    check_same(scores.folder, known, {"input": opened.files}, "Name the input with --source, or source=...")
+    check_same(scores.folder, known, {"input": opened.files}, _NAME_THE_INPUT)
     if model is None:
         model, found = model_of_scores(known, device)
         tokenizer = found if tokenizer is None else tokenizer

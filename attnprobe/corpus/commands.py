@@ -30,9 +30,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for command in (reading_commands.summary, reading_commands.compare, reading_commands.report):
-    app.command()(command)
-
 _CREDITS = {"local": "LocalChunkCredit", "global": "GlobalAnchorCredit", "coupled": "CoupledRhythmCredit"}
 
 
@@ -197,6 +194,10 @@ def score(
     if found.rejected:
         out.print(f"Rejected: [bold]{escape(str(output / 'rejected.jsonl'))}[/]", soft_wrap=True)
         raise typer.Exit(REJECTED)
+
+
+for command in (reading_commands.summary, reading_commands.compare, reading_commands.report):
+    app.command()(command)
 
 
 def _groups(text: str) -> str | int:

@@ -87,20 +87,22 @@ class Grouping:
         return {"by": "corpus"}
 
 
-def check_given(groups: HeadGroups, settings: CorpusSettings, adapter: Adapter) -> None:
+def check_given(groups: HeadGroups, settings: CorpusSettings, adapter: Adapter | None = None) -> None:
     """Check that saved groups fit a model, and that no setting asks for what only a new grouping would give.
 
     Settings that are at their defaults ask for nothing: the groups' own layers, share and span then hold.
+    Without an adapter, as long as the model is not loaded, layers are not checked.
 
     Raises:
         ResultError: groups of other layers, another number of heads, or another model.
         ParameterError: settings that the groups contradict.
     """
-    groups.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
+    if adapter is not None:
+        groups.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
     usual, wrong = CorpusSettings(), []
     if settings.receivers and groups.receiver_heads is None:
         wrong.append("receivers are asked for, but the groups have none")
-    if settings.layers != usual.layers:
+    if adapter is not None and settings.layers != usual.layers:
         asked = tuple(resolve_layers(settings.layers, adapter))
         if asked != tuple(groups.layers):
             wrong.append(f"layers are {list(asked)}, but those of the groups are {list(groups.layers)}")

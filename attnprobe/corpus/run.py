@@ -187,6 +187,8 @@ class Plan:
         settings = instance(settings or CorpusSettings(), CorpusSettings, "settings")
         columns = instance(columns or Columns(), Columns, "columns")
         grouping = Grouping.of(groups, whole_number(seed, "seed"))
+        if grouping.given is not None:
+            check_given(grouping.given, settings)
         rows_per_shard = whole_number(rows_per_shard, "rows_per_shard", minimum=1)
         given = {"token_budget": token_budget, "memory_budget": memory_budget}
         tokens, memory = (
