@@ -14,7 +14,14 @@ import pytest
 import torch
 
 import attnprobe
-from attnprobe import AttnprobeWarning, MissingDependencyError, ParameterError, ResultError, couplings
+from attnprobe import (
+    AttnprobeWarning,
+    MissingDependencyError,
+    ParameterError,
+    ResultError,
+    classify_heads,
+    couplings,
+)
 from attnprobe.analysis.agreement import stability_of
 from attnprobe.cli import main
 from attnprobe.corpus import (
@@ -110,6 +117,8 @@ def test_a_folder_that_is_none_or_damaged_is_refused(place: Path, tmp_path: Path
     (tmp_path / "manifest.json").write_text((place / "scores/manifest.json").read_text())
     empty = attnprobe.load_scores(tmp_path)
     assert (len(empty), empty.is_complete, empty.to_arrow(["row"]).num_rows) == (0, False, 0)
+    with pytest.raises(ResultError, match="holds no finished shard yet"):
+        summarize(empty)
     (tmp_path / "ledger.jsonl").write_text((place / "scores/ledger.jsonl").read_text())
     with pytest.raises(ResultError, match=r"00000\.parquet cannot be read: run `attnprobe corpus` again"):
         len(empty)
@@ -168,6 +177,21 @@ def test_a_summary_is_of_all_rows(place: Path, by_hand: list[dict[str, Any]]) ->
     assert found.notable[0].pairs == max(row.pairs for row in found.notable)
     assert "25 of 26 rows" in repr(found)
     assert found.to_pandas()["quantity"].tolist() == list(found.quantities)
+
+
+def test_stability_is_that_of_the_groups_that_were_used(model, place: Path, tmp_path: Path) -> None:
+    """Saved groups have a share of heads of their own, whatever the settings' default is."""
+    statistics = (attnprobe.measure(model, row["response_ids"]) for row in rows(4))
+    groups = classify_heads(statistics, quantile=0.1)
+    source = write_lines(tmp_path / "in.jsonl", rows(4))
+    score(source, tmp_path / "out", model=model, groups=groups)
+    scores = attnprobe.load_scores(tmp_path / "out")
+    spans = torch.tensor(scores.to_arrow(["span"])["span"].to_pylist()).reshape(4, 3, 4)
+    own = stability_of(spans, layers=(0, 1, 2), quantile=0.1, resamples=200)
+    found = summarize(scores, draws=2, resamples=5).stability
+    assert found is not None
+    assert found.overlap == own.overlap
+    assert found.overlap != stability_of(spans, layers=(0, 1, 2), resamples=200).overlap
 
 
 def test_many_rows_share_blocks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
