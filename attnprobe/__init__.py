@@ -49,7 +49,7 @@ from attnprobe.measurement import group_maps, measure
 from attnprobe.probe import Attachment, Probe, attach
 from attnprobe.provenance import Provenance
 from attnprobe.receivers import SentenceReceiverProbe
-from attnprobe.report import Report
+from attnprobe.report import Report, Reports
 from attnprobe.rhythm import Rhythm, find_rhythm
 from attnprobe.scores import TokenScores, score_tokens
 from attnprobe.sentences import SentenceReceivers, sentence_ids
@@ -58,7 +58,7 @@ from attnprobe.suppression import suppress_attention
 from attnprobe.version import __version__
 
 if TYPE_CHECKING:
-    from attnprobe import corpus, models, rl, testing
+    from attnprobe import corpus, figures, models, rl, testing
     from attnprobe.corpus import load_scores
 
 __all__ = [
@@ -90,6 +90,7 @@ __all__ = [
     "Probe",
     "Provenance",
     "Report",
+    "Reports",
     "ResultError",
     "Rhythm",
     "SentenceReceiverProbe",
@@ -105,6 +106,7 @@ __all__ = [
     "compare_groups",
     "corpus",
     "couplings",
+    "figures",
     "find_rhythm",
     "group_maps",
     "group_stability",
@@ -126,7 +128,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the packages that not everyone needs on first use."""
-    if name in ("corpus", "models", "rl", "testing"):
+    if name in ("corpus", "figures", "models", "rl", "testing"):
         return importlib.import_module(f"attnprobe.{name}")
     if name == "load_scores":
         return importlib.import_module("attnprobe.corpus").load_scores

@@ -23,7 +23,6 @@ _EXTRAS = {
     "nnsight": "nnsight",
     "trl": "trl",
     "peft": "",
-    "plotly": "report",
     "jinja2": "report",
     "pandas": "report",
     "gguf": "gguf",

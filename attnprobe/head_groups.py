@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from attnprobe.displays import heads_display
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
 from attnprobe.head_selection import HeadSelection, HeadsLike
 from attnprobe.head_statistics import ReceiverLevel
@@ -170,7 +171,7 @@ class HeadGroups(Result):
         return columns
 
     def _repr_html_(self) -> str:
-        """Return the most typical heads of each group, as a small table."""
+        """Return what a notebook shows: a picture of all heads, and the most typical ones of each group."""
         known = [group for group in GROUPS if getattr(self, f"{group}_heads") is not None]
         columns = []
         for group in known:
@@ -188,7 +189,8 @@ class HeadGroups(Result):
             "receiver": f"receivers, {self.selectivity}",
         }
         title = f"HeadGroups({self._headline()})"
-        return html_table(title, [names[group] for group in known], zip_longest(*columns, fillvalue=""))
+        lines = zip_longest(*columns, fillvalue="")
+        return heads_display(self, html_table(title, [names[group] for group in known], lines))
 
 
 def _described(model_name: str, layers: tuple[int, ...], head_count: int | None) -> str:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from attnprobe.displays import statistics_display
 from attnprobe.errors import AttnprobeError, ParameterError, ResultError
 from attnprobe.layer_selection import LayerName, named_layers
 from attnprobe.layout import token_columns
@@ -275,7 +276,7 @@ class HeadStatistics(Result):
         }
 
     def _repr_html_(self) -> str:
-        """Return what was measured, as a small table."""
+        """Return what a notebook shows: what was measured, and a picture of the mean span of every head."""
         rows: list[tuple[object, object]] = [
             ("model", self.model_name or "not known"),
             ("layers", f"{ranges(self.layers)} of {self.head_count} heads"),
@@ -300,7 +301,7 @@ class HeadStatistics(Result):
             )
         if self.receiver_gini is not None:
             rows.append(("receiver Gini coefficient", f"mean {_mean(self.receiver_gini)}"))
-        return html_table("HeadStatistics", ("measured", ""), rows)
+        return statistics_display(self, html_table("HeadStatistics", ("measured", ""), rows))
 
 
 def _of_sequence(values: Tensor | None, place: int) -> Tensor | None:

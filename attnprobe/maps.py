@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from attnprobe.displays import maps_display
 from attnprobe.errors import AttnprobeError, ResultError
 from attnprobe.provenance import Provenance
 from attnprobe.results import Result, table_column
@@ -61,6 +62,10 @@ class GroupMaps(Result):
 
     def _used(self) -> Tensor:
         return self.columns >= 0
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the maps of the first response, and the sizes of all."""
+        return maps_display(self, super()._repr_html_())
 
     def columns_of(self, example: IntLike) -> list[int]:
         """Return the positions of one response in the caller's batch, in order.

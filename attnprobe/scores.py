@@ -8,7 +8,6 @@ training (rl).
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -17,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from attnprobe.batch import TokenBatch
+from attnprobe.displays import scores_display
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.head_groups import GroupsLike, head_groups
 from attnprobe.head_selection import HeadSelection, HeadsLike
@@ -72,48 +72,8 @@ class TokenScores(Result):
         return columns
 
     def _repr_html_(self) -> str:
-        """Return the response texts, coloured by WAAD (the background) and FAI (the line below)."""
-        if self.texts is None:
-            return super()._repr_html_()
-        shown = [
-            f'<p style="line-height:2">{_coloured(self, example)}</p>'
-            for example in range(min(len(self.texts), _MOST_SHOWN))
-        ]
-        more = len(self.texts) - len(shown)
-        shown += [f"<p>and {more} more examples</p>"] if more else []
-        note = "background: WAAD, line below: FAI"
-        return f"<div><p>{html.escape(f'TokenScores({self._headline()}); {note}')}</p>{''.join(shown)}</div>"
-
-
-_MOST_SHOWN = 5
-
-
-def _coloured(scores: TokenScores, example: int) -> str:
-    """Return one example's response as HTML spans."""
-    assert scores.texts is not None
-    spans = []
-    shares = [_shares(values[example]) for values in (scores.waad, scores.fai)]
-    for token in scores.response_mask[example].nonzero()[:, 0].tolist():
-        waad, fai = (share[token] for share in shares)
-        style = (
-            f"background:rgba(241,122,34,{0.8 * waad:.2f});border-bottom:3px solid rgba(33,113,181,{fai:.2f})"
-        )
-        numbers = ", ".join(
-            f"{name} {float(values[example, token]):.3g}"
-            for name, values in (("WAAD", scores.waad), ("FAI", scores.fai), ("entropy", scores.entropy))
-            if values is not None
-        )
-        text = html.escape(scores.texts[example][token]).replace("\n", "\u21b5<br>")
-        spans.append(f'<span style="{style}" title="column {token}: {numbers}">{text}</span>')
-    return "".join(spans)
-
-
-def _shares(values: Float[Tensor, " token"]) -> list[float]:
-    """Return where each value lies between the 5th and the 95th percentile; 0 where it is undefined."""
-    wide = values.double().cpu()
-    low, high = wide.nanquantile(0.05), wide.nanquantile(0.95)
-    share: list[float] = ((wide - low) / (high - low)).nan_to_num(0.0).clamp(0, 1).tolist()
-    return share
+        """Return what a notebook shows: curves, and the responses coloured by WAAD and FAI."""
+        return scores_display(self, f"TokenScores({self._headline()})", super()._repr_html_)
 
 
 def known_tokens(

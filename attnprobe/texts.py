@@ -66,6 +66,41 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
     return tuple(with_markers(ids, texts, _placeholders(tokenizer)))
 
 
+def token_bytes(tokenizer: Any, ids: Sequence[int]) -> list[bytes | None]:
+    """Return the bytes of each token, as far as the tokenizer's vocabulary tells them; else None.
+
+    It does where tokens are made of bytes (byte-level BPE), and where bytes without a token have one of their
+    own (`<0xE4>`). The texts of tokens that are only part of a character do not.
+
+    Raises:
+        BatchError: something that is not a tokenizer.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if isinstance(tokenizer, type) or not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise BatchError(f"tokenizer must be a transformers tokenizer; got {brief(tokenizer)}")
+    found: list[bytes | None] = []
+    for token in tokenizer.convert_ids_to_tokens(list(ids)):
+        named = _NAMED_BYTE.fullmatch(token or "")
+        if named:
+            found.append(bytes([int(named[1], 16)]))
+        elif token and all(character in _BYTES for character in token):
+            found.append(bytes(_BYTES[character] for character in token))
+        else:
+            found.append(None)
+    return found
+
+
+def _byte_characters() -> dict[str, int]:
+    """Return the byte that each character of a byte-level vocabulary stands for, as GPT-2 wrote them."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
+_NAMED_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
 def _parts(
     decode: Callable[[list[int]], str], context: list[int], tokens: list[int], whole: str
 ) -> list[tuple[int, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +52,20 @@ def test_every_command_is_documented() -> None:
     names = [command.callback.__name__ for command in app.registered_commands]
     assert sorted(names) == ["doctor", "heads", "report", "score"]
     assert [n for n in names if f"attnprobe {n}" not in page] == []
+
+
+def test_every_option_is_documented() -> None:
+    from typer.main import get_command
+
+    from attnprobe.cli import app
+
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    command: Any = get_command(app)
+    options = {
+        option
+        for name in ("report", "heads", "score")
+        for parameter in command.commands[name].params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    assert {"--prompt-file", "--no-chat", "-o", "--color-by"} <= options
+    assert sorted(option for option in options - {"--help", "-h"} if f"`{option}" not in page) == []

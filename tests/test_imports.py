@@ -20,7 +20,6 @@ HEAVY = (
     "trl",
     "verl",
     "ray",
-    "plotly",
     "matplotlib",
     "jinja2",
     "pandas",
@@ -138,7 +137,7 @@ ALLOWED: dict[tuple[str, str], str] = {}
 
 def forbidden_library(source: str, target: str) -> str | None:
     """Return why a module may not load a library of others when it is imported, None where it may."""
-    if target in ("transformer_lens", "nnsight", "trl", "plotly", "matplotlib", "pandas"):
+    if target in ("transformer_lens", "nnsight", "trl", "matplotlib", "pandas"):
         return "backends, trainers, plotting and tables load when they are used"
     if target in ("verl", "ray", "tensordict") and source != "attnprobe.rl.verl.engine":
         return "verl loads its own engine when it is asked to"

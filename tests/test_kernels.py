@@ -177,6 +177,10 @@ def test_every_question_can_be_asked_on_a_gpu(dtype: torch.dtype, options: dict[
         assert [name for name, _ in operators.run].count("flex_attention") == 2
         operators.run.clear()
         answers[2, 6, 300, 11] = attention.band(11)
+        weights, given = torch.empty(10, device="cuda"), torch.empty(2, 300, device="cuda")
+        near = attention.near_sums(weights, given, 10, 100)
+        assert near.by_query.shape == near.by_key.shape == (2, 6, 300)
+        assert near.by_key.device.type == "cuda"
         answers[2, 6, 2, 300] = attention.scores.block(slice(0, 2), slice(0, 300))
         answers[2, 6, 300] = attention.scores.column(rows)
     for shape, answer in answers.items():
@@ -184,6 +188,7 @@ def test_every_question_can_be_asked_on_a_gpu(dtype: torch.dtype, options: dict[
         assert answer.dtype == SINGLE
         assert answer.device.type == "cuda"
     assert operators.dtypes("bmm") == {SINGLE}
+    assert operators.dtypes("baddbmm_") <= {SINGLE}
     halves = {name for name, _ in operators.run if name == "aten.bmm.dtype"}
     assert bool(halves) == (dtype == HALF)
 

@@ -82,6 +82,22 @@ def test_only_what_was_asked_about_is_measured() -> None:
     assert bool((every[~every.isnan()] >= 0).all())
 
 
+def test_copies_of_a_long_text_run_in_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default as many run together as fit into the budgets; here, two copies of the longer text."""
+    model, batch = tiny_model("llama"), batch_of("right")
+    longest = int(batch.attention_mask.sum(-1).max())
+    every = knockout_divergence(model, batch, batch.response_mask, horizon=(1, None))
+    monkeypatch.setattr("attnprobe.analysis.knockout.TOKEN_BUDGET", 2 * longest)
+    together: list[int] = []
+    with model.register_forward_pre_hook(
+        lambda module, args, kwargs: together.append(len(kwargs["input_ids"])), with_kwargs=True
+    ):
+        parts = knockout_divergence(model, batch, batch.response_mask, horizon=(1, None))
+    assert max(together) >= 2
+    assert max(together) * int(batch.attention_mask.sum(-1).min()) <= 2 * longest
+    torch.testing.assert_close(parts, every, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
 def test_fewer_heads_are_less_of_a_loss_than_none() -> None:
     """Suppressing in no layer that reads the token changes nothing; the model is left as it was."""
     model, batch = tiny_model("llama"), batch_of("right")
@@ -357,7 +373,7 @@ def test_knockouts_that_make_no_sense_are_refused(done: tuple) -> None:
 
 WRONG: dict[str, list[Any]] = {
     "tokens": [None, "all", 3, torch.ones(2, 3), torch.full((2, 14), 0.5), torch.full((2, 14), math.nan)],
-    "batch_size": [0, 2.5, "8", None, True],
+    "batch_size": [0, 2.5, "8", True],
     "horizon": [(5, 2), 10, "near", None],
     "heads": [[7], "some", [(0, 9)], {9: [0]}, 1.5, []],
     "batch": ["text", None, 3, torch.full((2, 14), 10**6)],

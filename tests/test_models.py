@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from attnprobe.errors import BatchError, ModelLoadError, ParameterError
-from attnprobe.models import LoadedModel, generate_response, load_model, prompt_ids
+from attnprobe.models import LoadedModel, generate_response, load_model, model_name, prompt_ids
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 from tests.refusals import refused
 
@@ -34,9 +35,33 @@ def test_a_folder_is_loaded(loaded: LoadedModel) -> None:
     assert loaded.tokenizer.decode(loaded.tokenizer("Read it")["input_ids"]) == "Read it"
 
 
+def test_a_model_runs_where_and_in_the_numbers_that_were_asked_for(folder: Path) -> None:
+    half = load_model(folder, device="cpu", dtype="bfloat16").model
+    assert (half.dtype, half.device.type) == (torch.bfloat16, "cpu")
+    assert model_name(folder) == "tiny-llama"
+
+
+@pytest.mark.usefixtures("as_users_call")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"device": "abacus"}, "abacus"),
+        ({"device": "meta"}, "meta"),
+        ({"device": "cuda:77"}, "cuda:77"),
+        ({"device": 1.5}, "1.5"),
+        ({"dtype": "int8"}, "int8"),
+        ({"dtype": torch.int64}, "int64"),
+    ],
+)
+def test_devices_and_dtypes_that_there_are_not_are_refused(options: dict[str, Any], told: str) -> None:
+    """Before anything is loaded: the path does not exist."""
+    refused(lambda: load_model("/nowhere", **options), told, error=ParameterError)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for name in ("nowhere.gguf", "nowhere"):
         refused(lambda name=name: load_model(tmp_path / name), tmp_path / name, error=ModelLoadError)
+        refused(lambda name=name: model_name(tmp_path / name), tmp_path / name, error=ModelLoadError)
 
 
 @pytest.mark.usefixtures("as_users_call")

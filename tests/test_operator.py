@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnprobe import DenseAttention, FactoredAttention, PatternError
-from attnprobe.attention import probability_tiles, tiles
+from attnprobe.attention import near_sums, probability_tiles, tiles
 from attnprobe.attention.listening import carries_positions, listen
 from attnprobe.attention.masks import CausalMask
 from attnprobe.attention.operator import Attention, Submatrix, key_positions
@@ -82,6 +82,40 @@ def test_bfloat16_inputs_are_reduced_in_float32(inputs: CallInputs) -> None:
     expected = DenseAttention(dense_pattern(inputs.query, inputs.key, **inputs.options))
     assert attention.band(3).dtype == torch.float32
     torch.testing.assert_close(attention.band(3).double(), expected.band(3), rtol=1e-5, atol=1e-5)
+
+
+@given(
+    inputs=call_inputs(),
+    seed=st.integers(0, 99),
+    low=st.integers(0, 30),
+    length=st.integers(0, 12),
+    weighted=st.integers(0, 12),
+    size=st.integers(1, 7),
+)
+def test_near_sums_are_sums_of_the_pattern(
+    inputs: CallInputs, seed: int, low: int, length: int, weighted: int, size: int
+) -> None:
+    """Whatever the size of a block, one at a time; a horizon beyond the first key holds nothing."""
+    pattern = dense_pattern(inputs.query, inputs.key, **inputs.options)
+    batch, _, queries, keys = pattern.shape
+    low = min(low, keys)
+    high = max(low, min(low + length, keys - 1))
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(min(weighted, keys), generator=generator, dtype=torch.float64)
+    rows = torch.rand(batch, queries, generator=generator, dtype=torch.float64)
+    distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+    inside = (distance >= low) & (distance <= high)
+    near = (distance >= 0) & (distance < len(weights))
+    of_pair = torch.cat([weights, torch.zeros(1)])[distance.masked_fill(~near, -1)]
+    expected = ((pattern * of_pair).sum(-1), torch.einsum("bhts,bt->bhs", pattern * inside, rows))
+    with (
+        patch.object(near_sums, "BAND_QUERIES", size),
+        patch.object(near_sums, "piece_bytes", lambda device: 1),
+    ):
+        found = factored(inputs).near_sums(weights, rows, low, high)
+    for attention_sums in (found, DenseAttention(pattern).near_sums(weights, rows, low, high)):
+        for ours, theirs in zip(attention_sums, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
 def assembled(attention: Attention, part: Submatrix) -> torch.Tensor:

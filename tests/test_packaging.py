@@ -31,11 +31,16 @@ def test_the_wheel_holds_the_package(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     wanted = {"attnprobe/py.typed", "attnprobe/report/page.html.jinja", "attnprobe/rl/__init__.py"}
+    page = ROOT / "attnprobe/report/assets"
+    wanted |= {path.relative_to(ROOT).as_posix() for path in page.iterdir()}
+    assert "attnprobe/report/assets/main.js" in wanted
     assert wanted <= set(names)
     inside = {path.relative_to(ROOT).as_posix() for path in (ROOT / "attnprobe").rglob("*.py")}
-    # The plug-in for verl lies beside the package, since it has to say so if the package cannot be imported.
-    assert {name for name in names if name.endswith(".py")} == inside | {"attnprobe_verl.py"}
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"attnprobe", "attnprobe_verl.py"}
+    # The command and the plug-in for verl lie beside the package: they have something to say before it is, or
+    # if it cannot be, imported.
+    beside = {"attnprobe_command.py", "attnprobe_verl.py"}
+    assert {name for name in names if name.endswith(".py")} == inside | beside
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"attnprobe"} | beside
 
 
 def test_the_wheel_names_what_it_needs(built: Path) -> None:
@@ -59,7 +64,7 @@ def test_the_wheel_names_what_it_needs(built: Path) -> None:
         "packaging",
     }
     extras = {line.removeprefix("Provides-Extra: ") for line in lines if line.startswith("Provides-Extra")}
-    assert {"transformer-lens", "nnsight", "trl", "verl", "report", "all"} <= extras
+    assert {"transformer-lens", "nnsight", "trl", "verl", "report", "figures", "all"} <= extras
     assert "License-Expression: Apache-2.0" in lines
 
 
@@ -76,6 +81,8 @@ def test_the_sdist_can_be_tested(built: Path) -> None:
         "CHANGELOG.md",
         "LICENSE",
         "tests/conftest.py",
+        "attnprobe/report/assets/page.css",
+        "attnprobe/report/assets/main.js",
     }
     assert wanted <= names
     assert "docs/metrics.md" in names

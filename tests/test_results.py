@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 import itertools
 import json
 import math
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from attnprobe import (
 )
 from attnprobe.axes import setting_names, tensor_fields
 from attnprobe.results import Result
+from attnprobe.rhythm import find_rhythm
 from tests.refusals import refused
 
 NAN = math.nan
@@ -640,6 +643,9 @@ def test_a_notebook_shows_a_result_as_a_table(name: str) -> None:
             assert result.model_name[:30] in shown if hasattr(result, "model_name") else "layers" in shown
         assert "<script>" not in shown
         assert "&amp;lt;" not in shown, "escaped twice"
+        # Nothing that reaches into the rest of a notebook, or that a second display would repeat.
+        assert not re.search(r"<style|<link|<svg| (id|class|on\w+)=", shown)
+        assert len(shown) < 300_000
         for tag in ("table", "tr", "td", "th", "div", "p", "span"):
             assert shown.count(f"<{tag}>") + shown.count(f"<{tag} ") == shown.count(f"</{tag}>")
 
@@ -655,6 +661,25 @@ def test_a_notebook_shows_the_texts_of_scores() -> None:
     assert "</script>" not in shown
 
 
+def test_a_notebook_shows_the_preplans_and_anchors_of_a_rhythm() -> None:
+    """As signs before the word, so that they can be seen without colours."""
+    texts = ((" a", " <b>", " c", " d"),)
+    waad, fai = torch.tensor([[1.0, 4.0, 1.0, 1.0]]), torch.tensor([[0.1, 0.1, 0.6, 0.1]])
+    scores = TokenScores(waad, fai, None, torch.ones(1, 4, dtype=torch.bool), texts=texts)
+    shown = find_rhythm(scores)._repr_html_()
+    words = [html.unescape(part) for part in re.findall(r"<span[^>]*>(.*?)</span>", shown)]
+    assert words == [" a", " \u25be<b>", " \u25c6c", " d"]
+    assert "column 1: preplan" in shown
+
+
+def test_of_a_long_answer_a_notebook_shows_the_beginning() -> None:
+    waad, mask = torch.rand(1, 3000), torch.ones(1, 3000, dtype=torch.bool)
+    scores = TokenScores(waad, waad, None, mask, texts=(("<word> " * 4,) * 3000,))
+    shown = scores._repr_html_()
+    assert len(shown) < 300_000
+    assert re.search(r"and [\d,]+ more tokens", shown)
+
+
 def test_a_model_name_is_no_markup_either() -> None:
     for make in (statistics_of, groups_of):
         result = dataclasses.replace(make(), model_name="<script>alert(1)</script>")
@@ -667,7 +692,8 @@ def test_a_model_name_is_no_markup_either() -> None:
 @pytest.mark.parametrize("value", [NAN, math.inf, 0.0, -math.inf])
 def test_scores_that_are_all_alike_can_be_shown(value: float) -> None:
     scores = dataclasses.replace(scores_of(), waad=torch.full((4, 6), value), fai=torch.full((4, 6), NAN))
-    assert "nan" not in scores._repr_html_().split("title")[0]
+    shown = re.sub(r'src="[^"]*"', "", scores._repr_html_())
+    assert "nan" not in shown.split("title")[0]
 
 
 # ---- save and load ---------------------------------------------------------------------------------

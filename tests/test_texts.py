@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from attnprobe.texts import token_texts
+from attnprobe.errors import BatchError
+from attnprobe.texts import token_bytes, token_texts
 
 # A smile, a letter of two bytes, Hindi and words: their tokens are fragments and whole characters.
 SOURCES = ("\U0001f642", "\u00e9", "\u0939\u093f\u0928\u094d\u0926\u0940", "\u65e5\u672c", " hello", "a\n")
@@ -125,3 +126,14 @@ def test_image_tokens_are_known_by_their_number_or_their_name(smollm2: Any) -> N
 
     assert token_texts(Processor(), [5, 5, 5, 5]) == ("<image>", "", "", "")
     assert token_texts(Named(), [2, 0, 0, 0, 1, 1, 2, 2]) == ("a", "<image>", "", "", "<video>", "", "a", "a")
+
+
+def test_bytes_are_those_that_the_text_is_made_of(smollm2: Any, sentencepiece: Any) -> None:
+    """Byte-level vocabularies tell all of them; others only bytes that have a token of their own."""
+    text = "".join(SOURCES) + "\x00\xad"
+    ids = smollm2(text, add_special_tokens=False).input_ids
+    assert b"".join(token_bytes(smollm2, ids)) == text.encode()
+    ids = sentencepiece.convert_tokens_to_ids(["\u2581cat", "<0xC3>", "<0xA9>"])
+    assert token_bytes(sentencepiece, ids) == [None, b"\xc3", b"\xa9"]
+    with pytest.raises(BatchError, match="tokenizer"):
+        token_bytes("text", [1])

@@ -130,6 +130,8 @@ def test_a_report_of_a_completion(rate, tmp_path) -> None:
     own = report.batch.response_mask[0]
     written = last.rollout.response_mask[row]
     assert torch.equal(report.batch.input_ids[0, own], last.rollout.completion_ids[row][written])
+    (gamma,) = report.weights.values()
+    assert torch.equal(gamma[0, own], last.gamma[row][written].float())
     now, then = report.scores.fai[0, own], last.scores.fai[row][written]
     same = torch.allclose(now, then, atol=1e-5, equal_nan=True)
     assert same == (rate == 0.0), "a policy that has been trained since is measured as it is"

@@ -20,7 +20,7 @@ from torch import Tensor
 from attnprobe.adapters import Adapter, adapter_for
 from attnprobe.adapters.base import Layers, Mode
 from attnprobe.batch import BatchLike, TokenBatch
-from attnprobe.batch_run import check_fits
+from attnprobe.batch_run import MEMORY_BUDGET, TOKEN_BUDGET, check_fits
 from attnprobe.head_selection import HeadsLike
 from attnprobe.layout import check_unpacked
 from attnprobe.metric_arguments import HorizonLike, check_horizon
@@ -39,7 +39,7 @@ def knockout_divergence(
     layers: Layers = "all",
     heads: HeadsLike | None = None,
     mode: Mode = "mask",
-    batch_size: IntLike = 8,
+    batch_size: IntLike | None = None,
     progress: bool = False,
 ) -> Float[Tensor, "batch token"]:
     """Return how much later predictions change when no later token reads a token.
@@ -63,7 +63,8 @@ def knockout_divergence(
         heads: in which heads of these layers, in any form that `HeadSelection.of` accepts, such as
             `groups["global"]`; weights do not matter. Default: all.
         mode: "mask" or "value", as for `suppress_attention`.
-        batch_size: how many tokens to run at a time. Results do not depend on it.
+        batch_size: how many tokens to run at a time, each with a copy of the text; default: as many as fit
+            into 4,096 tokens and 2 GiB of logits. Results do not depend on it.
         progress: whether to show a progress bar.
 
     Raises:
@@ -77,7 +78,7 @@ def knockout_divergence(
     low, high = check_horizon(horizon)
     mask = as_mask(tokens, "tokens", tuple(batch.input_ids.shape), device=batch.input_ids.device)
     choice(mode, "mode", get_args(Mode))
-    batch_size = whole_number(batch_size, "batch_size", minimum=1)
+    batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", minimum=1)
     truth(progress, "progress")
     adapter = adapter_for(model)
     adapter.check_next_token_logits("knockout_divergence")
@@ -133,7 +134,7 @@ class ResponseRuns:
         columns: Sequence[int],
         horizon: tuple[int, int | None],
         chosen: dict[str, Any],
-        batch_size: int,
+        batch_size: int | None,
     ) -> Iterator[tuple[int, float]]:
         """Yield each column of the batch with the mean divergence over its horizon without that token.
 
@@ -141,6 +142,7 @@ class ResponseRuns:
         """
         low, high = horizon
         count = self.text.token_count
+        batch_size = self._fitting() if batch_size is None else batch_size
         for begin in range(0, len(columns), batch_size):
             part = columns[begin : begin + batch_size]
             keys = torch.tensor([column - self.shift for column in part])
@@ -150,6 +152,11 @@ class ResponseRuns:
                     inside &= self.queries <= key + min(high, count)
                 # The mean over no queries is NaN.
                 yield column, float(of_queries[inside].mean())
+
+    def _fitting(self) -> int:
+        """Return how many copies of the text run together: as many as the budgets of `measure` allow."""
+        logits = 4 * self.adapter.vocabulary_size * len(self.queries)
+        return max(1, min(TOKEN_BUDGET // self.text.token_count, MEMORY_BUDGET // logits))
 
     def _without(self, keys: Int[Tensor, " key"], chosen: dict[str, Any]) -> Float[Tensor, "key query"]:
         """Return the divergence at each query when no later token reads each of some keys."""

@@ -62,7 +62,7 @@ def knockout(
     horizon: HorizonLike = (10, None),
     modes: Sequence[Mode] = MODES,
     min_remaining: IntLike = 10,
-    batch_size: IntLike = 8,
+    batch_size: IntLike | None = None,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Knockouts:
@@ -82,7 +82,8 @@ def knockout(
             end of the response, as in the paper's analysis (App. A.1 of arXiv 2510.13554v2).
         modes: how tokens are suppressed: "mask", "value" or both.
         min_remaining: positions with fewer tokens after them, up to the next gap, are not chosen.
-        batch_size: how many tokens of a response to run at a time. Results do not depend on it.
+        batch_size: how many tokens of a response to run at a time, as for `knockout_divergence`. Results do
+            not depend on it.
         path: a JSON-lines file to which each trial is written when it is done. Trials that it already
             holds, of the same model, parameters, text and position, are not run again: an interrupted
             run continues, and a batch may grow, as may the number of drawn positions and the modes.
@@ -103,7 +104,7 @@ def knockout(
     seed = check_seed(seed)
     chosen_modes = _check_modes(modes)
     low_high = check_horizon(horizon)
-    batch_size = whole_number(batch_size, "batch_size", minimum=1)
+    batch_size = None if batch_size is None else whole_number(batch_size, "batch_size", minimum=1)
     truth(progress, "progress")
     batch = TokenBatch.of(batch)
     refuse_inputs(batch.model_inputs, "knockout")

@@ -20,6 +20,7 @@ from attnprobe.corpus.rows import Columns, RowReader
 from attnprobe.corpus.sources import open_source
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.measurement import group_maps, measure
+from attnprobe.models import DeviceLike
 from attnprobe.report import Report
 from attnprobe.rhythm import find_rhythm
 from attnprobe.scores import score_tokens
@@ -36,7 +37,7 @@ def report_row(
     model: Any = None,
     tokenizer: Any = None,
     source: PathLike | None = None,
-    device: str | None = None,
+    device: DeviceLike | None = None,
 ) -> Path:
     """Write the report of one row as `reports/ROW.html` into the folder of scores, and return its path.
 
@@ -45,7 +46,7 @@ def report_row(
         row: the number of the row in the input.
         model, tokenizer: with which the corpus was scored; None: loaded from where they came.
         source: the input, if it is no longer where it was.
-        device: where to put a model that is loaded here; None: where it is.
+        device: where a model that is loaded here runs, as for `load_model`.
 
     Raises:
         ParameterError: a row that the input does not have.
@@ -106,6 +107,7 @@ def report_row(
         group_maps(adapter, batch, groups),
         title=f"Row {number}" if read.id is None else f"Row {number}: {read.id}",
         notes=f"One answer of {scores.folder.name}, by the head groups of the whole corpus.",
+        tokenizer=tokenizer,
     )
     path = report_path(scores.folder, number)
     path.parent.mkdir(exist_ok=True)

@@ -7,20 +7,29 @@ others: the commands that read scores (reading_commands), and everything that co
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
 from rich.markup import escape
 
+from attnprobe.command_line import (
+    AUTO,
+    check_place,
+    interruptible,
+    out,
+    parse_horizon,
+    quiet_libraries,
+    say,
+    shows_progress,
+    usage,
+)
 from attnprobe.corpus import reading_commands
-from attnprobe.corpus.terminal import PlainHelp, ScoresByDefault, err, out, usual_device
+from attnprobe.corpus.terminal import PlainHelp, ScoresByDefault
+from attnprobe.errors import ParameterError, ResultError
 
 REJECTED = 3
 """The exit code if all rows are done, but some of them could not be scored."""
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     cls=ScoresByDefault,
@@ -120,15 +129,33 @@ def score(
 
     Exit code 3: all rows are done, but some were rejected; rejected.jsonl says why.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from attnprobe import corpus
     from attnprobe.corpus.folder import read_ledger
+    from attnprobe.heads import check_shares
     from attnprobe.layer_selection import parse_layers
+    from attnprobe.models import model_name
 
+    with usage("SOURCE"):
+        if not source.exists():
+            raise ResultError(f"there is no input at {source}")
+    with usage("--layers"):
+        chosen_layers = parse_layers(layers)
+    with usage("--horizon"):
+        chosen_horizon = parse_horizon(horizon)
+    with usage("--credit"):
+        chosen_credit = _credit(credit)
+    with usage("--quantile"):
+        check_shares(quantile, receivers=1)
+    with usage("--groups"):
+        chosen_groups = _groups(groups)
+    if ray_workers is not None and groups_only:
+        raise typer.BadParameter("--groups-only does not go with it", param_hint="--ray-workers")
+    with usage("--model"):
+        model_name(model)
     settings = corpus.CorpusSettings(
-        layers=parse_layers(layers),
+        layers=chosen_layers,
         window=window,
-        horizon=_horizon(horizon),
+        horizon=chosen_horizon,
         entropy=entropy,
         receivers=receivers,
         head_quantile=quantile,
@@ -137,7 +164,7 @@ def score(
         peak_quantile=peak_quantile,
         lookback=lookback,
         align=cast(Any, align),
-        credit=_credit(credit),
+        credit=chosen_credit,
         chat=chat,
         longest=longest,
     )
@@ -151,38 +178,38 @@ def score(
         keep=keep or (),
     )
     options: dict[str, Any] = {
-        "groups": _groups(groups),
+        "groups": chosen_groups,
         "settings": settings,
         "columns": columns,
         "rows_per_shard": rows_per_shard,
         "token_budget": token_budget,
         "seed": seed,
         "model": model,
-        "dtype": dtype,
-        "progress": True,
+        "progress": shows_progress(),
     }
-    if groups_only and ray_workers is not None:
-        raise typer.BadParameter("--groups-only does not go with --ray-workers")
-    try:
-        if ray_workers is not None:
-            found = corpus.score_with_ray(
-                source,
-                output,
-                workers=ray_workers,
-                cpus_per_worker=cpus_per_worker,
-                gpus_per_worker=gpus_per_worker,
-                device=device,
-                **options,
-            )
-        else:
-            err.print("Loading libraries ...")
-            found = corpus.score(
-                source, output, device=device or usual_device(), groups_only=groups_only, **options
-            )
-    except KeyboardInterrupt:
-        rows = sum(entry.rows for entry in read_ledger(output))
-        err.print(f"interrupted: {rows} rows are finished, and the same command continues", soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
+    with interruptible() as kept, quiet_libraries():
+        try:
+            if ray_workers is not None:
+                found = corpus.score_with_ray(
+                    source,
+                    output,
+                    workers=ray_workers,
+                    cpus_per_worker=cpus_per_worker,
+                    gpus_per_worker=gpus_per_worker,
+                    device=device,
+                    dtype=dtype,
+                    **options,
+                )
+            else:
+                place, kind = check_place(device or AUTO, dtype)
+                say("Loading libraries ...")
+                found = corpus.score(
+                    source, output, device=place, dtype=kind, groups_only=groups_only, **options
+                )
+        except KeyboardInterrupt:
+            rows = sum(entry.rows for entry in read_ledger(output))
+            kept.append(f"{rows} finished rows in {output}; the same command continues")
+            raise
     if groups_only:
         out.print(f"Head groups: [bold]{escape(str(output / 'groups.safetensors'))}[/]")
         return
@@ -206,24 +233,17 @@ def _groups(text: str) -> str | int:
     except ValueError:
         if text == "corpus" or Path(text).is_file():
             return text
-    raise typer.BadParameter(
-        '--groups must be "corpus", a number of rows (at least 2), or the file of saved groups; there is no '
+    raise ParameterError(
+        'it must be "corpus", a number of rows (at least 2), or the file of saved groups; there is no '
         f"file {text}"
     )
-
-
-def _horizon(text: str) -> tuple[int, int | None]:
-    low, dash, high = text.partition("-")
-    if not (dash and low.isdecimal() and (high.isdecimal() or not high)):
-        raise typer.BadParameter(f"--horizon must be such as 10-100, or 10- to the end; got {text!r}")
-    return int(low), int(high) if high else None
 
 
 def _credit(name: str | None) -> Any:
     if name is None:
         return None
     if name not in _CREDITS:
-        raise typer.BadParameter(f"--credit must be {', '.join(_CREDITS)}; got {name!r}")
+        raise ParameterError(f"it must be {', '.join(_CREDITS)}; got {name!r}")
     from attnprobe import rl
 
     return getattr(rl, _CREDITS[name])()

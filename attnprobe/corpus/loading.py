@@ -9,42 +9,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
+from attnprobe.errors import ModelLoadError
+from attnprobe.models import (
+    DTYPES,
+    PACKAGED_MODEL,
+    DeviceLike,
+    DtypeLike,
+    check_device,
+    check_dtype,
+    load_model,
+    load_tokenizer,
+)
 
-from attnprobe.errors import ModelLoadError, ParameterError
-from attnprobe.models import PACKAGED_MODEL, load_model, load_tokenizer
-from attnprobe.validation import choice, instance
 
-Numbers = Literal["float32", "bfloat16", "float16"]
-
-
-def check_device(device: str | None, dtype: str | None) -> None:
-    """Check where a model is to run, and in which numbers, before it is loaded.
+def check_place(device: DeviceLike | None, dtype: DtypeLike | None) -> None:
+    """Check where a model is to run, and in which numbers, before it is loaded; None is not checked.
 
     Raises:
         ParameterError: numbers of another kind, or a device that there is not.
 
-    >>> check_device("cpu", "bfloat16")
+    >>> check_place("cpu", "bfloat16")
     """
+    if device is not None:
+        check_device(device)
     if dtype is not None:
-        choice(dtype, "dtype", get_args(Numbers))
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=instance(device, str, "device"))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ParameterError(f"the device {device} cannot be used: {reason}") from error
+        check_dtype(dtype)
 
 
 def model_and_tokenizer(
     model: Any,
     tokenizer: Any = None,
     *,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: DeviceLike | None = None,
+    dtype: DtypeLike | None = None,
     progress: bool = False,
 ) -> tuple[Any, Any]:
     """Return a model and its tokenizer, loaded from a path or a name if they have to be.
@@ -58,16 +57,11 @@ def model_and_tokenizer(
     """
     if not (model is None or isinstance(model, str | Path)):
         return model, tokenizer
-    check_device(device, dtype)
     if tokenizer is None:
         with suppress(ModelLoadError):
             tokenizer = load_tokenizer(model)
-    loaded = load_model(model, with_tokenizer=False, progress=progress).model
-    if device is not None:
-        loaded.to(device)
-    if dtype is not None:
-        loaded.to(getattr(torch, dtype))
-    return loaded, tokenizer
+    loaded = load_model(model, device=device, dtype=dtype, with_tokenizer=False, progress=progress)
+    return loaded.model, tokenizer
 
 
 def source_of(model: Any) -> str:
@@ -83,7 +77,7 @@ def source_of(model: Any) -> str:
     return str(Path(model).absolute()) if model and Path(model).exists() else str(model)
 
 
-def model_of_scores(manifest: Mapping[str, Any], device: str | None = None) -> tuple[Any, Any]:
+def model_of_scores(manifest: Mapping[str, Any], device: DeviceLike | None = None) -> tuple[Any, Any]:
     """Return the model and the tokenizer that scores are of, loaded from where they came.
 
     Raises:
@@ -92,7 +86,7 @@ def model_of_scores(manifest: Mapping[str, Any], device: str | None = None) -> t
     dtype = manifest["model"].get("dtype")
     try:
         return model_and_tokenizer(
-            _known_source(manifest), device=device, dtype=dtype if dtype in get_args(Numbers) else None
+            _known_source(manifest), device=device, dtype=dtype if dtype in DTYPES else None
         )
     except ModelLoadError as error:
         raise ModelLoadError(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from attnprobe.corpus.summary import CorpusSummary
 from attnprobe.errors import MissingDependencyError
-from attnprobe.report.response import visible
+from attnprobe.report.visible_text import visible
 from attnprobe.storage import PathLike, as_path, write_atomically
 from attnprobe.version import __version__
 

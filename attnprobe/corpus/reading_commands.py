@@ -7,6 +7,8 @@ the command that writes scores (commands).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +16,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from attnprobe.corpus.terminal import err, out, usual_device
+from attnprobe.command_line import AUTO, check_place, err, interruptible, out, quiet_libraries, say, usage
+from attnprobe.errors import ParameterError
 
 ScoresArgument = Annotated[Path, typer.Argument(help="A folder of scores.")]
 
@@ -39,8 +42,10 @@ def summary(
     """
     from attnprobe import corpus
 
-    opened = _chosen(corpus.load_scores(scores), where)
-    found = corpus.summarize(opened, tokenizer=_tokenizer(tokenizer, opened), top=top, sample=sample)
+    with _reads_scores(scores), usage("--where"):
+        opened = _chosen(corpus.load_scores(scores), where)
+    with interruptible(), quiet_libraries():
+        found = corpus.summarize(opened, tokenizer=_tokenizer(tokenizer, opened), top=top, sample=sample)
     out.print(escape(found.counts()), soft_wrap=True)
     told = f"with {found.confidence:.0%} intervals"
     table = Table(title=f"Means over the corpus, {told}", title_justify="left")
@@ -89,16 +94,22 @@ def compare(
     from attnprobe import corpus
 
     if second is None and by is None:
-        raise typer.BadParameter("name a second folder, or a field with --by, to compare with")
+        raise typer.BadParameter(
+            "name a second folder, or a field with --by, to compare with", param_hint="SECOND"
+        )
     if second is not None and by is not None:
         raise typer.BadParameter("name either a second folder or a field with --by, not both")
-    scores = corpus.load_scores(first)
+    with _reads_scores(first):
+        scores = corpus.load_scores(first)
     if by is not None:
-        pair = scores.where(by, False), scores.where(by, True)
+        with usage("--by"):
+            pair = scores.where(by, False), scores.where(by, True)
     else:
         assert second is not None
-        pair = scores, corpus.load_scores(second)
-    found = corpus.compare(*pair, paired=paired)
+        with _reads_scores(second):
+            pair = scores, corpus.load_scores(second)
+    with interruptible():
+        found = corpus.compare(*pair, paired=paired)
     table = Table(title=f"{found.rows[0]} and {found.rows[1]} rows", title_justify="left")
     names = ("first", "second") if by is None else (f"{by} is false", f"{by} is true")
     for title in ("mean", *names, "difference", f"its {found.confidence:.0%} interval"):
@@ -126,12 +137,28 @@ def report(
 ) -> None:
     """Write the report of one answer, for which the model runs again; `summary` then links to it."""
     from attnprobe import corpus
+    from attnprobe.models import model_name
 
-    err.print("Loading libraries ...")
-    page = corpus.report_row(
-        corpus.load_scores(scores), row, model=model, source=source, device=device or usual_device()
-    )
+    with _reads_scores(scores):
+        opened = corpus.load_scores(scores)
+    if model is not None:
+        with usage("--model"):
+            model_name(model)
+    with interruptible(), quiet_libraries():
+        place, _ = check_place(device or AUTO, None)
+        say("Loading libraries ...")
+        page = corpus.report_row(opened, row, model=model, source=source, device=place)
     out.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
+
+
+@contextmanager
+def _reads_scores(folder: Path) -> Iterator[None]:
+    """Take a folder that holds no scores for wrong usage."""
+    if folder.is_dir():
+        yield
+        return
+    with usage("SCORES"):
+        yield
 
 
 def _tokenizer(name: str | None, scores: Any) -> Any:
@@ -154,7 +181,7 @@ def _chosen(scores: Any, where: list[str] | None) -> Any:
     for condition in where or ():
         field, equals, text = condition.partition("=")
         if not equals:
-            raise typer.BadParameter(f"--where must be field=value; got {condition!r}")
+            raise ParameterError(f"it must be field=value; got {condition!r}")
         try:
             value = json.loads(text)
         except ValueError:

@@ -22,13 +22,14 @@ from attnprobe.corpus.batching import Budget
 from attnprobe.corpus.fingerprints import groups_fingerprint, model_fingerprint, tokenizer_fingerprint
 from attnprobe.corpus.folder import ScoreFolder, open_folder, write_shard
 from attnprobe.corpus.grouping import CorpusGroups, Grouping, Rows, check_given, find_groups
-from attnprobe.corpus.loading import check_device, model_and_tokenizer, source_of
+from attnprobe.corpus.loading import check_place, model_and_tokenizer, source_of
 from attnprobe.corpus.rows import Columns, Row, RowReader, check_fields
 from attnprobe.corpus.schema import SCHEMA_VERSION
 from attnprobe.corpus.scorer import Scorer
 from attnprobe.corpus.settings import CorpusSettings
 from attnprobe.corpus.sources import ROWS_PER_SHARD, Source, open_source
 from attnprobe.head_groups import HeadGroups
+from attnprobe.models import DeviceLike, DtypeLike
 from attnprobe.storage import PathLike, import_pyarrow
 from attnprobe.validation import IntLike, instance, truth, whole_number
 
@@ -78,8 +79,8 @@ def score(
     token_budget: IntLike | None = None,
     memory_budget: IntLike | None = None,
     seed: IntLike = 0,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: DeviceLike | None = None,
+    dtype: DtypeLike | None = None,
     groups_only: bool = False,
     progress: bool = False,
 ) -> CorpusRun:
@@ -100,8 +101,7 @@ def score(
         token_budget, memory_budget: how much runs at a time; default: by the device. They change scores by
             rounding only, and may differ between runs that continue each other.
         seed: of the rows that are drawn for grouping.
-        device: where to put a model that is loaded here, such as "cuda"; None: where it is.
-        dtype: its numbers: "float32", "bfloat16" or "float16"; None: as saved.
+        device, dtype: where a model that is loaded here runs, and in which numbers, as for `load_model`.
         groups_only: whether to stop when the heads are grouped, `scores/groups.safetensors`; the same call
             without it continues.
         progress: whether to show a progress bar.
@@ -117,7 +117,7 @@ def score(
     """
     truth(groups_only, "groups_only")
     truth(progress, "progress")
-    check_device(device, dtype)
+    check_place(device, dtype)
     plan = Plan.of(
         source,
         groups=groups,
@@ -212,8 +212,8 @@ class Plan:
         model: Any = None,
         tokenizer: Any = None,
         *,
-        device: str | None = None,
-        dtype: str | None = None,
+        device: DeviceLike | None = None,
+        dtype: DtypeLike | None = None,
         progress: bool = False,
     ) -> Job:
         """Load the model, and check that all of it can be done with it; raises what `score` does."""

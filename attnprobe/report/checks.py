@@ -1,25 +1,28 @@
-"""Whether results belong together: the same tokens, model, window, horizon, layers and heads.
+"""Whether results belong together: the same tokens, example, model, window, horizon, layers and heads.
 
 A report of results that do not belong together would show numbers next to the wrong tokens, or attribute them
-to the wrong model and heads. `Report` calls `check_results_fit` when it is made. What is left to others:
-whether each result is valid in itself (the results' own modules).
+to the wrong model and heads. `Report` calls `check_results_fit` when it is made, and `check_weights`. Names,
+ids and columns are compared here; whether the numbers themselves follow from one another, `agreement` checks.
+What is left to others: whether each result is valid in itself (the results' own modules).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from attnprobe.batch import TokenBatch
-from attnprobe.errors import ResultError
+from attnprobe.errors import ParameterError, ResultError
 from attnprobe.head_groups import HeadGroups
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.maps import GroupMaps
 from attnprobe.provenance import Provenance
+from attnprobe.report.agreement import check_map_numbers, check_rhythm_numbers, check_score_numbers
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores, check_same_tokens
-from attnprobe.validation import brief
+from attnprobe.validation import as_float_tensor, brief
 
 
 def check_results_fit(
@@ -43,7 +46,7 @@ def check_results_fit(
     for name, result in named.items():
         if result.response_mask is not None:
             check_same_tokens(batch, result, f"the {name}")
-            _check_response(batch, result.response_mask, f"the {name}", example)
+            check_response(batch, result.response_mask, f"the {name}", example)
     _check_heads(statistics, heads)
     measured = Provenance(
         statistics.model_name,
@@ -54,11 +57,48 @@ def check_results_fit(
         influence_rows=statistics.influence_rows,
         value_weighted=statistics.value_weighted,
     )
-    _check_provenance(measured, scores.provenance, "scores", "the statistics and head groups")
-    _check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
+    check_provenance(measured, scores.provenance, "scores", "the statistics and head groups")
+    # Scores that were made by hand know nothing of what the rhythm may know.
+    check_provenance(measured, rhythm.provenance, "rhythm", "the statistics and head groups")
+    check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
+    check_score_numbers(statistics, scores, example)
+    check_rhythm_numbers(scores, rhythm, example)
     if maps is not None:
         _check_maps(batch, maps, example)
-        _check_provenance(measured, maps.provenance, "maps", "the statistics and head groups")
+        check_provenance(measured, maps.provenance, "maps", "the statistics and head groups")
+        check_map_numbers(maps.select(maps_entry(maps, batch, example)), statistics, scores, example)
+
+
+def check_weights(weights: Any, batch: TokenBatch, example: int) -> dict[str, Tensor]:
+    """Return the weights of strategies by name.
+
+    Raises:
+        ParameterError: something that is no mapping from names to `[batch, token]`, or weights that are
+            undefined, infinite or negative on a token of the response.
+    """
+    if weights is None:
+        return {}
+    hint = 'pass them by name, such as {"coupled": CoupledRhythmCredit()(scores)}'
+    if not isinstance(weights, Mapping) or not all(isinstance(name, str) and name for name in weights):
+        raise ParameterError(f"weights must be a mapping from names to gamma; got {brief(weights)}: {hint}")
+    checked = {}
+    for name, values in weights.items():
+        gamma = as_float_tensor(values, f"weights[{name!r}]")
+        if gamma.shape != batch.input_ids.shape:
+            raise ParameterError(
+                f"weights[{name!r}] must be [batch, token] = {list(batch.input_ids.shape)}, as the batch; "
+                f"got {list(gamma.shape)}"
+            )
+        inside = batch.response_mask[example].to(gamma.device)
+        own = gamma[example]
+        wrong = ((~own.isfinite() | (own < 0)) & inside).nonzero()[:, 0].tolist()
+        if wrong:
+            raise ParameterError(
+                f"weights[{name!r}] must be finite and not negative; they are {float(own[wrong[0]]):.3g} in "
+                f"column {wrong[0]} of example {example}, and wrong in {len(wrong)} columns of its response"
+            )
+        checked[name] = gamma
+    return checked
 
 
 def maps_entry(maps: GroupMaps, batch: TokenBatch, example: int) -> int:
@@ -89,7 +129,7 @@ def _token_shape(result: Any) -> list[int]:
     return list(mask.shape)
 
 
-def _check_response(batch: TokenBatch, mask: Tensor, name: str, example: int) -> None:
+def check_response(batch: TokenBatch, mask: Tensor, name: str, example: int) -> None:
     """Check that a result describes the same tokens of the example as the batch."""
     ours, theirs = batch.response_mask[example].cpu(), mask[example].cpu()
     if bool((theirs != ours).any()):
@@ -111,7 +151,7 @@ def _heads_of(heads: HeadGroups) -> dict[str, tuple[tuple[int, int, float], ...]
     return found if heads.receiver_heads is None else {**found, "receiver": heads.receiver.heads}
 
 
-def _check_provenance(expected: Provenance, found: Provenance, name: str, source: str) -> None:
+def check_provenance(expected: Provenance, found: Provenance, name: str, source: str) -> None:
     """Check that a result was computed from what is shown with it, as far as both are known."""
     for field in ("model_name", "layers", "window", "horizon", "influence_rows", "value_weighted"):
         ours, theirs = getattr(expected, field), getattr(found, field)
@@ -136,7 +176,7 @@ def _check_maps(batch: TokenBatch, maps: GroupMaps, example: int) -> None:
     columns = maps.columns_of(entry)
     inside = set(batch.response_mask[example].nonzero()[:, 0].tolist())
     hint = f"pass group_maps(..., example={example})"
-    if not columns or not inside.issuperset(columns):
+    if not columns or not inside.issuperset(columns) or sorted(set(columns)) != columns:
         raise ResultError(
             f"the maps are of columns {_range(columns)}, but the response of example {example} is in "
             f"columns {_range(sorted(inside))}: {hint}"

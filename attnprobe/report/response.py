@@ -1,30 +1,30 @@
 """One response of a batch as a list of tokens, each with everything that is known about it.
 
 `Report` reads its response here. Results are tensors over a whole batch; a page shows one response, token by
-token. `read_response` gathers the tokens, and `coupled_pairs` the preplans and anchors that belong together.
-What is left to others: whether the results fit together (checks) and how things look (tokens, figures, page).
+token. `read_response` gathers the tokens, `coupled_pairs` the preplans and anchors that belong together, and
+`influence_rows` how many rows each token's FAI is a mean over. What is left to others: whether the results
+fit together (checks), what is packed into the page (entry), and how things look (assets).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import re
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from attnprobe.batch import TokenBatch
+from attnprobe.head_statistics import HeadStatistics
+from attnprobe.reductions import Horizon
+from attnprobe.report.visible_text import on_one_line, visible
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
 from attnprobe.texts import with_markers
 
-_NEWLINES = re.compile(r"\r\n|\r|\n")
-# The controls that embed, override or isolate a writing direction. Plain direction marks stay.
-_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _LONG_RUN = 8
-_CONTEXT_BEFORE = 4
-_CONTEXT_AFTER = 3
+ENOUGH_ROWS = 10
+"""An FAI that is a mean over fewer rows says more about these rows than about the token."""
 
 
 @dataclass(frozen=True)
@@ -44,31 +44,22 @@ class ResponseToken:
 
     @property
     def label(self) -> str:
-        """The text on one line, with line breaks shown as a symbol, for hover boxes and tables."""
+        """The text on one line, with line breaks shown as a symbol, for tables."""
         return on_one_line(self.text)
-
-
-@dataclass(frozen=True)
-class Context:
-    """A token with the text around it, on one line."""
-
-    before: str
-    token: ResponseToken
-    after: str
 
 
 @dataclass(frozen=True)
 class CoupledPair:
     """A preplan, the anchor that follows or coincides with it, and the intro of a dominated anchor."""
 
-    preplan: Context
-    anchor: Context
+    preplan: ResponseToken
+    anchor: ResponseToken
     intro: ResponseToken | None
 
     @property
     def distance(self) -> int:
         """The distance from preplan to anchor, in tokens."""
-        return self.anchor.token.column - self.preplan.token.column
+        return self.anchor.column - self.preplan.column
 
 
 def read_response(
@@ -76,7 +67,7 @@ def read_response(
 ) -> tuple[ResponseToken, ...]:
     """Return the response tokens of one example; without texts, their ids serve as texts."""
     columns = batch.response_mask[example].nonzero()[:, 0].tolist()
-    shown = _texts_of(batch, example)
+    shown = shown_texts(batch, example)
     texts = [visible(shown[column]) for column in columns]
     waad, fai, receiver_fai, entropy = (
         _floats(getattr(scores, name), example, columns)
@@ -110,10 +101,36 @@ def coupled_pairs(tokens: tuple[ResponseToken, ...], rhythm: Rhythm, example: in
         # Only a rhythm made by hand has pairs outside the response; there is no token to show for them.
         if preplan in place and anchor in place:
             intro = _intro(tokens, place[anchor], rhythm, example)
-            pairs.append(
-                CoupledPair(_context(tokens, place[preplan]), _context(tokens, place[anchor]), intro)
-            )
+            pairs.append(CoupledPair(tokens[place[preplan]], tokens[place[anchor]], intro))
     return tuple(pairs)
+
+
+def influence_rows(batch: TokenBatch, statistics: HeadStatistics, example: int) -> Tensor | None:
+    """Return over how many rows the FAI of each column is a mean (`H(s)` in Eq. 10 of arXiv 2510.13554v2).
+
+    None if they are rows of a segment that the batch does not have.
+    """
+    name = statistics.influence_rows
+    if name not in ("response", "prompt", "first", *batch.segment_names):
+        return None
+    rows = batch.segment(name)[example].long().cpu()
+    low, high = statistics.horizon
+    count = len(rows)
+    before = rows.new_zeros(count + 1)
+    before[1:] = rows.cumsum(0)
+    column = rows.new_tensor(range(count))
+    end = column.new_full((count,), count) if high is None else (column + high + 1).clamp(max=count)
+    return (before[end] - before[(column + low).clamp(max=count)]).clamp(min=0)
+
+
+def enough_rows(horizon: Horizon) -> int:
+    """Return how many rows an FAI should be a mean over: ten, or all of a shorter horizon.
+
+    >>> enough_rows((10, 100)), enough_rows((1, 4))
+    (10, 4)
+    """
+    low, high = horizon
+    return ENOUGH_ROWS if high is None else min(ENOUGH_ROWS, high - low + 1)
 
 
 def prompt_text(batch: TokenBatch, example: int) -> str | None:
@@ -122,12 +139,12 @@ def prompt_text(batch: TokenBatch, example: int) -> str | None:
         return None
     start = int(batch.response_mask[example].nonzero()[0, 0])
     real = batch.attention_mask[example].tolist()
-    texts = _texts_of(batch, example)
+    texts = shown_texts(batch, example)
     text = "".join(texts[column] for column in range(start) if real[column])
     return visible(text) or None
 
 
-def _texts_of(batch: TokenBatch, example: int) -> list[str]:
+def shown_texts(batch: TokenBatch, example: int) -> list[str]:
     """Return the text of each token, or else its id; hundreds of an image's tokens are shown once."""
     ids = batch.input_ids[example].tolist()
     if batch.texts is not None:
@@ -141,53 +158,11 @@ def _texts_of(batch: TokenBatch, example: int) -> list[str]:
     return shown
 
 
-def visible(text: str) -> str:
-    """Return a text with symbols for characters that a page cannot hold, or that would rearrange it.
-
-    Line breaks and tabs stay.
-
-    >>> visible("\\x00") == "\\u2400"
-    True
-    """
-    return "".join(_visible_character(character) for character in text)
-
-
-def on_one_line(text: str) -> str:
-    """Return a text with its line breaks as symbols.
-
-    >>> on_one_line("so\\n\\n") == "so\\u21b5\\u21b5"
-    True
-    """
-    return _NEWLINES.sub("\u21b5", text)
-
-
-def _visible_character(character: str) -> str:
-    code = ord(character)
-    if code < 0x20 and character not in "\n\r\t":
-        # Unicode has a picture of each control character.
-        return chr(0x2400 + code)
-    if code == 0x7F:
-        return "\u2421"
-    if character in _REORDERING:
-        # One such token would reorder the text of all tokens after it.
-        return f"\u27e8{code:04X}\u27e9"
-    # A lone surrogate cannot be encoded; a tokenizer should not produce one, but a page must not fail on it.
-    return "\ufffd" if 0xD800 <= code <= 0xDFFF else character
-
-
 def _floats(values: Tensor | None, example: int, columns: list[int]) -> list[float]:
     if values is None:
         return [math.nan] * len(columns)
     found: list[float] = values[example, columns].detach().float().cpu().tolist()
     return found
-
-
-def _context(tokens: tuple[ResponseToken, ...], place: int) -> Context:
-    before = tokens[max(0, place - _CONTEXT_BEFORE) : place]
-    after = tokens[place + 1 : place + 1 + _CONTEXT_AFTER]
-    return Context(
-        "".join(token.label for token in before), tokens[place], "".join(token.label for token in after)
-    )
 
 
 def _intro(

@@ -29,6 +29,8 @@ ALLOWED = {
     # Log-probabilities, whose gradients are weighted and whose values are left alone.
     ("gate_gradient", "values"): {"nan", "infinite", "negative"},
     # None is the default.
+    ("figures.rhythm", "rhythm"): {"NoneType 'None'"},
+    ("figures.tokens", "rhythm"): {"NoneType 'None'"},
     ("load_model", "source"): {"NoneType 'None'"},
     ("RolloutCredit", "advantages"): {"NoneType 'None'"},
     ("HeadStatisticsProbe", "entropy"): {"NoneType 'None'"},

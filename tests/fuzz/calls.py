@@ -309,6 +309,14 @@ def calls() -> list[Call]:
                 "example": "index",
             },
         ),
+        Call(
+            "Report weights",
+            lambda weights: attnprobe.Report(
+                batch, stats, heads, scores, rhythm, weights={"coupled": weights}
+            ).weights["coupled"],
+            {"weights": torch.full(tuple(batch.input_ids.shape), 1.5)},
+            {"weights": "weights"},
+        ),
         # analysis
         Call(
             "couplings",
@@ -383,7 +391,7 @@ def calls() -> list[Call]:
                 "tokens": "mask",
                 "horizon": "horizon",
                 "heads": "heads",
-                "batch_size": "count",
+                "batch_size": "optional count",
             },
         ),
         Call(
@@ -409,7 +417,7 @@ def calls() -> list[Call]:
                 "seed": "distance",
                 "horizon": "horizon",
                 "min_remaining": "count",
-                "batch_size": "count",
+                "batch_size": "optional count",
             },
         ),
         Call(
@@ -572,6 +580,31 @@ def calls() -> list[Call]:
         ),
         # models
         Call("load_model", load_model, {"source": "x"}, {"source": "path"}),
+        # figures
+        *(
+            Call(
+                f"figures.{name}",
+                lambda name=name, **options: str(getattr(attnprobe.figures, name)(**options)),
+                {"scores": scores, "rhythm": rhythm, "example": 0} | more,
+                {"scores": "result", "rhythm": "result", "example": "index"} | kinds,
+            )
+            for name, more, kinds in (
+                ("rhythm", {}, {}),
+                ("tokens", {"batch": batch, "score": "fai"}, {"score": "word"}),
+            )
+        ),
+        Call(
+            "figures.heads",
+            lambda **options: str(attnprobe.figures.heads(**options)),
+            {"groups": heads},
+            {"groups": "result"},
+        ),
+        Call(
+            "figures.head_map",
+            lambda **options: str(attnprobe.figures.head_map(model, batch, **options)),
+            {"layer": 1, "head": 2, "example": 0},
+            {"layer": "index", "head": "index", "example": "index"},
+        ),
         Call(
             "tokens of the model",
             lambda **options: attnprobe.adapter_for(**options).layers,

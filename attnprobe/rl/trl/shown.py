@@ -147,6 +147,9 @@ def report_of(
             f"The attention shown is that of the policy at step {trainer.state.global_step}; the weights "
             f"are those of step {step}."
         )
+    # Of what the policy wrote; nothing else is weighted.
+    gamma = torch.ones(batch.input_ids.shape)
+    gamma[batch.response_mask.cpu()] = weighed.gamma[number][rollout.response_mask[number]].float().cpu()
     return Report(
         batch,
         statistics,
@@ -155,6 +158,8 @@ def report_of(
         find_rhythm(scores),
         title=f"Credit at step {step}, completion {number}",
         notes="\n".join(told),
+        weights={type(credit.credit).__name__: gamma},
+        tokenizer=tokenizer_of(trainer),
     )
 
 
