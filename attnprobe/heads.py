@@ -163,10 +163,15 @@ RESTING = 0.3
 """A head that gives the first token at least this share of its attention is said to rest on it."""
 
 
-def warn_of_sinks(global_heads: Bool[Tensor, "layer head"], on_first: Float[Tensor, "layer head"]) -> None:
+def warn_of_sinks(
+    global_heads: Bool[Tensor, "layer head"],
+    on_first: Float[Tensor, "layer head"],
+    remedy: str = 'classify_heads(statistics, span="ignoring")',
+) -> None:
     """Warn if most global heads rest on the first token, so that their span says little about distance.
 
-    `on_first` is the mean share of each head's attention that is on the first token.
+    `on_first` is the mean share of each head's attention that is on the first token; `remedy` is the call
+    that ranks heads otherwise.
     """
     shares = on_first[global_heads]
     resting = int((shares >= RESTING).sum())
@@ -175,7 +180,7 @@ def warn_of_sinks(global_heads: Bool[Tensor, "layer head"], on_first: Float[Tens
             f"{resting} of {len(shares)} global heads rest on the first token: they give it at least "
             f"{RESTING:.0%} of their attention ({float(shares.nanmean()):.0%} on average over the group), "
             "which Eq. 7 counts as the longest distance. To rank heads by what they read besides it: "
-            'classify_heads(statistics, span="ignoring")',
+            f"{remedy}",
             AttnprobeWarning,
             stacklevel=3,
         )

@@ -57,6 +57,7 @@ def load_model(
     *,
     device: DeviceLike | None = None,
     dtype: DtypeLike | None = None,
+    with_tokenizer: bool = True,
     progress: bool = False,
 ) -> LoadedModel:
     """Load a model with its tokenizer.
@@ -67,6 +68,7 @@ def load_model(
         device: where the model runs: "cpu", "cuda", "cuda:1" or a torch device; None: the CPU.
         dtype: the numbers that it computes with: "float32", "bfloat16", "float16" or torch's own; None: those
             in which it was saved.
+        with_tokenizer: whether to load the tokenizer too; without it, None is in its place.
         progress: whether to show a progress bar.
 
     Raises:
@@ -74,6 +76,7 @@ def load_model(
         ModelLoadError: a file or folder that is missing or damaged, or a name that cannot be fetched.
         MissingDependencyError: a GGUF file without the `gguf` extra.
     """
+    truth(with_tokenizer, "with_tokenizer")
     truth(progress, "progress")
     place = None if device is None else check_device(device)
     kind = None if dtype is None else check_dtype(dtype)
@@ -82,11 +85,13 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with (
-        progress_bar("loading", 2, shown=progress) as advance,
+        progress_bar("loading", 1 + with_tokenizer, shown=progress) as advance,
         _explained(f"cannot load {name} from {source or where}"),
     ):
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        advance()
+        tokenizer = None
+        if with_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            advance()
         model: Any = AutoModelForCausalLM.from_pretrained(where, **options, **wanted)
         # GGUF files are converted to float32, whatever was asked for.
         if kind is not None and model.dtype != kind:

@@ -16,7 +16,9 @@ SETTINGS = CorpusSettings(horizon=(2, 20))
 BAD_LINES = {
     b"\xff\xfe{}": "not UTF-8",
     b'{"prompt": "a", "response": ""}': "empty",
-    b'{"prompt": "a"}': "missing field",
+    b'{"prompt": "a"}': "missing field: response; the row has prompt",
+    b'{"prompt": "a", "response": null}': "missing field: response is null",
+    b'{"messages": [{"content": "a"}], "response": "b"}': "wrong type: the role of a turn",
     b"[1]": "wrong type",
     b'{"prompt": 3, "response": "a"}': "wrong type",
     b'{"prompt": "\\ud800", "response": "a"}': "not UTF-8",

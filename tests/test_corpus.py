@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import attnprobe
-from attnprobe import HeadGroups, ParameterError, ResultError, adapter_for, classify_heads
+from attnprobe import HeadGroups, ModelLoadError, ParameterError, ResultError, adapter_for, classify_heads
 from attnprobe.batch_run import LEAST_BUSY, MOST_PADDING
-from attnprobe.corpus import Columns, CorpusSettings, score
+from attnprobe.corpus import Columns, CorpusSettings, RowScorer, report_row, score
 from attnprobe.corpus.batching import Budget, micro_batches
 from attnprobe.corpus.rows import Row
 from attnprobe.corpus.sources import open_source
@@ -83,21 +83,24 @@ def test_other_families_are_scored_too(family: str, tmp_path: Path) -> None:
     assert_scored(lines_of(tmp_path / "out"), scored_by_hand(other, corpus, SETTINGS))
 
 
-def test_bad_rows_are_rejected_with_their_reason(model, tokenizer, tmp_path: Path) -> None:
+def test_bad_rows_are_rejected_with_their_reason(model, tokenizer, tmp_path: Path, capsys) -> None:
     """Each in the midst of good ones, which are scored; blank lines are no rows."""
     good = {"prompt": "Read", "response": "what the model reads"}
     lines = [part for bad in BAD_LINES for part in (good, b"  ", bad)]
     run = score(
         write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out", model=model, tokenizer=tokenizer,
-        settings=SETTINGS, rows_per_shard=7,
+        settings=SETTINGS, rows_per_shard=7, progress=True,
     )  # fmt: skip
+    assert capsys.readouterr().err.count(f" {len(lines)}/{len(lines)} ") == 2
     assert (run.rows, run.rejected) == (2 * len(BAD_LINES), len(BAD_LINES))
     rejected = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert [line["row"] for line in rejected] == list(range(2, 3 * len(BAD_LINES), 3))
     for line, reason in zip(rejected, BAD_LINES.values(), strict=True):
         assert line["reason"].startswith(reason), line
     everything = lines_of(tmp_path / "out", rejected=True)
-    assert [line["row"] for line in everything if line["rejected"] is None] == list(range(0, 45, 3))
+    assert [line["row"] for line in everything if line["rejected"] is None] == list(
+        range(0, 3 * len(BAD_LINES), 3)
+    )
     first, *others = (torch.tensor(line["waad"]) for line in everything if line["rejected"] is None)
     assert all(torch.allclose(first, other, atol=1e-6) for other in others)
 
@@ -239,6 +242,91 @@ def test_an_input_that_is_none_is_refused(tmp_path: Path) -> None:
             open_source(tmp_path / name)
 
 
+def test_no_file_of_a_folder_is_left_out_in_silence(tmp_path: Path) -> None:
+    """Whatever would not be read is named; what is clearly no rows may lie there, and marks are no rows."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [b'\xef\xbb\xbf{"n": 0}', b"\xef\xbb\xbf", {"n": 1}])
+    write_lines(folder / "b.JSONL", [{"n": 2}])
+    write_lines(folder / "c.ndjson", [{"n": 3}])
+    (folder / "scores").mkdir()
+    for name in ("README.md", ".gitattributes", "_SUCCESS", "scores/.lock"):
+        (folder / name).touch()
+    assert [row.values for row in open_source(folder, 10).window(0)] == [{"n": n} for n in range(4)]
+    for name, told in (
+        ("d.parquet", r"several kinds \(a.jsonl, d.parquet\)"),
+        ("d.jsonl.gz", r"holds d.jsonl.gz, which would not be read"),
+        ("d.json", r"holds d.json, which"),
+        ("more/d.jsonl", r"holds more, which"),
+        ("more.jsonl/d.jsonl", r"holds more.jsonl, which"),
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+        with pytest.raises(ResultError, match=told):
+            open_source(folder)
+        (folder / name).unlink()
+        if "/" in name:
+            (folder / name).parent.rmdir()
+
+
+@pytest.mark.parametrize("groups", ["corpus", 2])
+def test_a_run_that_read_no_row_says_why_and_may_be_begun_anew(
+    model, tokenizer, tmp_path: Path, groups: Any
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [{"question": "Read", "answer": "what it reads"}] * 3)
+    options: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "groups": groups}
+    with pytest.raises(
+        ResultError, match=r"no row could be read, .* row \d: missing field: prompt; the row has"
+    ):
+        score(source, tmp_path / "out", **options)
+    columns = Columns(prompt="question", response="answer")
+    assert score(source, tmp_path / "out", columns=columns, **options).rows == 3
+    with pytest.raises(ResultError, match=r"columns\.prompt"):
+        score(source, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize(
+    "columns", [{"keep": ["ok", "corect"]}, {"id": "corect"}, {"response_ids": "corect"}]
+)
+def test_a_field_that_no_row_has_is_refused_before_anything_is_loaded(tmp_path: Path, columns: Any) -> None:
+    """One that some row has, however late, is not."""
+    lines = [{"n": number} for number in range(5)]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    with pytest.raises(ParameterError, match=r"has the field 'corect.*'; there are n"):
+        score(source, tmp_path / "out", model="no model", columns=Columns(**columns), rows_per_shard=2)
+    source = write_lines(tmp_path / "in.jsonl", [*lines, {"corect": 1, "ok": None}])
+    with pytest.raises(ModelLoadError):
+        score(source, tmp_path / "out", model="./no model", columns=Columns(**columns), rows_per_shard=2)
+
+
+def test_rows_of_ids_need_no_tokenizer(model, tmp_path: Path) -> None:
+    """Nor does a model that is saved without one; the report of a row finds it again."""
+    model.save_pretrained(tmp_path / "model")
+    source = write_lines(tmp_path / "in.jsonl", rows(3))
+    folder = score(source, tmp_path / "out", model=tmp_path / "model", dtype="bfloat16").folder
+    assert report_row(attnprobe.load_scores(folder), 1).is_file()
+    text = write_lines(tmp_path / "text.jsonl", [{"prompt": "a", "response": "b"}])
+    with pytest.raises(ParameterError, match="or a model that is saved with one"):
+        score(text, tmp_path / "text", model=tmp_path / "model")
+
+
+def test_what_identifies_a_row_is_a_text_or_a_number(model, tmp_path: Path) -> None:
+    """And what is kept is JSON that every reader takes."""
+    names: list[Any] = ["a", 7, 7.5, None, float("nan"), True, [1], {"a": 1}]
+    lines = [
+        {"id": name, "prompt_ids": [1], "response_ids": [2, 3], "n": [float("nan"), {"x": name}]}
+        for name in names
+    ]
+    source = write_lines(tmp_path / "in.jsonl", lines)
+    score(source, tmp_path / "out", model=model, settings=SETTINGS, columns=Columns(keep="n"))
+    found = lines_of(tmp_path / "out", rejected=True)
+    assert [line["id"] for line in found] == ["a", "7", "7.5", *[None] * 5]
+    assert [line["rejected"] is None for line in found] == [True] * 5 + [False] * 3
+    assert found[5]["rejected"] == "wrong type: id must be a text or a number; got True"
+    assert "NaN" not in "".join(line["kept"] for line in found)
+    assert json.loads(found[1]["kept"]) == {"n": [None, {"x": 7}]}
+
+
 def test_groups_may_be_given_saved_or_of_a_sample(model, tmp_path: Path) -> None:
     corpus = rows(12)
     source = write_lines(tmp_path / "in.jsonl", corpus)
@@ -263,6 +351,31 @@ def test_groups_may_be_given_saved_or_of_a_sample(model, tmp_path: Path) -> None
     assert lines_of(tmp_path / "only") == []
     assert run("only") == whole
     assert str(lines_of(tmp_path / "only")) == str(lines_of(tmp_path / "corpus"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"receivers": True}, "receivers are asked for, but the groups have none"),
+        ({"layers": [0]}, r"layers are \[0\], but those of the groups are \[0, 1\]"),
+        ({"head_quantile": 0.1}, "head_quantile is 0.1, but that of the groups is 0.25"),
+        ({"head_span": "ignoring"}, "made by plain spans"),
+    ],
+)
+def test_settings_that_saved_groups_contradict_are_refused(
+    model, tmp_path: Path, settings: Any, told: str
+) -> None:
+    """Whatever asks for another grouping is not passed over: in a run and in a stage."""
+    statistics = attnprobe.measure(model, rows(1)[0]["response_ids"], layers=[0, 1])
+    groups = classify_heads(statistics, quantile=0.25)
+    source = write_lines(tmp_path / "in.jsonl", rows(2))
+    with pytest.raises(ParameterError, match=told):
+        score(source, tmp_path / "out", model=model, groups=groups, settings=CorpusSettings(**settings))
+    stage = RowScorer(model, groups, settings=CorpusSettings(**settings))
+    with pytest.raises(ParameterError, match=told):
+        stage({"prompt_ids": [[1]], "response_ids": [[2, 3]]})
+    agreed = CorpusSettings(layers=[0, 1], head_quantile=0.25)
+    score(source, tmp_path / "out", model=model, groups=groups, settings=agreed)
 
 
 @pytest.mark.parametrize(

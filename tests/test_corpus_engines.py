@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 import attnprobe
 from attnprobe import MissingDependencyError, ParameterError, ResultError
 from attnprobe.corpus import Columns, CorpusSettings, RowScorer, score, score_with_ray
+from attnprobe.corpus.schema import table_schema
 from attnprobe.corpus.stages import check_room
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 from tests.corpus_input import SETTINGS, rows, write_lines
@@ -116,6 +118,39 @@ def test_a_data_set_is_mapped(place: Path, processes: int | None) -> None:
         new_fingerprint=f"scores-{processes}",
     )  # fmt: skip
     assert_same_scores(found.to_list(), lines_of(place / "one")[:17])
+
+
+def test_a_data_set_has_the_types_of_the_schema(place: Path) -> None:
+    """Also where a column has its first value late, or none."""
+    datasets = pytest.importorskip("datasets")
+    lines = [*rows(10), {"id": "r10", "prompt_ids": [1], "response_ids": [], "ok": True}]
+    given = datasets.Dataset.from_list(lines)
+    stage = RowScorer(place / "model", place / "one/groups.safetensors", settings=SETTINGS)
+    found = given.map(
+        stage, batched=True, batch_size=5, remove_columns=given.column_names, features=stage.features,
+        new_fingerprint="typed", writer_batch_size=5,
+    )  # fmt: skip
+    assert found.features.arrow_schema.types == table_schema().types
+    assert found[10]["rejected"] == "empty: the response has no token"
+    assert found[0]["gamma"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"prompt": "a", "response": "b"}, "map(..., batched=True). prompt is 'a'"),
+        ({"prompt_ids": [1], "response_ids": [2, 3]}, "differ in length"),
+        ({"prompt_ids": [[1]], "response_ids": [[2]], "n": 3}, "n is 3"),
+        (
+            {"prompt_ids": [[1]], "response_ids": [[2]]},
+            "has the field 'corect'; there are prompt_ids, response",
+        ),
+    ],
+)
+def test_a_single_row_is_no_batch(place: Path, given: Any, told: str) -> None:
+    stage = RowScorer("not loaded", place / "one/groups.safetensors", columns=Columns(keep="corect"))
+    with pytest.raises(ParameterError, match=re.escape(told)):
+        stage(given)
 
 
 def test_workers_leave_room_for_ray() -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,9 +165,18 @@ def test_a_full_disk(source: Path, model, tmp_path: Path, undisturbed: Any, most
     assert contents(folder) == undisturbed
 
 
-@pytest.mark.parametrize("damage", ["garbled", "cut off", "gone", "not in the ledger", "ledger cut off"])
+@pytest.mark.parametrize(
+    ("damage", "is_told"),
+    [
+        ("garbled", True),
+        ("cut off", True),
+        ("gone", True),
+        ("not in the ledger", False),
+        ("ledger cut off", False),
+    ],
+)
 def test_a_damaged_shard_is_found_and_scored_again(
-    source: Path, model, tmp_path: Path, undisturbed: Any, damage: str
+    source: Path, model, tmp_path: Path, undisturbed: Any, damage: str, is_told: bool
 ) -> None:
     folder = tmp_path / "scores"
     run(source, folder, model)
@@ -184,7 +194,12 @@ def test_a_damaged_shard_is_found_and_scored_again(
         )
     else:
         ledger.write_bytes(ledger.read_bytes()[:-30])
-    again = run(source, folder, model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        again = run(source, folder, model)
+    assert [str(each.message) for each in told] == (
+        [f"in {folder}, shard 2 is damaged or missing, and will be scored again"] if is_told else []
+    )
     assert again.continued == ROWS - 4
     assert contents(folder) == undisturbed
     assert shard.read_bytes() == content
@@ -235,7 +250,8 @@ def test_two_runs_into_one_folder_are_refused(source: Path, model, tmp_path: Pat
     def second(module: Any, args: Any) -> None:
         if not refused:
             with pytest.raises(ResultError, match=f"another run is writing.*process {os.getpid()}") as error:
-                run(source, folder, tiny_model("llama", vocab_size=300))
+                # Before its model is loaded.
+                run(source, folder, "./no model")
             refused.append(error)
 
     hook = model.model.register_forward_pre_hook(second)
@@ -251,7 +267,7 @@ def test_anything_that_changed_is_refused_with_what_differs(source: Path, model,
     changed = tmp_path / "in.jsonl"
     text = source.read_text()
     changed.write_text(text.replace('"r3"', '"r4"'))
-    same = tmp_path / "moved" / "in.jsonl"
+    same = tmp_path / "moved" / "renamed.jsonl"
     same.parent.mkdir()
     same.write_text(text)
     assert run(same, folder, model).continued == ROWS

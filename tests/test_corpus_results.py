@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import html
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,14 @@ import pytest
 import torch
 
 import attnprobe
-from attnprobe import MissingDependencyError, ParameterError, ResultError, couplings
+from attnprobe import (
+    AttnprobeWarning,
+    MissingDependencyError,
+    ParameterError,
+    ResultError,
+    classify_heads,
+    couplings,
+)
 from attnprobe.analysis.agreement import stability_of
 from attnprobe.cli import main
 from attnprobe.corpus import (
@@ -26,6 +36,7 @@ from attnprobe.corpus import (
     summary_page,
 )
 from attnprobe.corpus import quantities as sums
+from attnprobe.corpus.folder import write_shard
 from attnprobe.testing.tiny_models import tiny_model, tiny_tokenizer
 from tests.corpus_input import rows, scored_by_hand, write_lines
 
@@ -106,10 +117,12 @@ def test_a_folder_that_is_none_or_damaged_is_refused(place: Path, tmp_path: Path
     (tmp_path / "manifest.json").write_text((place / "scores/manifest.json").read_text())
     empty = attnprobe.load_scores(tmp_path)
     assert (len(empty), empty.is_complete, empty.to_arrow(["row"]).num_rows) == (0, False, 0)
+    with pytest.raises(ResultError, match="holds no finished shard yet"):
+        summarize(empty)
     (tmp_path / "ledger.jsonl").write_text((place / "scores/ledger.jsonl").read_text())
     with pytest.raises(ResultError, match=r"00000\.parquet cannot be read: run `attnprobe corpus` again"):
         len(empty)
-    with pytest.raises(ResultError, match="no scored row"):
+    with pytest.raises(ResultError, match="ok is 7; ok is false"):
         summarize(attnprobe.load_scores(place / "scores").where("ok", 7))
 
 
@@ -164,6 +177,21 @@ def test_a_summary_is_of_all_rows(place: Path, by_hand: list[dict[str, Any]]) ->
     assert found.notable[0].pairs == max(row.pairs for row in found.notable)
     assert "25 of 26 rows" in repr(found)
     assert found.to_pandas()["quantity"].tolist() == list(found.quantities)
+
+
+def test_stability_is_that_of_the_groups_that_were_used(model, place: Path, tmp_path: Path) -> None:
+    """Saved groups have a share of heads of their own, whatever the settings' default is."""
+    statistics = (attnprobe.measure(model, row["response_ids"]) for row in rows(4))
+    groups = classify_heads(statistics, quantile=0.1)
+    source = write_lines(tmp_path / "in.jsonl", rows(4))
+    score(source, tmp_path / "out", model=model, groups=groups)
+    scores = attnprobe.load_scores(tmp_path / "out")
+    spans = torch.tensor(scores.to_arrow(["span"])["span"].to_pylist()).reshape(4, 3, 4)
+    own = stability_of(spans, layers=(0, 1, 2), quantile=0.1, resamples=200)
+    found = summarize(scores, draws=2, resamples=5).stability
+    assert found is not None
+    assert found.overlap == own.overlap
+    assert found.overlap != stability_of(spans, layers=(0, 1, 2), resamples=200).overlap
 
 
 def test_many_rows_share_blocks(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,12 +258,20 @@ def test_the_page_is_harmless_and_links_to_reports(model, place: Path) -> None:
     assert "<b>bold" not in before
     assert f"attnprobe corpus report scores {row}" in before
     assert f'href="reports/{row}.html"' not in before
-    page = report_row(scores, row, model=model, tokenizer=tiny_tokenizer())
-    assert page == place / f"scores/reports/{row}.html"
-    assert f"Row {row}: r{row}" in page.read_text()
+    written = report_row(scores, row, model=model, tokenizer=tiny_tokenizer())
+    assert written == place / f"scores/reports/{row}.html"
+    assert f"Row {row}: r{row}" in written.read_text()
     saved = save_page(found, place / "scores").read_text()
     assert f'href="reports/{row}.html"' in saved
     assert "<script" not in saved
+    assert "All intervals on this page are 95% intervals" in saved
+    # A row that is not listed is linked too, and the command can be typed wherever the folder is.
+    few = dataclasses.replace(found, notable=found.notable[1:])
+    (place / "my scores/reports").mkdir(parents=True)
+    (place / f"my scores/reports/{row}.html").touch()
+    page = html.unescape(save_page(few, place / "my scores").read_text())
+    assert f'Reports of other rows: <a href="reports/{row}.html">{row}</a>' in page
+    assert f"attnprobe corpus report 'my scores' {found.notable[1].row}<" in page
     with pytest.raises(ResultError, match="cannot be scored: not JSON"):
         report_row(scores, 25, model=model)
     with pytest.raises(ResultError, match=r"model\.weights"):
@@ -244,11 +280,23 @@ def test_the_page_is_harmless_and_links_to_reports(model, place: Path) -> None:
         report_row(scores, 26, model=model)
 
 
+def test_the_lift_of_a_token_is_that_of_a_coupling(place: Path, by_hand: list[dict[str, Any]]) -> None:
+    """Observed over chance, minus 1: 0 for a token that is a peak as often as any."""
+    found = summarize(attnprobe.load_scores(place / "scores"), draws=2, resamples=5)
+    ids = torch.tensor([token for row in rows(25) for token in row["response_ids"]])
+    peaks = torch.cat([line["anchor"] for line in by_hand])
+    for token in found.anchors:
+        is_it = ids == token.token_id
+        chance = float(peaks.double().mean())
+        assert token.lift == pytest.approx(float(peaks[is_it].double().mean()) / chance - 1)
+
+
 def test_a_summary_of_little_is_still_one(model, tmp_path: Path) -> None:
     """One short row, without entropy or the spans of heads: what is not known is left out."""
     source = write_lines(tmp_path / "in.jsonl", [{"prompt_ids": [1], "response_ids": [2, 3]}])
     settings = CorpusSettings(entropy=False, head_values=False)
-    score(source, tmp_path / "scores", model=model, settings=settings)
+    with pytest.warns(AttnprobeWarning, match="--head-span ignoring"):
+        score(source, tmp_path / "scores", model=model, settings=settings)
     found: CorpusSummary = summarize(attnprobe.load_scores(tmp_path / "scores"), draws=2, resamples=5)
     assert found.stability is None
     assert set(found.quantities) == {"response_tokens", "waad", "preplan_share", "anchor_share"}
@@ -295,13 +343,16 @@ def test_a_corpus_is_scored_from_the_command_line(command: Any, place: Path, tmp
     code, told = command(*words, "--window", 5)
     assert code == 1
     assert "settings.window was 10, and is now 5" in " ".join(told.split())
-    code, told = command("report", tmp_path / "scores", 3, "--model", place / "model")
+    # The model is the one that the scores were made with.
+    code, told = command("report", tmp_path / "scores", 3)
     assert code == 0
-    code, told = command("summary", tmp_path / "scores", "--tokenizer", place / "model", "--where", "ok=true")
+    code, told = command("summary", tmp_path / "scores", "--where", "ok=true")
     assert code == 0
-    assert all(
-        part in told for part in ("9 of 26 rows", "WAAD of a token", "anchor after preplan", "summary.html")
-    )
+    for part in ("9 of 26 rows where ok is true, 0 rejected; ", "WAAD of a token", "anchor after preplan",
+                 "with 95% intervals", "summary-ok-true.html"):  # fmt: skip
+        assert part in told
+    assert "9 of 26 rows where ok is true" in (tmp_path / "scores/summary-ok-true.html").read_text()
+    assert not (tmp_path / "scores/summary.html").exists()
     code, told = command("compare", tmp_path / "scores", "--by", "ok")
     assert (code, "ok is false" in told) == (0, True)
     code, told = command("compare", tmp_path / "scores", place / "scores", "--paired")
@@ -312,8 +363,15 @@ def test_a_corpus_is_scored_from_the_command_line(command: Any, place: Path, tmp
     ("words", "told"),
     [
         (("compare", "scores"), "--by"),
+        (("compare", "scores", "scores", "--by", "ok"), "not both"),
+        (("report", "scores", "99"), "row must be"),
         (("summary", "nowhere"), "no folder of scores"),
         (("nowhere.jsonl", "-o", "out"), "no input at nowhere.jsonl"),
+        (("in.jsonl", "-o", "out", "--groups", "nofile"), "there is no file nofile"),
+        (("in.jsonl", "-o", "out", "--groups", "-3"), "a number of rows (at least 2)"),
+        (("in.jsonl", "-o", "out", "--quantile", "2"), "quantile"),
+        (("in.jsonl", "-o", "out", "--keep", "oke"), "no row of the input has the field 'oke'"),
+        (("in.jsonl", "-o", "out", "--layers", "some"), "layers must be"),
         (("in.jsonl", "-o", "out", "--horizon", "10"), "--horizon: a horizon must be"),
         (("in.jsonl", "-o", "out", "--credit", "much"), "--credit: it must be"),
         (("in.jsonl", "-o", "out", "--dtype", "float8", "--model", "model"), "--dtype: dtype must be"),
@@ -321,14 +379,75 @@ def test_a_corpus_is_scored_from_the_command_line(command: Any, place: Path, tmp
             ("in.jsonl", "-o", "out", "--device", "abacus", "--model", "model"),
             "--device: the device 'abacus'",
         ),
-        (("in.jsonl", "-o", "out", "--ray-workers", "2", "--groups-only"), "do not go with"),
+        (("in.jsonl", "-o", "out", "--ray-workers", "2", "--groups-only"), "does not go with"),
         (("summary", "scores", "--where", "ok"), "field=value"),
     ],
 )
 def test_wrong_words_are_explained(
     command: Any, place: Path, monkeypatch: pytest.MonkeyPatch, words: Any, told: str
 ) -> None:
+    """With the exit code of wrong usage, and before a model is loaded."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr("attnprobe.corpus.loading.load_model", None)
     code, printed = command(*words)
     assert code == 2
     assert told in " ".join(printed.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("report", "scores", "1", "--source", "other.jsonl"), "input[0].crc32"),
+        (("report", "scores", "1", "--source", "none.jsonl"), "Name the input that the scores are of"),
+        (("in.jsonl", "-o", "scores", "--window", "5"), "settings.window was 10, and is now 5"),
+        (("summary", "scores", "--where", "ok=True"), 'ok is "True"; ok is false (16 rows), true (9 rows)'),
+        (("compare", "other", "--by", "name"), 'where name is false; name is "a" (2 rows)'),
+    ],
+)
+def test_what_cannot_be_done_is_explained(
+    command: Any, place: Path, model: Any, monkeypatch: pytest.MonkeyPatch, words: Any, told: str
+) -> None:
+    """Before a model is loaded, too."""
+    monkeypatch.chdir(place)
+    if not (place / "other").exists():
+        write_lines(place / "other.jsonl", [{**row, "name": "a"} for row in rows(2)])
+        columns = Columns(keep="name")
+        score("other.jsonl", "other", model=model, groups=attnprobe.load_scores("scores").groups,
+              settings=CorpusSettings(), columns=columns)  # fmt: skip
+    monkeypatch.setattr("attnprobe.corpus.loading.load_model", None)
+    code, printed = command(*words)
+    assert code == 1
+    assert told in " ".join(printed.split())
+
+
+def test_an_interrupted_command_says_what_is_kept(
+    command: Any, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And warnings are one line, without a place in our source."""
+    windows = iter(range(2))
+
+    def strike(*arguments: Any) -> Any:
+        if next(windows, None) is None:
+            raise KeyboardInterrupt
+        return write_shard(*arguments)
+
+    monkeypatch.setattr("attnprobe.corpus.run.write_shard", strike)
+    words = (place / "in.jsonl", "-o", tmp_path / "scores", "--model", place / "model", "--rows-per-shard", 5)
+    code, told = command(*words)
+    assert code == 130
+    assert "interrupted; kept: 10 finished rows in" in " ".join(told.split())
+    monkeypatch.undo()
+    (tmp_path / "scores/shards/00001.parquet").unlink()
+    code, told = command(*words)
+    assert code == 3
+    assert "scores, shard 1 is damaged or missing, and will be scored again" in " ".join(told.split())
+    assert "warning: " in told
+    assert "folder.py" not in told
+
+
+def test_no_option_is_cut_off_in_the_help(command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_: os.terminal_size((80, 24)))
+    _, told = command("score", "--help")
+    assert all(f"--{name} " in told for name in ("response-ids-column", "cpus-per-worker", "peak-quantile"))
+    _, told = command("--help")
+    assert "no command, it is an input to score" in " ".join(told.replace("│", "").split())

@@ -13,46 +13,63 @@ from attnprobe.adapters import adapter_for
 from attnprobe.batch import TokenBatch
 from attnprobe.corpus.fingerprints import model_fingerprint
 from attnprobe.corpus.folder import check_same
+from attnprobe.corpus.loading import model_and_tokenizer, model_of_scores
 from attnprobe.corpus.page import report_path
 from attnprobe.corpus.reading import CorpusScores
 from attnprobe.corpus.rows import Columns, RowReader
 from attnprobe.corpus.sources import open_source
 from attnprobe.errors import ParameterError, ResultError
 from attnprobe.measurement import group_maps, measure
+from attnprobe.models import DeviceLike
 from attnprobe.report import Report
 from attnprobe.rhythm import find_rhythm
 from attnprobe.scores import score_tokens
 from attnprobe.storage import PathLike
 from attnprobe.validation import IntLike, instance, whole_number
 
+_NAME_THE_INPUT = "Name the input that the scores are of: --source, or source=..."
+
 
 def report_row(
     scores: CorpusScores,
     row: IntLike,
     *,
-    model: Any,
+    model: Any = None,
     tokenizer: Any = None,
     source: PathLike | None = None,
+    device: DeviceLike | None = None,
 ) -> Path:
     """Write the report of one row as `reports/ROW.html` into the folder of scores, and return its path.
 
     Args:
         scores: from `load_scores`.
         row: the number of the row in the input.
-        model, tokenizer: with which the corpus was scored.
+        model, tokenizer: with which the corpus was scored; None: loaded from where they came.
         source: the input, if it is no longer where it was.
+        device: where a model that is loaded here runs, as for `load_model`.
 
     Raises:
         ParameterError: a row that the input does not have.
         ResultError: another input or model than the scores are of, or a row that cannot be scored.
+        ModelLoadError: a model that cannot be loaded.
     """
     instance(scores, CorpusScores, "scores", "load_scores returns them")
     known = scores.manifest
     number = whole_number(row, "row", maximum=scores.row_count - 1)
-    opened = open_source(known["source"] if source is None else source, known["rows_per_shard"])
+    try:
+        opened = open_source(known["source"] if source is None else source, known["rows_per_shard"])
+    except ResultError as error:
+        raise ResultError(f"{error}. {_NAME_THE_INPUT}") from error
+    # Before the model is loaded.
+    check_same(scores.folder, known, {"input": opened.files}, _NAME_THE_INPUT)
+    if model is None:
+        model, found = model_of_scores(known, device)
+        tokenizer = found if tokenizer is None else tokenizer
+    else:
+        model, tokenizer = model_and_tokenizer(model, tokenizer, device=device)
     adapter = adapter_for(model)
-    same = {"input": opened.files, "model": model_fingerprint(model, adapter)}
-    check_same(scores.folder, known, {**known, **same})
+    asked = {"input": opened.files, "model": model_fingerprint(model, adapter)}
+    check_same(scores.folder, known, asked, "Name the model that the scores are of")
     settings = known["settings"]
     reader = RowReader.of(
         model,

@@ -23,7 +23,7 @@ from attnprobe.analysis.bootstrap import (
 )
 from attnprobe.analysis.summary import Summary
 from attnprobe.corpus.quantities import BLOCKS, QUANTITIES, block_sums
-from attnprobe.corpus.reading import CorpusScores
+from attnprobe.corpus.reading import CorpusScores, reason_for_no_rows
 from attnprobe.errors import ResultError
 from attnprobe.validation import FloatLike, IntLike, instance, truth
 
@@ -37,6 +37,7 @@ class CorpusComparison(Summary):
         difference: second minus first, with its interval.
         rows: how many rows each has.
         paired: whether rows with the same identity were resampled together.
+        confidence: the share of resamples that the intervals hold.
     """
 
     first: dict[str, Estimate]
@@ -44,9 +45,11 @@ class CorpusComparison(Summary):
     difference: dict[str, Estimate]
     rows: tuple[int, int]
     paired: bool
+    confidence: float = 0.95
 
     def _headline(self) -> str:
-        return f"{self.rows[0]} and {self.rows[1]} rows{', paired' if self.paired else ''}"
+        paired = ", paired" if self.paired else ""
+        return f"{self.rows[0]} and {self.rows[1]} rows{paired}, {self.confidence:.0%} intervals"
 
     def _shown(self) -> dict[str, Any]:
         names = list(self.difference)
@@ -105,7 +108,11 @@ def compare(
     else:
         sums = [block_sums(scores) for scores in (first, second)]
     if 0 in (sums[0].rows, sums[1].rows):
-        raise ResultError(f"there is nothing to compare: {sums[0].rows} and {sums[1].rows} rows were scored")
+        empty = next(each for each, found in zip((first, second), sums, strict=True) if found.rows == 0)
+        raise ResultError(
+            f"there is nothing to compare in {sums[0].rows} and {sums[1].rows} rows: "
+            f"{reason_for_no_rows(empty)}"
+        )
     weights = [
         bootstrap_weights(len(each.above), resamples, seed if paired else seed + place)
         for place, each in enumerate(sums)
@@ -128,6 +135,7 @@ def compare(
         {name: each[2] for name, each in estimates.items()},
         (sums[0].rows, sums[1].rows),
         paired,
+        confidence,
     )
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ from typing import Any
 from attnprobe.corpus.schema import SCHEMA_VERSION
 from attnprobe.corpus.scorer import Scored
 from attnprobe.corpus.sources import checksum_of
-from attnprobe.errors import ResultError
+from attnprobe.errors import AttnprobeWarning, ResultError
 from attnprobe.storage import TEMPORARY, PathLike, as_path, library_versions, write_atomically
 
 _COMPARED = ("schema", "input", "columns", "rows_per_shard", "model", "tokenizer", "settings", "grouping")
@@ -59,12 +60,45 @@ class ScoreFolder:
 
     Attributes:
         path: the folder.
-        manifest: what its scores are of.
+        manifest: what its scores are of; empty until `begin` is called.
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: Mapping[str, Any] = {}
         self._entries: dict[int, ShardEntry] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it holds nothing that was computed, so that it may be begun with anything."""
+        made = (self.groups_path, self.sums_path)
+        return not any(file.is_file() for file in made) and not any(self.path.glob("shards/*.parquet"))
+
+    def check(self, asked: Mapping[str, Any]) -> None:
+        """Refuse anything but what the folder was begun with; what `asked` does not hold is not compared.
+
+        Raises:
+            ResultError: something differs.
+        """
+        if not self.is_empty:
+            check_same(self.path, read_manifest(self.path), asked)
+
+    def begin(self, manifest: Mapping[str, Any]) -> None:
+        """Begin the folder with what is to be scored, or continue it, if it was begun with the same.
+
+        Raises:
+            ResultError: it was begun with another input, model or settings.
+        """
+        if self.is_empty:
+            content = {**manifest, "versions": library_versions()}
+            write_atomically(self.path / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
+        else:
+            self.check(manifest)
+        for place in (self.path, self.path / "shards"):
+            # Of a run that was killed while it wrote.
+            for left in place.glob(f"{TEMPORARY}*"):
+                left.unlink(missing_ok=True)
+        self.manifest = manifest
 
     @property
     def groups_path(self) -> Path:
@@ -86,18 +120,31 @@ class ScoreFolder:
         """The finished shards, in order."""
         return [self._entries[number] for number in sorted(self._entries)]
 
+    def rows_of(self, shard: int) -> int:
+        """Return how many rows of the input a shard is of, blank lines included, which it does not hold."""
+        size = int(self.manifest["rows_per_shard"])
+        return min(size, int(self.manifest["row_count"]) - shard * size)
+
     def find_finished(self, groups: str) -> None:
         """Find the shards that are whole and of these groups; all others will be written again.
 
-        The ledger and `rejected.jsonl` are brought to what is found.
+        The ledger and `rejected.jsonl` are brought to what is found. A warning tells of shards that were
+        finished, and are not whole any more.
         """
+        damaged = []
         for entry in read_ledger(self.path):
             file = shard_path(self.path, entry.shard)
-            if entry.groups != groups or not file.is_file():
+            if entry.groups != groups:
                 continue
-            size, checksum = checksum_of(file)
+            size, checksum = checksum_of(file) if file.is_file() else (0, 0)
             if (size, f"{checksum:08x}") == (entry.bytes, entry.crc32):
                 self._entries[entry.shard] = entry
+            else:
+                damaged.append(str(entry.shard))
+        if damaged:
+            are = f"shards {', '.join(damaged)} are" if len(damaged) > 1 else f"shard {damaged[0]} is"
+            told = f"in {self.path}, {are} damaged or missing, and will be scored again"
+            warnings.warn(told, AttnprobeWarning, stacklevel=2)
         lines = [json.dumps(asdict(entry)) + "\n" for entry in self.entries]
         write_atomically(self.path / "ledger.jsonl", "".join(lines).encode())
         rejected = [
@@ -140,14 +187,12 @@ class ScoreFolder:
 
 
 @contextmanager
-def open_folder(path: PathLike, manifest: Mapping[str, Any]) -> Iterator[ScoreFolder]:
-    """Open a folder of scores for this process alone, new or to be continued.
-
-    `manifest` is what is to be scored: a folder that was begun with anything else is refused.
+def open_folder(path: PathLike) -> Iterator[ScoreFolder]:
+    """Open a folder of scores for this process alone, new or to be continued; `begin` is called next.
 
     Raises:
-        ResultError: a folder that cannot be written, that another run is writing, that holds something else,
-            or that was begun with another input, model or settings.
+        ResultError: a folder that cannot be written, that another run is writing, or that holds something
+            else.
     """
     folder = as_path(path, "the output is a folder, named by a path")
     is_known = (folder / "manifest.json").is_file() or not folder.is_dir()
@@ -159,17 +204,7 @@ def open_folder(path: PathLike, manifest: Mapping[str, Any]) -> Iterator[ScoreFo
     except OSError as error:
         raise ResultError(f"cannot make the folder {folder}: {error.strerror}") from error
     with _locked(folder):
-        known = read_manifest(folder) if (folder / "manifest.json").is_file() else None
-        if known is None:
-            content = {**manifest, "versions": library_versions()}
-            write_atomically(folder / "manifest.json", (json.dumps(content, indent=1) + "\n").encode())
-        else:
-            check_same(folder, known, manifest)
-        for place in (folder, folder / "shards"):
-            # Of a run that was killed while it wrote.
-            for left in place.glob(f"{TEMPORARY}*"):
-                left.unlink(missing_ok=True)
-        yield ScoreFolder(folder, manifest)
+        yield ScoreFolder(folder)
 
 
 def _is_ours(path: Path) -> bool:
@@ -204,22 +239,32 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def check_same(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuse to continue with anything but what a folder was begun with, and say what differs.
+def check_same(
+    folder: Path,
+    known: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    advice: str = "Continue it with the same, or name another folder",
+) -> None:
+    """Refuse to go on with anything but what a folder was begun with, and say what differs.
+
+    Files of the input may have other names: their content counts, and its order. What `asked` does not hold
+    is not compared.
 
     Raises:
         ResultError: something differs.
     """
     found = []
     # As JSON gives it back, where tuples are lists.
-    asked = json.loads(json.dumps(asked))
-    for name in _COMPARED:
+    known, asked = _without_names(known), _without_names(json.loads(json.dumps(asked)))
+    for name in filter(asked.__contains__, _COMPARED):
         found += _differences(name, known.get(name), asked.get(name))
     if found:
-        raise ResultError(
-            f"{folder} was begun with something else: {'; '.join(found[:5])}. Continue it with the same, or "
-            "name another folder"
-        )
+        raise ResultError(f"{folder} was begun with something else: {'; '.join(found[:5])}. {advice}")
+
+
+def _without_names(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    files = [{key: value for key, value in file.items() if key != "name"} for file in manifest["input"]]
+    return {**manifest, "input": files}
 
 
 def _differences(name: str, ours: Any, theirs: Any) -> list[str]:

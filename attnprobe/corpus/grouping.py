@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from attnprobe.adapters.base import Adapter, resolve_layers
 from attnprobe.analysis.agreement import stability_of
 from attnprobe.corpus.fingerprints import groups_fingerprint
 from attnprobe.corpus.folder import ScoreFolder
@@ -84,6 +85,38 @@ class Grouping:
         if self.sample is not None:
             return {"by": "sample", "rows": self.sample, "seed": self.seed}
         return {"by": "corpus"}
+
+
+def check_given(groups: HeadGroups, settings: CorpusSettings, adapter: Adapter | None = None) -> None:
+    """Check that saved groups fit a model, and that no setting asks for what only a new grouping would give.
+
+    Settings that are at their defaults ask for nothing: the groups' own layers, share and span then hold.
+    Without an adapter, as long as the model is not loaded, layers are not checked.
+
+    Raises:
+        ResultError: groups of other layers, another number of heads, or another model.
+        ParameterError: settings that the groups contradict.
+    """
+    if adapter is not None:
+        groups.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
+    usual, wrong = CorpusSettings(), []
+    if settings.receivers and groups.receiver_heads is None:
+        wrong.append("receivers are asked for, but the groups have none")
+    if adapter is not None and settings.layers != usual.layers:
+        asked = tuple(resolve_layers(settings.layers, adapter))
+        if asked != tuple(groups.layers):
+            wrong.append(f"layers are {list(asked)}, but those of the groups are {list(groups.layers)}")
+    if settings.head_quantile not in (usual.head_quantile, groups.quantile):
+        wrong.append(
+            f"head_quantile is {settings.head_quantile}, but that of the groups is {groups.quantile}"
+        )
+    if settings.head_span == "ignoring" and not groups.span_ignores:
+        wrong.append('head_span is "ignoring", but the groups were made by plain spans')
+    if wrong:
+        raise ParameterError(
+            f"the saved groups do not go with the settings: {'; '.join(wrong)}. Leave the settings out, or "
+            'group heads anew (groups="corpus")'
+        )
 
 
 def find_groups(
@@ -161,19 +194,40 @@ def add_spans(
     return sums
 
 
-def groups_of(sums: SpanSums | None, settings: CorpusSettings) -> HeadGroups:
+class _Reasons:
+    """The first reasons why rows were not read: all that there is to say if none was."""
+
+    def __init__(self) -> None:
+        self.first: list[str] = []
+
+    def of(self, scorer: Scorer, rows: list[Row], advance: Advance) -> Iterator[HeadStatistics]:
+        """Yield what heads are grouped by, as `Scorer.spans`, and note what was not read."""
+        unread: dict[int, str] = {}
+        yield from scorer.spans(rows, advance, unread)
+        for place, row in enumerate(rows):
+            reason = unread.get(place, row.rejected)
+            if reason is not None and len(self.first) < 3:
+                self.first.append(f"row {row.number}: {reason}")
+
+
+def groups_of(sums: SpanSums | None, settings: CorpusSettings, reasons: Iterable[str] = ()) -> HeadGroups:
     """Return the groups that sums over responses give, by the rules of `classify_heads`.
+
+    `reasons` say why rows were not read.
 
     Raises:
         ResultError: there is no response.
     """
     span = None if sums is None else sums.mean("span")
     if sums is None or span is None:
-        raise ResultError("no row could be read, so there is nothing to group heads by: see rejected.jsonl")
+        raise ResultError(
+            f"no row could be read, so there is nothing to group heads by. {'; '.join(reasons)}"
+        )
     groups = group_heads(span, sums.mean("kurtosis"), gini=sums.mean("gini"), quantile=settings.head_quantile)
     first = sums.mean("first")
     if first is not None and settings.head_span == "plain":
-        warn_of_sinks(groups.global_heads, first)
+        remedy = 'CorpusSettings(head_span="ignoring"), or --head-span ignoring'
+        warn_of_sinks(groups.global_heads, first, remedy)
     return replace(
         groups,
         layers=sums.layers,
@@ -201,12 +255,16 @@ def _groups_of_corpus(
             folder.sums_path.unlink()
     first = 0 if sums is None else sums.next_window
     advance(sum(source.rows_in(window) for window in range(first)), 0)
+    reasons = _Reasons()
     for window in range(first, source.window_count):
-        sums = add_spans(sums, scorer.spans(rows(window), advance), settings)
+        read = rows(window)
+        sums = add_spans(sums, reasons.of(scorer, read, advance), settings)
+        # Blank lines.
+        advance(source.rows_in(window) - len(read), 0)
         if sums is not None:
             sums = replace(sums, next_window=window + 1)
             sums.save(folder.sums_path)
-    return groups_of(sums, settings)
+    return groups_of(sums, settings, reasons.first)
 
 
 def _groups_of_sample(
@@ -227,8 +285,12 @@ def _groups_of_sample(
         chosen.setdefault(number // source.rows_per_window, set()).add(number)
     sums: SpanSums | None = None
     spans, kurtoses = [], []
+    reasons = _Reasons()
     for window, numbers in chosen.items():
-        parts = list(scorer.spans([row for row in rows(window) if row.number in numbers], advance))
+        read = [row for row in rows(window) if row.number in numbers]
+        parts = list(reasons.of(scorer, read, advance))
+        # Blank lines.
+        advance(len(numbers) - len(read), 0)
         sums = add_spans(sums, parts, settings)
         for part in parts:
             span = part.span_ignoring if settings.head_span == "ignoring" else part.span
@@ -236,7 +298,7 @@ def _groups_of_sample(
             spans.append(span.double().cpu())
             if part.receiver_kurtosis is not None:
                 kurtoses.append(part.receiver_kurtosis.double().cpu())
-    groups = groups_of(sums, settings)
+    groups = groups_of(sums, settings, reasons.first)
     if sum(map(len, spans)) > 1:
         stability = stability_of(
             torch.cat(spans),

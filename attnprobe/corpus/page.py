@@ -6,6 +6,10 @@ numbers (summary), and the report of an answer (report).
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
+import zlib
 from importlib import resources
 from pathlib import Path
 
@@ -24,8 +28,7 @@ def report_path(folder: Path, row: int) -> Path:
 def summary_page(summary: CorpusSummary, folder: PathLike, title: str = "A corpus of answers") -> str:
     """Return the page of a summary.
 
-    Notable answers link to their reports, where the folder of scores has them: `attnprobe corpus report`
-    writes one.
+    It links to the reports that the folder of scores has now: `attnprobe corpus report` writes one.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.
@@ -44,22 +47,24 @@ def summary_page(summary: CorpusSummary, folder: PathLike, title: str = "A corpu
         title=title,
         summary=summary,
         quantities=zip(*summary._table().values(), strict=True),
-        links={
-            each.row: f"reports/{each.row}.html"
-            for each in summary.notable
-            if report_path(place, each.row).is_file()
-        },
-        folder=place.name,
+        reports=sorted(int(file.stem) for file in place.glob("reports/*.html") if file.stem.isdecimal()),
+        folder=shlex.quote(place.resolve().name),
         version=__version__,
     )
     return page
 
 
 def save_page(summary: CorpusSummary, folder: PathLike, title: str = "A corpus of answers") -> Path:
-    """Write the page of a summary as `summary.html` into the folder of its scores, and return its path.
+    """Write the page of a summary into the folder of its scores, and return its path.
+
+    It is `summary.html`. The page of some rows, chosen with `where`, has a name of its own.
 
     Raises:
         MissingDependencyError: jinja2 is not installed.
         ResultError: it cannot be written.
     """
-    return write_atomically(as_path(folder) / "summary.html", summary_page(summary, folder, title).encode())
+    name = "-".join(["summary", *(f"{field}-{json.dumps(value)}" for field, value in summary.where)])
+    plain = re.sub(r"[^A-Za-z0-9.-]+", "_", name)[:80]
+    if plain != name:
+        plain += f"-{zlib.crc32(name.encode()):08x}"
+    return write_atomically(as_path(folder) / f"{plain}.html", summary_page(summary, folder, title).encode())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,6 +198,38 @@ def load_scores(folder: PathLike) -> CorpusScores:
     import_pyarrow()
     path = as_path(folder, "a folder of scores is named by a path")
     return CorpusScores(path, read_manifest(path))
+
+
+def reason_for_no_rows(scores: CorpusScores) -> str:
+    """Say why there is no scored row: no shard is finished, no row was chosen, or all were rejected."""
+    if not scores.files:
+        return (
+            f"{scores.folder} holds no finished shard yet: wait, or continue with the same `attnprobe corpus`"
+        )
+    everything = replace(scores, kept=())
+    values: dict[str, Counter[str]] = {name: Counter() for name, _ in scores.kept}
+    for table in everything.tables(["kept"]):
+        for kept in table["kept"].to_pylist():
+            row = json.loads(kept or "{}")
+            for name, counted in values.items():
+                counted[json.dumps(row[name]) if name in row else "missing"] += 1
+    if not any(values.values()):
+        return f"no row of {scores.folder} could be scored: see rejected.jsonl"
+    told = []
+    for name, counted in values.items():
+        shown = [f"{value} ({count} rows)" for value, count in counted.most_common(5)]
+        more = [f"{len(counted) - 5} other values"] if len(counted) > 5 else []
+        told.append(f"{name} is {', '.join([*shown, *more])}")
+    return f"no scored row of {scores.folder} is one where {condition(scores.kept)}; {'; '.join(told)}"
+
+
+def condition(kept: Sequence[tuple[str, Any]]) -> str:
+    """Return in words which rows `where` chose.
+
+    >>> condition([("correct", False), ("topic", "sums")])
+    'correct is false and topic is "sums"'
+    """
+    return " and ".join(f"{name} is {json.dumps(value, default=str)}" for name, value in kept)
 
 
 def _known(columns: Sequence[str]) -> list[str]:

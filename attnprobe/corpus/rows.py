@@ -9,12 +9,13 @@ of turns. What is left to others: files (sources), tokenizing (texts) and scorin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from attnprobe.adapters.base import Adapter
-from attnprobe.corpus.sources import RawRow
+from attnprobe.corpus.sources import RawRow, Source
 from attnprobe.errors import BatchError, ParameterError
 from attnprobe.texts import chat_prompt_ids
 from attnprobe.validation import brief
@@ -28,8 +29,9 @@ class Columns:
         prompt, response: texts, or lists of turns.
         messages: a chat: a list of turns, `{"role": ..., "content": ...}`.
         prompt_ids, response_ids: token ids.
-        id: what identifies a row, a text or a number; a row may lack it.
-        keep: further fields, such as whether the answer is right, that are kept with the scores, as JSON.
+        id: what identifies a row, a text or a number, kept as text; a row may lack it.
+        keep: further fields, such as whether the answer is right, that are kept with the scores, as JSON; NaN
+            and infinities become null, for which JSON has no word.
 
     Raises:
         ParameterError: names that are not texts.
@@ -139,12 +141,15 @@ class RowReader:
 
     def _row(self, raw: RawRow, prompt: Any, response: Any, rejected: str | None) -> Row:
         values = raw.values if isinstance(raw.values, dict) else {}
-        name = values.get(self.columns.id)
+        try:
+            name = _identity(values.get(self.columns.id), self.columns.id)
+        except _Bad as bad:
+            name, prompt, response, rejected = None, (), (), rejected or str(bad)
         kept = {key: values[key] for key in self.columns.keep if key in values}
         return Row(
             raw.number,
-            None if name is None else _writable(str(name)),
-            json.dumps(kept, default=str) if kept else None,
+            None if name is None else _writable(name),
+            json.dumps(_finite(kept), default=str) if kept else None,
             tuple(prompt),
             tuple(response),
             None if rejected is None else _writable(rejected),
@@ -175,6 +180,7 @@ class RowReader:
 
     def _chat(self, turns: list[dict[str, Any]]) -> list[int]:
         for turn in turns:
+            _text(turn.get("role"), "the role of a turn")
             _text(turn.get("content"), "the content of a turn")
         self._check_tokenizer()
         try:
@@ -193,7 +199,9 @@ class RowReader:
 
     def _check_tokenizer(self) -> None:
         if self.tokenizer is None:
-            raise ParameterError("rows of text need a tokenizer: score(..., tokenizer=...)")
+            raise ParameterError(
+                "rows of text need a tokenizer: score(..., tokenizer=...), or a model that is saved with one"
+            )
 
     def _problem(self, prompt: list[int], response: list[int]) -> str | None:
         """Return why tokens cannot be scored; None if they can."""
@@ -211,6 +219,42 @@ class RowReader:
         return None
 
 
+def check_fields(source: Source, columns: Columns) -> None:
+    """Check that every field that was named occurs in some row: a misspelt one would be null everywhere.
+
+    Fields with their usual names are not asked for, since a row has one form of several. Windows are read
+    until all are found: mostly one.
+
+    Raises:
+        ParameterError: a field that no row has.
+    """
+    usual = Columns()
+    given = {field: name for field, name in columns.describe().items() if field != "keep"}
+    wanted = {*columns.keep, *(name for field, name in given.items() if name != getattr(usual, field))}
+    seen: set[str] = set()
+    for window in range(source.window_count):
+        if wanted <= seen:
+            return
+        seen.update(*(row.values for row in source.window(window) if isinstance(row.values, dict)))
+    check_named(wanted, seen, "no row of the input")
+
+
+def check_named(wanted: Iterable[str], there: Iterable[str], where: str) -> None:
+    """Check that fields are among those that there are; `where` begins the message.
+
+    Raises:
+        ParameterError: a field that is not.
+
+    >>> check_named(["corect"], ["id", "correct"], "no row of the input")
+    Traceback (most recent call last):
+    attnprobe.errors.ParameterError: no row of the input has the field 'corect'; there are correct, id
+    """
+    known = set(there)
+    if missing := sorted(set(wanted) - known):
+        names = ", ".join(sorted(known)) or "none"
+        raise ParameterError(f"{where} has the field {', '.join(map(repr, missing))}; there are {names}")
+
+
 _Parts = tuple[list[int] | str, list[int] | str]
 
 
@@ -219,10 +263,31 @@ class _Bad(Exception):
 
 
 def _field(values: dict[str, Any], name: str) -> Any:
-    if values.get(name) is None:
+    if name in values and values[name] is None:
+        raise _Bad(f"missing field: {name} is null")
+    if name not in values:
         there = ", ".join(sorted(map(str, values))) or "no fields"
         raise _Bad(f"missing field: {name}; the row has {there}")
     return values[name]
+
+
+def _identity(value: Any, name: str) -> str | None:
+    """Return what identifies a row, as text; None if it has nothing."""
+    if value is None or value != value:
+        # Tables turn numbers of which some are missing into floats, and these into NaN.
+        return None
+    if isinstance(value, bool | bytes | list | dict):
+        raise _Bad(f"wrong type: {name} must be a text or a number; got {brief(value)}")
+    return str(value)
+
+
+def _finite(value: Any) -> Any:
+    """Return a value as JSON can hold it: NaN and infinities become null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _text(value: Any, name: str) -> str:

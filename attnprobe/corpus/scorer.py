@@ -87,9 +87,14 @@ class Scorer:
         schema = table_schema(self.provenance(groups))
         return Scored(score_table(rows, found, schema), tokens, padding, len(rows) - len(found))
 
-    def spans(self, rows: Sequence[Row], advance: Advance = _nothing) -> Iterator[HeadStatistics]:
-        """Yield what heads are grouped by, a micro-batch at a time; rows that cannot be read are left out."""
-        skipped: dict[int, str] = {}
+    def spans(
+        self, rows: Sequence[Row], advance: Advance = _nothing, rejected: dict[int, str] | None = None
+    ) -> Iterator[HeadStatistics]:
+        """Yield what heads are grouped by, a micro-batch at a time; rows that cannot be read are left out.
+
+        `rejected` is told why, by the row's place.
+        """
+        skipped: dict[int, str] = {} if rejected is None else rejected
         run = 0
         for places in micro_batches(rows, self._adapter, self._budget, entropy=False):
             for part, statistics in self._measured(rows, places, skipped, None):

@@ -1,13 +1,15 @@
 """The input of a corpus: files of rows, cut into windows of a fixed number of rows.
 
 A source knows how many rows it has and what its files hold, and reads any window of them without reading
-what lies before. JSON lines (`.jsonl`), Parquet (`.parquet`), folders of either, and folders that
-`datasets` saved with `save_to_disk` are read, in the order of their names. `score` opens one.
+what lies before. JSON lines (`.jsonl`, `.ndjson`), Parquet (`.parquet`), folders of either, and folders that
+`datasets` saved with `save_to_disk` are read, in the order of their names. A folder that holds anything which
+would not be read is refused: no row is left out in silence. `score` opens one.
 What is left to others: what a row must hold (rows), and which windows are read (run).
 """
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 import zlib
@@ -25,6 +27,11 @@ ROWS_PER_SHARD = 512
 """The default size of a window, and so of a shard: what at most is lost when a run is killed."""
 
 _CHUNK = 2**20
+
+_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+
+_NO_ROWS = (".md", ".txt")
+"""What may lie in a folder of rows without being read, as a data set's README does; see `_is_aside`."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +101,10 @@ def open_source(path: PathLike, rows_per_window: int = ROWS_PER_SHARD) -> Source
 def _files_of(place: Path) -> tuple[str, list[Path]]:
     """Return the kind of an input, and its files."""
     if place.is_file():
-        if place.suffix in (".jsonl", ".ndjson"):
-            return "jsonl", [place]
-        if place.suffix == ".parquet":
-            return "parquet", [place]
-        raise ResultError(f"the input must be .jsonl, .parquet or a folder; got {place.name}")
+        kind = _kind_of(place)
+        if kind is None:
+            raise ResultError(f"the input must be .jsonl, .parquet or a folder; got {place.name}")
+        return kind, [place]
     if not place.is_dir():
         raise ResultError(f"there is no input at {place}")
     if (place / "state.json").is_file():
@@ -111,11 +117,38 @@ def _files_of(place: Path) -> tuple[str, list[Path]]:
     if (place / "dataset_dict.json").is_file():
         splits = sorted(part.name for part in place.iterdir() if part.is_dir())
         raise ResultError(f"{place} holds several splits: name the folder of one of {', '.join(splits)}")
-    for kind in ("jsonl", "parquet"):
-        files = sorted(place.glob(f"*.{kind}"))
-        if files:
-            return kind, files
-    raise ResultError(f"the folder {place} holds no .jsonl or .parquet file, and no saved data set")
+    files = sorted(each for each in place.iterdir() if not _is_aside(each))
+    # Of each kind, the name of its first file.
+    kinds: dict[str, str] = {}
+    for file in files:
+        if kind := _kind_of(file):
+            kinds.setdefault(kind, file.name)
+    if not kinds:
+        raise ResultError(f"the folder {place} holds no .jsonl or .parquet file, and no saved data set")
+    if len(kinds) > 1:
+        names = ", ".join(kinds.values())
+        raise ResultError(
+            f"the folder {place} holds rows of several kinds ({names}): keep them in folders of their own"
+        )
+    if strange := [file for file in files if _kind_of(file) is None]:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise ResultError(
+            f"the folder {place} holds {strange[0].name}{more}, which would not be read: rows are read from "
+            ".jsonl, .ndjson and .parquet files in the folder itself. Unpack it, or move it elsewhere"
+        )
+    return next(iter(kinds)), files
+
+
+def _kind_of(path: Path) -> str | None:
+    """Return the kind of rows that a file holds; None for anything else."""
+    return _KINDS.get(path.suffix.lower()) if path.is_file() else None
+
+
+def _is_aside(path: Path) -> bool:
+    """Whether something in a folder is clearly no rows: hidden, a writer's mark, a text, or scores."""
+    if path.is_dir():
+        return path.name.startswith(".") or (path / ".lock").is_file()
+    return path.name.startswith((".", "_")) or path.suffix.lower() in _NO_ROWS
 
 
 def _described(file: Path, size: int, checksum: int) -> dict[str, Any]:
@@ -159,7 +192,9 @@ class _Lines(Source):
         first = number * self.rows_per_window
         lines = self._lines_from(*self._starts[number])
         numbered = zip(range(first, first + self.rows_in(number)), lines, strict=False)
-        return [_row_of_line(row, line) for row, line in numbered if line.strip()]
+        # Editors on Windows put a byte order mark first; in joined files, it may begin any line.
+        plain = ((row, line.removeprefix(codecs.BOM_UTF8)) for row, line in numbered)
+        return [_row_of_line(row, line) for row, line in plain if line.strip()]
 
     def _lines_from(self, index: int, offset: int) -> Iterator[bytes]:
         for file in self._paths[index:]:

@@ -9,7 +9,7 @@ there once. What is left to others: scoring (scorer), the folder (folder), and o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -18,15 +18,18 @@ from attnprobe.corpus.bar import corpus_bar
 from attnprobe.corpus.batching import Budget
 from attnprobe.corpus.fingerprints import groups_fingerprint
 from attnprobe.corpus.folder import ShardEntry, check_same, open_folder, read_manifest, write_shard
-from attnprobe.corpus.rows import Columns, RowReader
-from attnprobe.corpus.run import CorpusRun, Job, model_and_tokenizer, run_of, score
+from attnprobe.corpus.grouping import check_given
+from attnprobe.corpus.loading import model_and_tokenizer
+from attnprobe.corpus.rows import Columns, RowReader, check_named
+from attnprobe.corpus.run import CorpusRun, Plan, run_of, score
+from attnprobe.corpus.schema import table_schema
 from attnprobe.corpus.scorer import Scorer
 from attnprobe.corpus.settings import CorpusSettings
 from attnprobe.corpus.sources import rows_of_table
 from attnprobe.errors import AttnprobeError, MissingDependencyError, ParameterError
 from attnprobe.head_groups import HeadGroups
 from attnprobe.storage import PathLike, as_path, import_pyarrow
-from attnprobe.validation import FloatLike, IntLike, instance, real_number, whole_number
+from attnprobe.validation import FloatLike, IntLike, brief, instance, real_number, whole_number
 
 
 class RowScorer:
@@ -34,8 +37,9 @@ class RowScorer:
 
         ds.map_batches(RowScorer, fn_constructor_kwargs={"model": "...", "groups": "groups.safetensors"},
                        batch_format="pyarrow", batch_size=512, compute=ActorPoolStrategy(size=8), num_gpus=1)
-        ds.map(RowScorer("...", "groups.safetensors"), batched=True, batch_size=512,
-               remove_columns=ds.column_names, new_fingerprint="scores")
+        scorer = RowScorer("...", "groups.safetensors")
+        ds.map(scorer, batched=True, batch_size=512, remove_columns=ds.column_names,
+               features=scorer.features, new_fingerprint="scores")
 
     It takes an Arrow table or a dictionary of lists, and returns the same, with the columns of the schema and
     a line for each row, in order; a row that could not be scored has its reason in `rejected`. `row` is the
@@ -82,17 +86,36 @@ class RowScorer:
         """Return the scores of rows, in the form in which they came."""
         arrow = import_pyarrow()
         is_mapping = isinstance(rows, Mapping)
-        table = arrow.table({name: list(values) for name, values in rows.items()}) if is_mapping else rows
+        table = _table_of(rows) if is_mapping else rows
         if not isinstance(table, arrow.Table):
             raise ParameterError(
                 "rows must come as Arrow tables or dictionaries of lists: "
                 'map_batches(..., batch_format="pyarrow")'
             )
+        columns = self._columns
+        named = [*columns.keep, *([columns.id] if columns.id != Columns().id else [])]
+        check_named(named, table.column_names, "no row that was handed over")
         if self._ready is None:
             self._ready = self._prepared()
         reader, scorer = self._ready
         found = scorer.score(reader.read(rows_of_table(table)), self._groups).table
         return found.to_pydict() if is_mapping else found
+
+    @property
+    def features(self) -> Any:
+        """The types of the columns, for `datasets.map(..., features=scorer.features)`.
+
+        Without them, `datasets` takes the types from the first rows, and fails when a later one has a value
+        where these had none.
+
+        Raises:
+            MissingDependencyError: datasets is not installed.
+        """
+        try:
+            import datasets
+        except ImportError as error:
+            raise MissingDependencyError("features need datasets: pip install datasets") from error
+        return datasets.Features.from_arrow_schema(table_schema())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave a loaded model behind: another process loads its own."""
@@ -100,18 +123,38 @@ class RowScorer:
 
     def _prepared(self) -> tuple[RowReader, Scorer]:
         one_thread_in_a_fork()
-        model, tokenizer = model_and_tokenizer(self._model, self._tokenizer)
-        if self._device is not None:
-            model.to(self._device)
+        model, tokenizer = model_and_tokenizer(self._model, self._tokenizer, device=self._device)
         adapter = adapter_for(model)
         settings = self._settings
-        self._groups.check_fits(adapter.layers, adapter.head_count, adapter.model_name)
+        check_given(self._groups, settings, adapter)
         return (
             RowReader.of(
                 model, adapter, tokenizer, self._columns, chat=settings.chat, longest=settings.longest
             ),
             Scorer(adapter, settings, Budget.of(adapter, *self._budgets)),
         )
+
+
+def _table_of(rows: Mapping[str, Any]) -> Any:
+    """Return a dictionary of lists as a table.
+
+    Raises:
+        ParameterError: a single row, or lists of several lengths.
+    """
+    arrow = import_pyarrow()
+    single = [name for name, values in rows.items() if isinstance(values, str | bytes | Mapping)]
+    single += [name for name, values in rows.items() if not hasattr(values, "__len__")]
+    if not single:
+        with suppress(arrow.ArrowException):
+            return arrow.table({name: list(values) for name, values in rows.items()})
+    raise ParameterError(
+        "rows must come as lists with a value for each row: map(..., batched=True). "
+        + (
+            f"{single[0]} is {brief(rows[single[0]])}"
+            if single
+            else "These lists differ in length or in type"
+        )
+    )
 
 
 def one_thread_in_a_fork() -> None:
@@ -174,7 +217,8 @@ def score_with_ray(
     preparing = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=3)(_prepare)
     with _errors_of_workers(ray):
         ray.get(preparing.remote(**arguments))
-    with open_folder(place, read_manifest(place)) as folder:
+    with open_folder(place) as folder:
+        folder.begin(read_manifest(place))
         groups = HeadGroups.load(folder.groups_path)
         folder.find_finished(groups_fingerprint(groups))
         continued = sum(entry.rows for entry in folder.entries)
@@ -190,14 +234,15 @@ def score_with_ray(
                 num_gpus=gpus,
             )
             rows = folder.manifest["row_count"]
+            finished = sum(folder.rows_of(entry.shard) for entry in folder.entries)
             with (
                 _errors_of_workers(ray),
-                corpus_bar("scoring", rows, shown=progress, finished=continued) as advance,
+                corpus_bar("scoring", rows, shown=progress, finished=finished) as advance,
             ):
                 for line in written.iter_rows():
                     entry = ShardEntry(**line)
                     folder.enter(entry)
-                    advance(entry.rows, entry.tokens)
+                    advance(folder.rows_of(entry.shard), entry.tokens)
         return run_of(folder, groups, continued)
 
 
@@ -224,14 +269,20 @@ def check_room(resources: Mapping[str, float], workers: int, cpus: FloatLike, gp
 
 def _prepare(source: str, output: str, options: dict[str, Any]) -> None:
     """Begin the folder and group the heads, in a worker."""
-    score(source, output, groups_only=True, **_loaded(options))
+    score(source, output, groups_only=True, **options)
+
+
+_LOADING = ("model", "tokenizer", "device", "dtype")
+"""Which arguments of `score` are of the model."""
 
 
 class _WindowScorer:
     """Scores windows in a worker, and writes their shards."""
 
     def __init__(self, source: str, output: str, options: dict[str, Any]) -> None:
-        self._job = Job.prepare(source, **_loaded(options))
+        options = dict(options)
+        loading = {name: options.pop(name) for name in _LOADING if name in options}
+        self._job = Plan.of(source, **options).job(**loading)
         self._folder = as_path(output)
         check_same(self._folder, read_manifest(self._folder), self._job.manifest)
         self._groups = HeadGroups.load(self._folder / "groups.safetensors")
@@ -255,16 +306,6 @@ def _errors_of_workers(ray: Any) -> Iterator[None]:
         if cause is None:
             raise
         raise cause from error
-
-
-def _loaded(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `score`, with the model loaded and where it belongs."""
-    options = dict(options)
-    device = options.pop("device")
-    model, tokenizer = model_and_tokenizer(options.pop("model"), options.pop("tokenizer", None))
-    if device is not None:
-        model.to(device)
-    return {**options, "model": model, "tokenizer": tokenizer}
 
 
 def _import_ray() -> Any:

@@ -18,7 +18,7 @@ from attnprobe.analysis.couplings import couplings
 from attnprobe.analysis.summary import Summary
 from attnprobe.corpus.folder import read_ledger
 from attnprobe.corpus.quantities import QUANTITIES, BlockSums, block_sums
-from attnprobe.corpus.reading import CorpusScores
+from attnprobe.corpus.reading import CorpusScores, condition, reason_for_no_rows
 from attnprobe.corpus.schema import padded_column, scores_of
 from attnprobe.errors import ResultError
 from attnprobe.provenance import Provenance
@@ -36,7 +36,8 @@ class FrequentToken:
         token_id, text: the token; its text is empty if no tokenizer was given.
         count: how often it is a peak.
         share: its share of all peaks.
-        lift: how much more often it is a peak than an average token; 1: as often.
+        lift: how much more often it is a peak than an average token, minus 1, as the lift of a coupling is;
+            0: as often.
     """
 
     token_id: int
@@ -68,7 +69,10 @@ class CorpusSummary(Summary):
 
     Attributes:
         rows, rejected: how many rows were scored, and how many could not be.
-        row_count: how many rows the input has; more than both together if the run is not complete.
+        row_count: how many rows the input has, blank lines included.
+        where: the values of kept fields that the rows were chosen by; () for all rows.
+        is_complete: whether the run is complete.
+        confidence: the share of resamples that the intervals hold.
         tokens: how many response tokens were scored.
         quantities: the means over the corpus, each with its bootstrap interval over rows.
         couplings: the three couplings by null: "position" moves peaks anywhere in their answer, "token" among
@@ -92,12 +96,21 @@ class CorpusSummary(Summary):
     stability: GroupStability | None
     notable: tuple[NotableRow, ...]
     provenance: Provenance = Provenance()  # noqa: RUF009 (frozen)
+    where: tuple[tuple[str, Any], ...] = ()
+    is_complete: bool = True
+    confidence: float = 0.95
+
+    def counts(self) -> str:
+        """Return in words how many rows and tokens it is over."""
+        chosen = f" where {condition(self.where)}" if self.where else ""
+        incomplete = "" if self.is_complete else "; the run is not complete"
+        return (
+            f"{self.rows} of {self.row_count} rows{chosen}, {self.rejected} rejected{incomplete}; "
+            f"{self.tokens} response tokens"
+        )
 
     def _headline(self) -> str:
-        return (
-            f"{self.rows} of {self.row_count} rows, {self.rejected} rejected, {self.tokens} response tokens, "
-            f"{self.provenance}"
-        )
+        return f"{self.counts()}, {self.provenance}"
 
     def _table(self) -> dict[str, Any]:
         """Return a line for each quantity: its name, what it is a mean of, its value and limits."""
@@ -143,7 +156,7 @@ def summarize(
     resamples, confidence, seed = check_resampling(resamples, confidence, seed)
     total = len(scores)
     if total == 0:
-        raise ResultError(f"{scores.folder} holds no scored row: see rejected.jsonl")
+        raise ResultError(reason_for_no_rows(scores))
     counts = _Counts(
         scores.provenance, set(random.Random(seed).sample(range(total), min(sample, total))), top
     )
@@ -167,10 +180,9 @@ def summarize(
                 confidence=confidence,
                 seed=seed,
             )
-    ledger = read_ledger(scores.folder)
     return CorpusSummary(
         rows=sums.rows,
-        rejected=sum(entry.rejected for entry in ledger),
+        rejected=_rejected(scores),
         row_count=scores.row_count,
         tokens=sum(counts.all.values()),
         quantities=quantities,
@@ -181,7 +193,18 @@ def summarize(
         stability=_stability(sums, scores),
         notable=tuple(counts.notable),
         provenance=scores.provenance,
+        where=scores.kept,
+        is_complete=scores.is_complete,
+        confidence=confidence,
     )
+
+
+def _rejected(scores: CorpusScores) -> int:
+    """Return how many of the rows could not be scored."""
+    if not scores.kept:
+        return sum(entry.rejected for entry in read_ledger(scores.folder))
+    every = scores.tables(["rejected"], rejected=True)
+    return sum(len(table) - table["rejected"].null_count for table in every)
 
 
 class _Counts:
@@ -227,7 +250,7 @@ class _Counts:
         for token, count in sorted(peaks.items(), key=lambda item: (-item[1], item[0]))[: self._top]:
             text = "" if tokenizer is None else "".join(token_texts(tokenizer, [token]))
             share = count / total
-            found.append(FrequentToken(token, text, count, share, share / (self.all[token] / everywhere)))
+            found.append(FrequentToken(token, text, count, share, share / (self.all[token] / everywhere) - 1))
         return tuple(found)
 
 
@@ -241,6 +264,12 @@ def _stability(sums: BlockSums, scores: CorpusScores) -> GroupStability | None:
         spans,
         layers=layers,
         model_name=scores.provenance.model_name,
-        quantile=scores.manifest["settings"]["head_quantile"],
+        # Saved groups have their own share, whatever the settings say.
+        quantile=_quantile(scores),
         resamples=200,
     )
+
+
+def _quantile(scores: CorpusScores) -> float:
+    own = scores.groups.quantile
+    return float(scores.manifest["settings"]["head_quantile"]) if own is None else own
