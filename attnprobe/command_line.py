@@ -81,7 +81,11 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    err.print(f"[yellow]warning:[/] {escape(str(message))}", highlight=False, soft_wrap=True)
+    from attnprobe.heads import REMEDY
+
+    # Users of the command line call no function.
+    told = str(message).replace(REMEDY, "--head-span ignoring")
+    err.print(f"[yellow]warning:[/] {escape(told)}", highlight=False, soft_wrap=True)
 
 
 def parse_horizon(text: str) -> tuple[int, int | None]:

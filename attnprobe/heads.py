@@ -163,10 +163,14 @@ RESTING = 0.3
 """A head that gives the first token at least this share of its attention is said to rest on it."""
 
 
+REMEDY = 'classify_heads(statistics, span="ignoring")'
+"""The call that ranks heads by what they read besides the first token."""
+
+
 def warn_of_sinks(
     global_heads: Bool[Tensor, "layer head"],
     on_first: Float[Tensor, "layer head"],
-    remedy: str = 'classify_heads(statistics, span="ignoring")',
+    remedy: str = REMEDY,
 ) -> None:
     """Warn if most global heads rest on the first token, so that their span says little about distance.
 

@@ -345,8 +345,8 @@ def distribution_entropy(logits: ArrayLike) -> Float[Tensor, "*axes"]:
     for begin in range(0, flat.shape[0], size):
         log_probability = flat[begin : begin + size].float().log_softmax(-1)
         probability = log_probability.exp()
-        # A logit of minus infinity has probability 0, and adds nothing. `torch.special.entr` sees to that too,
-        # but takes logarithms one by one: twice as long in all.
+        # A logit of minus infinity has probability 0, and adds nothing. `torch.special.entr` sees to that
+        # too, but takes logarithms one by one: twice as long in all.
         log_probability.clamp_(min=torch.finfo(torch.float32).min)
         entropy[begin : begin + size] = -probability.mul_(log_probability).sum(-1)
     if bool(entropy.isnan().any()):

@@ -289,6 +289,12 @@ def test_the_coloured_answer_in_the_terminal(run, model: str, monkeypatch: pytes
         (["report", "--text", "--open"], ["--open", "--text"]),
         (["report", "--text", "--color-by", "span"], ["--color-by", "waad", "span"]),
         (["report", "--color-by", "fai"], ["--color-by", "--text"]),
+        (
+            ["report", "--response", "a", "--max-new-tokens", "5"],
+            ["--max-new-tokens", "nothing is generated"],
+        ),
+        (["score", "--response", "a", "--temperature", "0.7"], ["--temperature", "nothing is generated"]),
+        (["heads", "--head-span", "far"], ["--head-span", "plain", "ignoring"]),
         (["report", "--nonsense"], ["--nonsense", "attnprobe report --help"]),
     ],
 )

@@ -107,6 +107,38 @@ def test_a_gap_breaks_the_curves_and_what_is_undefined_is_hatched() -> None:
     assert stretch.get_extents().x0 == COUNT - 8.5
 
 
+def test_an_influence_over_few_rows_stands_apart_and_sets_no_scale(measured: dict[str, Any]) -> None:
+    """With the horizon (10, 100), tokens 10 to 18 before the end have fewer than ten rows after them."""
+    scores = attnprobe.score_tokens(measured["statistics"], measured["groups"])
+    fai = scores.fai.clone()
+    fai[0, 45] = 100.0
+    changed = dataclasses.replace(scores, fai=fai)
+    rhythm = attnprobe.find_rhythm(changed)
+    assert bool(rhythm.anchor[0, 45])
+    panel = figures.rhythm(changed, rhythm).axes[1]
+    places, values = line(panel, "_curve")
+    assert [place for place, value in zip(places, values, strict=True) if not math.isnan(value)][-1] == 28
+    dotted = dict(zip(*line(panel, "_few rows"), strict=True))
+    assert dotted[33] == 100.0
+    assert panel.get_ylim()[1] < 2 * float(fai[0, 12:41].nan_to_num().max())
+    hollow = [each for each in panel.lines if each.get_label() == "anchor, few rows"]
+    assert 33 in list(hollow[0].get_xdata())
+    assert hollow[0].get_markerfacecolor() == "white"
+
+
+def test_a_rhythm_of_other_weights_is_refused(measured: dict[str, Any]) -> None:
+    """Two checkpoints of one name, as before and after training."""
+    trained = copy.deepcopy(measured["model"])
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    scores = attnprobe.score_tokens(measured["statistics"], measured["groups"])
+    later = attnprobe.score_tokens(attnprobe.measure(trained, measured["batch"]), measured["groups"])
+    for draw in (figures.rhythm, figures.tokens):
+        with pytest.raises(ResultError, match="rhythm is of other scores"):
+            draw(scores, attnprobe.find_rhythm(later))
+
+
 def test_scores_that_are_undefined_everywhere_are_said_to_be() -> None:
     scores = make_scores()
     scores = dataclasses.replace(scores, fai=torch.full_like(scores.fai, math.nan), entropy=None)

@@ -386,7 +386,7 @@ def test_exact_shares_of_newer_maps_are_told(browser: Any, folder: Path, results
     shares = {name: torch.full((1, 60), 0.1 + 0.2 * k) for k, name in enumerate(names)}
     report = Report(**{**results, "maps": dataclasses.replace(maps, **shares)})
     with View(browser, report.save(folder / "shares.html"), "#t=20") as page:
-        assert page.text_content(".shares").startswith("50% to the prompt, 70% to the first token, ")
+        assert page.text_content(".shares").startswith("50% to the prompt (70% to the first token), ")
 
 
 def test_picking_a_head_shows_its_own_scores(browser: Any, saved: Path, results: dict[str, Any]) -> None:
@@ -792,6 +792,15 @@ def test_a_comparison_tells_what_was_gained_and_lost(
         )
         page.select_option("#compare-b", "0")
         assert "60 tokens in both; 0 only in A" in page.text_content("#compare-summary")
+        assert page.is_hidden("#tooltip")
+        assert page.evaluate("location.hash") == "#compare=0,0,entropy"
+        page.select_option("#beside", "entropy")
+        address = page.evaluate("location.hash")
+    with View(browser, path, address=address) as page:
+        chosen = [page.input_value(f"#compare-{name}") for name in ("a", "b", "score")]
+        assert chosen == ["0", "0", "entropy"]
+        assert page.input_value("#beside") == "entropy"
+        assert page.eval_on_selector_all("#panes .pane", "all => all.length") == 2
 
 
 @pytest.mark.parametrize("seed", range(2))

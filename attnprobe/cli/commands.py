@@ -7,6 +7,7 @@ text (shown), and the commands of `corpus` (attnprobe.corpus.commands).
 
 from __future__ import annotations
 
+import warnings
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,10 @@ def report(
             maps = attnprobe.group_maps(
                 reading.model, reading.batch, reading.heads, progress=shows_progress()
             )
+            with warnings.catch_warnings():
+                # Short answers have too few peaks for weights, which nobody asked for.
+                warnings.simplefilter("ignore")
+                weights = {name: strategy(scores) for name, strategy in strategies.items()}
             page = attnprobe.Report(
                 reading.batch,
                 reading.statistics,
@@ -133,7 +138,7 @@ def report(
                 title=f"The reasoning rhythm of {reading.name}" if title is None else title,
                 prompt=checked.prompt,
                 notes=notes,
-                weights={name: strategy(scores) for name, strategy in strategies.items()},
+                weights=weights,
                 tokenizer=reading.tokenizer,
             )
             page.save(path)

@@ -102,6 +102,13 @@ QuantileOption = Annotated[
     float,
     typer.Option(help="The share of heads in the local and the global group.", rich_help_panel=_MEASURING),
 ]
+HeadSpanOption = Annotated[
+    str,
+    typer.Option(
+        help='How heads are ranked: by their "plain" span, or "ignoring" the first token.',
+        rich_help_panel=_MEASURING,
+    ),
+]
 GroupsOption = Annotated[
     Path | None,
     typer.Option(
@@ -136,6 +143,7 @@ class Asked:
     seed: SeedOption = 0
     layers: LayersOption = "all"
     quantile: QuantileOption = 0.3
+    head_span: HeadSpanOption = "plain"
 
     def check(self, *, groups: Path | None = None, window: int = 10, horizon: Any = (10, 100)) -> Checked:
         """Return everything that can be known before a model is loaded.
@@ -155,6 +163,12 @@ class Asked:
             )
         with usage("--layers"):
             layers = parse_layers(self.layers)
+        if self.head_span not in ("plain", "ignoring"):
+            raise typer.BadParameter('it is "plain" or "ignoring"', param_hint="--head-span")
+        if groups is not None and self.head_span != "plain":
+            raise typer.BadParameter(
+                "saved groups are used as they are: heads are not ranked", param_hint="--head-span"
+            )
         with usage("--quantile"):
             check_shares(self.quantile, receivers=1)
         with usage("--temperature"):
@@ -172,6 +186,12 @@ class Asked:
                 known = saved.layers if isinstance(layers, str) else tuple(layers)
                 saved.check_fits(known, None, name)
         response = _text(self.response, self.response_file, "response")
+        for name in ("max_new_tokens", "temperature", "seed"):
+            if response is not None and getattr(self, name) != type(self).__dict__[name]:
+                raise typer.BadParameter(
+                    "a response is given, and is read as it is: nothing is generated",
+                    param_hint=f"--{name.replace('_', '-')}",
+                )
         return Checked(
             asked=self,
             layers=layers,

@@ -6,7 +6,7 @@ What is left to others: checking what was asked (options) and showing what was f
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from attnprobe.adapters.base import resolve_layers
 from attnprobe.cli.options import Checked
@@ -62,6 +62,6 @@ def read(checked: Checked) -> Reading:
     ).to("cpu")
     heads = checked.groups
     if heads is None:
-        heads = attnprobe.classify_heads(statistics, quantile=asked.quantile)
+        heads = attnprobe.classify_heads(statistics, quantile=asked.quantile, span=cast(Any, asked.head_span))
     text = loaded.tokenizer.decode(answer)
     return Reading(loaded.model, loaded.tokenizer, loaded.name, batch, statistics, heads, text)

@@ -12,6 +12,7 @@ from attnprobe.colours import SCORE_LOOKS, ScoreLook
 from attnprobe.figures.paper import INK, PALE, TEXT_SIZE, AxesLike, FigureLike, given_axes, look, new_figure
 from attnprobe.figures.reading import (
     Within,
+    few_rows,
     first_column,
     floats,
     read_scores,
@@ -38,7 +39,8 @@ def rhythm(
     """Draw WAAD, FAI, and what else was measured, over the tokens of a response.
 
     Positions are counted from the response's first token. A curve is broken where a response has a gap, and
-    hatched where its score is undefined, such as FAI at the end of a response.
+    hatched where its score is undefined. So it is where an FAI is a mean over few rows, as at the end of a
+    response: there the line is dotted, peaks are hollow, and values may leave the axis.
 
     Args:
         scores: from `score_tokens`.
@@ -92,7 +94,19 @@ def _draw_curve(
     panel: Any, scores: TokenScores, name: str, example: int, columns: list[int], origin: int
 ) -> None:
     shown = SCORE_LOOKS[name]
-    places, values = with_gaps(columns, floats(getattr(scores, name), example, columns), origin)
+    found = floats(getattr(scores, name), example, columns)
+    few = few_rows(scores, name, example)
+    sound = [math.nan if column in few else value for column, value in zip(columns, found, strict=True)]
+    defined = [value for value in sound if not math.isnan(value)]
+    if few and defined:
+        # Means over few rows are shown, but do not set the scale.
+        places, values = with_gaps(columns, found, origin)
+        panel.plot(places, values, color=shown.line, label="_few rows", linestyle=":", linewidth=0.7)
+        room = 0.1 * (max(defined) - min(defined)) or 0.1 * abs(max(defined)) or 0.1
+        panel.set_ylim(min(defined) - room, max(defined) + room)
+    else:
+        sound = found
+    places, values = with_gaps(columns, sound, origin)
     # A lone value between two undefined ones has no line, so it needs a point.
     alone = [
         i
@@ -146,19 +160,22 @@ def _mark_peaks(
     else:
         peaks = getattr(rhythm, label)[example]
     at = [column for column in columns if bool(peaks[column])]
-    if not at:
-        return
-    panel.plot(
-        [column - origin for column in at],
-        floats(values, example, at),
-        linestyle="none",
-        marker=marker,
-        markersize=3.2 if marker != "v" else 4,
-        color=SCORE_LOOKS[name].line,
-        markeredgecolor="white",
-        markeredgewidth=0.4,
-        label=label,
-    )
+    few = few_rows(scores, name, example)
+    colour = SCORE_LOOKS[name].line
+    for chosen, face, edge in ((False, colour, "white"), (True, "white", colour)):
+        some = [column for column in at if (column in few) == chosen]
+        if some:
+            panel.plot(
+                [column - origin for column in some],
+                floats(values, example, some),
+                linestyle="none",
+                marker=marker,
+                markersize=3.2 if marker != "v" else 4,
+                color=face,
+                markeredgecolor=edge,
+                markeredgewidth=0.4,
+                label=f"{label}, few rows" if chosen else label,
+            )
 
 
 def _pairs(rhythm: Rhythm, example: int, columns: list[int], origin: int) -> list[tuple[float, float]]:

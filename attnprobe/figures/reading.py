@@ -14,7 +14,10 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch
 from attnprobe.errors import ParameterError, ResultError
+from attnprobe.reductions import rows_in_horizon
+from attnprobe.report.agreement import check_rhythm_numbers
 from attnprobe.report.checks import check_provenance, check_response
+from attnprobe.report.response import enough_rows
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores, check_same_tokens
 from attnprobe.validation import IntLike, brief, instance, whole_number
@@ -57,6 +60,24 @@ def _check_rhythm(scores: TokenScores, rhythm: Rhythm, example: int) -> None:
             check_same_tokens(batch, rhythm, "the rhythm")
         check_response(batch, rhythm.response_mask, "the rhythm", example)
     check_provenance(scores.provenance, rhythm.provenance, "rhythm", "the scores")
+    # Two checkpoints of one name look alike to all of these.
+    check_rhythm_numbers(scores, rhythm, example)
+
+
+def few_rows(scores: TokenScores, name: str, example: int) -> set[int]:
+    """Return the columns where a score is a mean over too few rows (`enough_rows`) to say much of the token.
+
+    None are known for other scores than FAI, and where rows of other segments count.
+    """
+    horizon, rows = scores.provenance.horizon, scores.response_mask[example, None].cpu()
+    if (
+        name not in ("fai", "receiver_fai")
+        or horizon is None
+        or scores.provenance.influence_rows != "response"
+    ):
+        return set()
+    few = rows_in_horizon(rows, *horizon, None)[0] < enough_rows(horizon)
+    return set((few & rows[0]).nonzero()[:, 0].tolist())
 
 
 def shown_columns(mask: Tensor, example: int, within: Within) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from attnprobe.batch import TokenBatch
 from attnprobe.head_statistics import HeadStatistics
-from attnprobe.reductions import Horizon
+from attnprobe.reductions import Horizon, rows_in_horizon
 from attnprobe.report.visible_text import on_one_line, visible
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
@@ -113,14 +113,7 @@ def influence_rows(batch: TokenBatch, statistics: HeadStatistics, example: int) 
     name = statistics.influence_rows
     if name not in ("response", "prompt", "first", *batch.segment_names):
         return None
-    rows = batch.segment(name)[example].long().cpu()
-    low, high = statistics.horizon
-    count = len(rows)
-    before = rows.new_zeros(count + 1)
-    before[1:] = rows.cumsum(0)
-    column = rows.new_tensor(range(count))
-    end = column.new_full((count,), count) if high is None else (column + high + 1).clamp(max=count)
-    return (before[end] - before[(column + low).clamp(max=count)]).clamp(min=0)
+    return rows_in_horizon(batch.segment(name)[example, None].cpu(), *statistics.horizon, None)[0]
 
 
 def enough_rows(horizon: Horizon) -> int:

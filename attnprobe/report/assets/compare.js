@@ -19,16 +19,20 @@ class Comparison {
       compareSection.scrollIntoView();
       this.selects[0].focus();
     });
-    document.getElementById("compare-close").addEventListener("click", () => { compareSection.hidden = true; });
+    document.getElementById("compare-close").addEventListener("click", () => {
+      compareSection.hidden = true;
+      update({ compare: "" });
+    });
     this.text.addEventListener("pointermove", (event) => this.pointed(event));
     this.text.addEventListener("pointerleave", hideTooltip);
     this.text.addEventListener("click", (event) => this.clicked(event));
   }
 
-  start(a, b) {
+  start(a, b, score = this.selects[2].value) {
     compareSection.hidden = false;
     this.selects[0].value = a;
     this.selects[1].value = b;
+    this.offerScores(entryOf(a), entryOf(b), score);
     this.show();
   }
 
@@ -43,12 +47,14 @@ class Comparison {
       this.showHeads();
     }
     this.showText(this.selects[2].value);
+    // It would tell of what was compared before.
+    hideTooltip();
+    update({ compare: this.selects.map((choice) => choice.value).join() });
   }
 
   // Both must have a score, so that it can be compared.
-  offerScores(a, b) {
+  offerScores(a, b, chosen = this.selects[2].value) {
     const shared = a.scores.filter((score) => b.score(score.key)?.name === score.name);
-    const chosen = this.selects[2].value;
     this.selects[2].replaceChildren(...shared.map((score) => element("option", { value: score.key }, score.name)));
     if (shared.some((score) => score.key === chosen)) this.selects[2].value = chosen;
   }

@@ -44,6 +44,10 @@ class Curves {
     this.first = Math.max(0, Math.min(first, last));
     this.last = Math.min(all, Math.max(first, last));
     document.getElementById("unzoom").hidden = this.first === 0 && this.last === all;
+    this.limits.clear();
+    // Another token is under the pointer now.
+    hover(-1);
+    hideTooltip();
     this.draw();
   }
 
@@ -125,12 +129,12 @@ class Curves {
     context.fillText(told, LEFT + 6, top + 2);
   }
 
-  // The range of the vertical axis: that of the sound values; those of few rows may leave it.
+  // The range of the vertical axis: that of the sound values in sight; those of few rows may leave it.
   limitsOf(score) {
     if (!this.limits.has(score)) {
       let low = Infinity, high = -Infinity, anyLow = Infinity, anyHigh = -Infinity;
       score.values.forEach((value, i) => {
-        if (Number.isNaN(value)) return;
+        if (Number.isNaN(value) || i < this.first || i > this.last) return;
         anyLow = Math.min(anyLow, value);
         anyHigh = Math.max(anyHigh, value);
         if (score.isFew(i)) return;

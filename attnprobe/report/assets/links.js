@@ -50,7 +50,7 @@ function svgElement(tag, attributes) {
   return made;
 }
 
-// The shares of a token's attention, in words: "x% to the prompt, y% to the first token, z% to itself", as far as
+// The shares of a token's attention, in words: "x% to the prompt (y% to the first token), z% to itself", as far as
 // they are known.
 function sharesLine(entry, i, group) {
   const { prompt, first, self, isRest } = entry.reads[group];
@@ -58,8 +58,10 @@ function sharesLine(entry, i, group) {
   const parts = [];
   // Older maps know only what is left of a row: on the prompt, between the turns, or in a sink.
   const where = isRest ? "outside the response (to the prompt, or a sink)" : "to the prompt";
-  if (known(prompt)) parts.push(`${formatShare(prompt[i])} ${where}`);
-  if (known(first)) parts.push(`${formatShare(first[i])} to the first token`);
+  const onFirst = known(first) ? `${formatShare(first[i])} to the first token` : "";
+  // The first token is part of the prompt: the two shares do not add up.
+  if (known(prompt)) parts.push(`${formatShare(prompt[i])} ${where}${onFirst ? ` (${onFirst})` : ""}`);
+  else if (onFirst) parts.push(onFirst);
   if (known(self)) parts.push(`${formatShare(self[i])} to itself`);
   return parts.length ? `${parts.join(", ")}.` : "The maps do not hold this token.";
 }

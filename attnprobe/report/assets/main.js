@@ -1,6 +1,7 @@
 // The page as a whole: opens entries, tells every view what has changed, and listens to the keyboard.
 
 const settings = jsonOf("settings");
+const comparedAtFirst = settings.compare ? [...settings.compare, "waad"].join() : "";
 const byId = (id) => document.getElementById(id);
 const opened = new Map();
 const entryButtons = Array.from(document.querySelectorAll("#entries button"));
@@ -217,7 +218,13 @@ function restore() {
     token: asked.has("t") && place !== undefined ? place : -1,
     scale: byId("scale").value,
     score: entry.score(asked.get("score")) ? asked.get("score") : state.score,
+    beside: entry.score(asked.get("beside")) ? asked.get("beside") : "",
   });
+  byId("beside").value = state.beside;
+  if (comparison && asked.has("compare")) {
+    const [a, b, score] = asked.get("compare").split(",");
+    if (entryButtons[a] && entryButtons[b]) comparison.start(Number(a), Number(b), score);
+  }
   const wanted = asked.get("score"), head = asked.has("head") ? entry.heads.byName(asked.get("head")) : -1;
   if (head !== state.head) {
     pickHead(head).then(() => wanted && entry.score(wanted) && update({ score: wanted }));
@@ -226,6 +233,6 @@ function restore() {
 
 addEventListener("hashchange", restore);
 restore();
-if (settings.compare) comparison.start(...settings.compare);
+if (settings.compare && !state.compare) comparison.start(...settings.compare, "waad");
 if (onPaper.matches) startPrint();
 performance.mark("attnprobe-ready");

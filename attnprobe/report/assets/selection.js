@@ -11,6 +11,7 @@ const state = {
   beside: "",
   scale: "linear",
   group: "global", // whose reads are shown
+  compare: "", // what is compared: the numbers of A and B, and the score
 };
 
 const listeners = [];
@@ -47,6 +48,8 @@ function addressOf() {
   if (state.head >= 0) parts.push(`head=${state.entry.heads.name(state.head)}`);
   if (state.score !== "waad") parts.push(`score=${state.score}`);
   if (state.scale !== "linear") parts.push(`scale=${state.scale}`);
+  if (state.beside) parts.push(`beside=${state.beside}`);
+  if (state.compare && state.compare !== comparedAtFirst) parts.push(`compare=${state.compare}`);
   return parts.length ? `#${parts.join("&")}` : "";
 }
 
