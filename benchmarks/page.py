@@ -32,7 +32,7 @@ def markdown(machine: dict[str, Any], records: list[dict[str, Any]]) -> str:
     rounds = dict.fromkeys(f"{r['rounds']} at {r['tokens']} tokens in {r['layers']} layers" for r in records)
     lines = [
         f"{machine['cores']} cores ({machine['processor']}), torch {machine['torch']}, {machine['threads']} "
-        f"threads. Rounds: {', '.join(rounds)}.",
+        f"{'thread' if machine['threads'] == 1 else 'threads'}. Rounds: {', '.join(rounds)}.",
         "",
         f"| {' | '.join(_COLUMNS)} |",
         f"| {' | '.join('---' for _ in _COLUMNS)} |",
