@@ -224,7 +224,7 @@ def test_the_coloured_answer_in_the_terminal(run, model: str, monkeypatch: pytes
     """Without colours in a pipe, and with them where they are wanted; marks and texts are the same."""
     hostile = "\x1b[31mred\x9b [bold]and[/bold] " + "word by word " * 8
     words = ["report", "--text", "--model", model, "--prompt", "Q", "--response", hostile, "--color-by"]
-    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("attnprobe.cli.commands.out", Console(width=60))
     shown = {}
     for colour in ("waad", "fai", "entropy"):
         code, out, err = run(*words, colour)
