@@ -43,9 +43,9 @@ test-newest:  ## Run all tests with the newest ones; both make a .venv of their 
 test-oldest test-newest: test-%:
 	@$(MAKE) --no-print-directory test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt
 
-test-engines: install  ## Run the tests on Ray and datasets, after installing Ray (240 MB)
+test-engines: install  ## Run the tests on Ray, datasets, polars and duckdb, after installing them (500 MB)
 	@$(PIP) --constraint $(CONSTRAINTS) --group engines
-	@$(BIN)/python -m pytest --quiet tests/test_corpus_engines.py
+	@$(BIN)/python -m pytest --quiet tests/test_corpus_engines.py tests/test_corpus_results.py
 
 test-verl: .venv-verl/.installed  ## Run the tests of verl, in a .venv of its own (about ten minutes)
 	@.venv-verl/bin/python -m pytest tests/verl --quiet
