@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from unittest.mock import patch
@@ -116,6 +117,18 @@ def test_near_sums_are_sums_of_the_pattern(
     for attention_sums in (found, DenseAttention(pattern).near_sums(weights, rows, low, high)):
         for ours, theirs in zip(attention_sums, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+def test_what_padding_holds_reaches_no_near_sum(value: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 2, 50, 8, generator=generator) for _ in range(2))
+    kept = torch.ones(1, 50, dtype=torch.bool)
+    kept[:, :7] = False
+    clean = FactoredAttention(query, key, key_mask=kept).near_sums(torch.ones(9), kept.float(), 5, 20)
+    query[:, :, :7] = key[:, :, :7] = value
+    found = FactoredAttention(query, key, key_mask=kept).near_sums(torch.ones(9), kept.float(), 5, 20)
+    torch.testing.assert_close(found, clean, rtol=0, atol=1e-6)
 
 
 def assembled(attention: Attention, part: Submatrix) -> torch.Tensor:

@@ -88,7 +88,11 @@ def _probability(
     # Windows of keys overlap: they are copied into factors of their own.
     left, right = query.flatten(3, 4), near.mT.contiguous().mT
     add_product(power.view(*left.shape[:-1], shape[-1]), left, right, scores.scaling * LOG2_E)
-    return power.exp2_()
+    power.exp2_()
+    if not scores.mask.plain:
+        # Padding may hold anything, and minus infinity plus NaN is NaN.
+        power.masked_fill_(bias.isneginf(), 0.0)
+    return power
 
 
 def _diagonals(
