@@ -113,17 +113,17 @@ def report(
             reading = read(checked)
             scores = attnprobe.score_tokens(reading.statistics, reading.heads)
             rhythm = attnprobe.find_rhythm(scores, lookback=lookback)
-            strategies = {
-                "local chunk": LocalChunkCredit(),
-                "global anchor": GlobalAnchorCredit(),
-                "coupled rhythm": CoupledRhythmCredit(),
-            }
             if text:
                 _print_coloured(reading, scores, rhythm, color_by or "waad")
                 return
             maps = attnprobe.group_maps(
                 reading.model, reading.batch, reading.heads, progress=shows_progress()
             )
+            strategies = {
+                "local chunk": LocalChunkCredit(),
+                "global anchor": GlobalAnchorCredit(),
+                "coupled rhythm": CoupledRhythmCredit(),
+            }
             with warnings.catch_warnings():
                 # Short answers have too few peaks for weights, which nobody asked for.
                 warnings.simplefilter("ignore")

@@ -10,14 +10,11 @@ the page (page).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from attnprobe.errors import MissingDependencyError, ParameterError
+from attnprobe.errors import ParameterError
 from attnprobe.report.document import Report, check_dependencies
-from attnprobe.report.page import page_frame, page_html
-from attnprobe.results import html_table
-from attnprobe.storage import PathLike, write_atomically
+from attnprobe.report.page import Page, page_html
 from attnprobe.validation import IntLike, brief, instance, whole_number
 
 if TYPE_CHECKING:
@@ -27,7 +24,7 @@ else:
     ReportsLike = PairLike = Any
 
 
-class Reports:
+class Reports(Page):
     """Several reports on one page.
 
     Args:
@@ -86,22 +83,6 @@ class Reports:
 
     def __repr__(self) -> str:
         return f"Reports({len(self)} reports: {', '.join(repr(each.title) for each in self._reports)})"
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: the page, in a frame that lets its script run and nothing else."""
-        try:
-            return page_frame(self.html(), self.title)
-        except MissingDependencyError as error:
-            return html_table(repr(self), ("", ""), [("cannot be shown", str(error))])
-
-    def save(self, path: PathLike) -> Path:
-        """Write the page as one HTML file, completely or not at all, and return its path.
-
-        Raises:
-            MissingDependencyError: jinja2 is not installed.
-            ResultError: a path that cannot be written.
-        """
-        return write_atomically(path, self.html().encode())
 
     def html(self) -> str:
         """Return the page.

@@ -8,23 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
 from attnprobe.batch import BatchLike, TokenBatch
-from attnprobe.errors import MissingDependencyError
 from attnprobe.head_groups import HeadGroups
 from attnprobe.head_statistics import HeadStatistics
 from attnprobe.maps import GroupMaps
 from attnprobe.report.checks import check_results_fit, check_weights
 from attnprobe.report.entry import Shown, entry_data, shown_model_name
-from attnprobe.report.page import page_frame, page_html, page_template
-from attnprobe.results import html_table
+from attnprobe.report.page import Page, page_html, page_template
 from attnprobe.rhythm import Rhythm
 from attnprobe.scores import TokenScores
-from attnprobe.storage import PathLike, write_atomically
 from attnprobe.texts import token_bytes
 from attnprobe.validation import ArrayLike, IntLike, instance, whole_number
 
@@ -34,7 +30,7 @@ else:
     WeightsLike = Any
 
 
-class Report:
+class Report(Page):
     """A page that shows what was measured on one response of a batch.
 
     Args:
@@ -108,22 +104,6 @@ class Report:
             "without maps" if self.maps is None else "with maps",
         ]
         return f"Report({', '.join(told)})"
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows: the page, in a frame that lets its scripts run and nothing else."""
-        try:
-            return page_frame(self.html(), self.title)
-        except MissingDependencyError as error:
-            return html_table(repr(self), ("", ""), [("cannot be shown", str(error))])
-
-    def save(self, path: PathLike) -> Path:
-        """Write the page as one HTML file, completely or not at all, and return its path.
-
-        Raises:
-            MissingDependencyError: jinja2 is not installed.
-            ResultError: a path that cannot be written.
-        """
-        return write_atomically(path, self.html().encode())
 
     def html(self) -> str:
         """Return the page.

@@ -1,24 +1,28 @@
 """The page around the entries: one self-contained HTML file with its styles, its script, and nothing fetched.
 
-`Report` and `Reports` call `page_html`. The styles and the script lie in assets/, in files that each have one
-purpose; they are put into the page in the order of `SCRIPTS`, without a build step. The page's content
-security policy lets a browser run only this script, and fetch nothing. What is left to others: the entries
-(entry), words and markup (page.html.jinja), and everything that is drawn (assets).
+`Report` and `Reports` are pages, and call `page_html`. The styles and the script lie in assets/, in files
+that each have one purpose; they are put into the page in the order of `SCRIPTS`, without a build step. The
+page's content security policy lets a browser run only this script, and fetch nothing. What is left to others:
+the entries (entry), words and markup (page.html.jinja), and everything that is drawn (assets).
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from html import escape
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from attnprobe.errors import MissingDependencyError
 from attnprobe.report.packing import safe_json
 from attnprobe.report.visible_text import visible
+from attnprobe.results import html_table
+from attnprobe.storage import PathLike, write_atomically
 from attnprobe.version import __version__
 
 SCRIPTS = (
@@ -44,6 +48,32 @@ SCRIPTS = (
     "main.js",
 )
 """The files of the page's script, in order: what a file needs when it is read stands before it."""
+
+
+class Page(ABC):
+    """What is shown as one page: in a browser, and in a notebook."""
+
+    title: str
+
+    @abstractmethod
+    def html(self) -> str:
+        """Return the page."""
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the page, in a frame that lets its script run and nothing else."""
+        try:
+            return page_frame(self.html(), self.title)
+        except MissingDependencyError as error:
+            return html_table(repr(self), ("", ""), [("cannot be shown", str(error))])
+
+    def save(self, path: PathLike) -> Path:
+        """Write the page as one HTML file, completely or not at all, and return its path.
+
+        Raises:
+            MissingDependencyError: jinja2 is not installed.
+            ResultError: a path that cannot be written.
+        """
+        return write_atomically(path, self.html().encode())
 
 
 def page_html(
